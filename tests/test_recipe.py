@@ -1,0 +1,308 @@
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from unmask.data.conversation import FORMATS
+from unmask.errors import UnmaskError
+from unmask.recipe import Recipe, load_recipe, recipe_fields, recipe_from_dict
+
+BASE = """\
+training_mode: sft
+model:
+  name_or_path: base
+data:
+  dataset_name: train.jsonl
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    file = Path("run.yaml")
+    file.write_text(BASE, encoding="utf-8")
+    return file
+
+
+def failure(path: Path | str, *overrides: str) -> str:
+    """The message, which must be one line."""
+    with pytest.raises(UnmaskError) as caught:
+        load_recipe(path, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def small(**changes: Any) -> dict[str, Any]:
+    return {"model": {"name_or_path": "base"}, "data": {"dataset_name": "a.txt"}, **changes}
+
+
+def test_defaults(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    assert recipe.seed == 0 and recipe.max_steps == 1000 and recipe.global_batch_size == 32
+    assert recipe.optimizer.learning_rate == 1e-4
+    assert recipe.data.sft.instruction_response_separator == "\n\n### Response:\n"
+    assert recipe.data.sft.custom_format.response_field == "response"
+    assert recipe.report_to == ["tensorboard"]
+    assert recipe.evaluation.prompts is None
+
+
+def test_overrides_apply_in_order(recipe_file: Path) -> None:
+    recipe = load_recipe(
+        str(recipe_file),
+        [
+            "max_steps=5",
+            "max_steps=7",
+            "optimizer.learning_rate=1e-3",
+            "data.dataset_name=[a.json,b.json]",
+            "data.sft.include_system_prompt=false",
+            'data.sft.instruction_response_separator="\\n## Answer:\\n"',
+            "report_to=[]",
+            "micro_batch_size=null",
+            "checkpoint_save_dir=out/a=b",
+        ],
+    )
+    assert recipe.max_steps == 7
+    assert recipe.optimizer.learning_rate == 1e-3
+    assert recipe.data.dataset_name == ["a.json", "b.json"]
+    assert recipe.data.sft.include_system_prompt is False
+    assert recipe.data.sft.instruction_response_separator == "\n## Answer:\n"
+    assert recipe.report_to == []
+    assert recipe.checkpoint_save_dir == "out/a=b"
+
+
+def test_override_from_random_weights(recipe_file: Path) -> None:
+    recipe = load_recipe(
+        recipe_file,
+        ["model.name_or_path=null", "model.tokenizer=bytes", "model.config.hidden_size=64"],
+    )
+    assert recipe.model.config == {"model_type": "qwen3", "hidden_size": 64}
+
+
+def test_numbers_that_yaml_reads_as_texts(recipe_file: Path) -> None:
+    recipe_file.write_text(BASE + "optimizer: {learning_rate: '2e-4', epsilon: 1e-6}\n")
+    recipe = load_recipe(recipe_file, ["max_steps=1e3"])
+    assert recipe.optimizer.learning_rate == 2e-4
+    assert recipe.optimizer.epsilon == 1e-6
+    assert recipe.max_steps == 1000 and isinstance(recipe.max_steps, int)
+    assert recipe_from_dict(small(optimizer={"learning_rate": "1e-4"})) == recipe_from_dict(small())
+
+
+def test_interpolation_resolves(recipe_file: Path) -> None:
+    recipe_file.write_text(BASE + "seed: 3\ncheckpoint_save_dir: outputs/seed${seed}\n")
+    assert load_recipe(recipe_file, ["seed=4"]).checkpoint_save_dir == "outputs/seed4"
+
+
+def test_empty_group_has_its_defaults(recipe_file: Path) -> None:
+    recipe_file.write_text(BASE + "  sft:\noptimizer:\n")
+    assert load_recipe(recipe_file).optimizer == load_recipe(recipe_file).optimizer
+    assert load_recipe(recipe_file).data.sft.end_fill == 1
+
+
+def test_yaml_is_complete_and_round_trips(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file, ["optimizer.learning_rate=3e-5", "data.sft.layout=separator"])
+    text = recipe.to_yaml()
+    for field in recipe_fields():
+        assert f"{field.key.rsplit('.', 1)[-1]}:" in text
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(text, encoding="utf-8")
+    assert load_recipe(copy) == recipe
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.text(st.characters(categories=["L", "N", "P", "S", "Zs"]), max_size=20),
+    st.sampled_from(["", "${x}", "\\${x}", "\\\\${x}", "\n", "1e-4", "yes", "# a", "a: b", " "]),
+)
+def test_any_text_round_trips(text: str, tail: str) -> None:
+    recipe = recipe_from_dict(small(checkpoint_save_dir=text + tail))
+    tree = OmegaConf.to_container(OmegaConf.load(io.StringIO(recipe.to_yaml())), resolve=True)
+    assert isinstance(tree, dict)
+    assert tree["checkpoint_save_dir"] == text + tail
+
+
+def test_missing_file() -> None:
+    assert failure("nowhere.yaml") == "nowhere.yaml: no such recipe file"
+
+
+def test_folder_and_binary_file(tmp_path: Path) -> None:
+    assert "cannot be read as a recipe: Is a directory" in failure(tmp_path)
+    binary = tmp_path / "x.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    assert failure(binary).endswith("x.yaml: not a text file in UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nmodel: [a\nb: 2\n", r"line 3: not valid YAML: "),
+        ("seed: 1\nseed: 2\n", r"line 2: not valid YAML: found duplicate key seed"),
+        ("- a\n- b\n", r"expected keys such as 'max_steps: 1000'; got a list"),
+        ("3\n", r"cannot be read as a recipe: "),
+        ("seed: ${nope}\n", r"run.yaml: seed: Interpolation key 'nope' not found"),
+        ("seed: ${\n", r"broken \$\{...\} in a value; write a literal one as \\\$\{"),
+        ("hello\n", r"unknown key 'hello'"),
+        ("1: 2\n", r"unknown key '1'"),
+        ("x: !!python/object:os.x {}\n", r"line 1: not valid YAML: could not determine"),
+        ("", "run.yaml: give exactly one of model.name_or_path"),
+    ],
+)
+def test_broken_file(recipe_file: Path, text: str, message: str) -> None:
+    recipe_file.write_text(text)
+    assert re.search(message, failure(recipe_file))
+
+
+@pytest.mark.parametrize(
+    ("override", "known"),
+    [
+        ("optimizer.learnin_rate=1", "optimizer.learning_rate"),
+        ("optimiser.learning_rate=1", "optimizer.learning_rate"),
+        ("learning_rate=1", "optimizer.learning_rate"),
+        ("model.block_size=8", "data.block_size"),
+        ("sft.layout=chat", "data.sft.layout"),
+        ("data.instruction_field=q", "data.sft.custom_format.instruction_field"),
+        ("sft=3", "data.sft"),
+        ("--max_steps=3", "max_steps"),
+        ("max_step=3", "max_steps"),
+    ],
+)
+def test_unknown_key_names_the_nearest(recipe_file: Path, override: str, known: str) -> None:
+    key = override.split("=")[0]
+    expected = f"unknown key '{key}'; did you mean '{known}'?"
+    assert failure(recipe_file, override) == f"override '{override}': {expected}"
+
+
+def test_unknown_key_in_the_file(recipe_file: Path) -> None:
+    recipe_file.write_text(BASE + "optimizer: {learnin_rate: 1e-4}\n")
+    assert failure(recipe_file) == (
+        "run.yaml: unknown key 'optimizer.learnin_rate'; did you mean 'optimizer.learning_rate'?"
+    )
+    recipe_file.write_text(BASE + "zzz: 1\n")
+    assert failure(recipe_file) == ("run.yaml: unknown key 'zzz'; docs/recipes.md lists the known ones")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("max_steps=abc", "max_steps: expected a positive integer; got 'abc'"),
+        ("max_steps=0", "max_steps: expected a positive integer; got 0"),
+        ("max_steps=1.5", "max_steps: expected a positive integer; got 1.5"),
+        ("max_steps=", "max_steps: expected a positive integer; got null"),
+        ("seed=true", "seed: expected an integer, 0 or more; got true"),
+        ("seed=-1", "seed: expected an integer, 0 or more; got -1"),
+        ("micro_batch_size=x", "micro_batch_size: expected a positive integer or null; got 'x'"),
+        ("data.block_size=1", "data.block_size: expected an integer, 2 or more; got 1"),
+        ("data.dataset_name=[]", "data.dataset_name: expected a text or a list of texts; got []"),
+        ("data.dataset_name=[1]", "data.dataset_name: expected a text or a list of texts; got [1]"),
+        ("model.noise_eps=1", "model.noise_eps: expected a number above 0, below 1; got 1"),
+        ("optimizer.beta2=1", "optimizer.beta2: expected a number from 0, below 1; got 1"),
+        ("optimizer.learning_rate=.nan", "expected a number, 0 or more; got nan"),
+        ("optimizer=adamw", "optimizer: expected a group of keys; got 'adamw'"),
+        ("precision=fp16", "precision: expected fp32 or bf16; got 'fp16'"),
+        ("gradient_checkpointing=3", "gradient_checkpointing: expected true or false; got 3"),
+        ("report_to=none", "report_to: expected a list such as [tensorboard]; got 'none'"),
+        ("model.config=3", "model.config: expected a group of keys or null; got 3"),
+    ],
+)
+def test_wrong_value(recipe_file: Path, override: str, message: str) -> None:
+    got = failure(recipe_file, override)
+    assert got.startswith(f"override '{override}': ") and got.endswith(message)
+
+
+@pytest.mark.parametrize("override", ["foo", "=3", "a..b=3", "a[0]=3", "", "max_steps 3"])
+def test_malformed_override(recipe_file: Path, override: str) -> None:
+    assert failure(recipe_file, override).startswith(f"'{override}' is not key=value; ")
+
+
+def test_override_that_cannot_be_applied(recipe_file: Path) -> None:
+    assert failure(recipe_file, "seed=[1").startswith("override 'seed=[1': not valid YAML: ")
+    assert failure(recipe_file, "seed=${").startswith("override 'seed=${': broken ${...}")
+    assert failure(recipe_file, "data=[1]").startswith("override 'data=[1]': ")
+
+
+def test_several_errors_show_the_first_and_count() -> None:
+    with pytest.raises(UnmaskError) as caught:
+        recipe_from_dict(small(seed="x", max_steps="y", data={"dataset_nme": "a"}), where="here")
+    assert str(caught.value) == (
+        "here: unknown key 'data.dataset_nme'; did you mean 'data.dataset_name'? (and 3 more)"
+    )
+
+
+def test_missing_key() -> None:
+    with pytest.raises(UnmaskError, match=r"^recipe: data.dataset_name: missing; expected a text"):
+        recipe_from_dict({"model": {"name_or_path": "x"}})
+    with pytest.raises(UnmaskError, match=r"recipe: recipe: expected a group of keys; got 'x'"):
+        recipe_from_dict("x")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("global_batch_size=10 micro_batch_size=3", "must be a multiple of micro_batch_size; got"),
+        ("max_steps=5 lr_scheduler.warmup_steps=6", "at most max_steps = 5; got 6"),
+        ("lr_scheduler.type=constant lr_scheduler.warmup_steps=1", "use constant_with_warmup"),
+        ("optimizer.type=adafactor optimizer.beta1=0.5", "optimizer.beta1 has no effect with"),
+        ("eval_steps=5", "eval_steps has no effect without evaluation data"),
+        ("data.eval_size=5 data.eval_dataset_name=x", "data.eval_size has no effect with"),
+        ("training_mode=pretrain data.sft.layout=chat", "data.sft.layout has no effect with"),
+        ("training_mode=pretrain data.sft.end_fill=2", "remove it or set training_mode: sft"),
+        ("training_mode=pretrain evaluation.prompts=x", "evaluation.prompts has no effect with"),
+        ("data.text_field=body", "data.text_field has no effect with training_mode: sft"),
+        (
+            "data.sft.layout=chat data.sft.instruction_response_separator=x",
+            "has no effect with data.sft.layout: chat",
+        ),
+        ("data.sft.custom_format.input_field=x", "set data.sft.format: custom"),
+        ("model.config.hidden_size=8", "model.config (start from random weights); got both"),
+        ("model.name_or_path=null", "got neither"),
+        ("model.name_or_path=null model.config.hidden_size=8", "model.tokenizer: missing"),
+        (
+            "model.name_or_path=null model.tokenizer=bytes model.config.model_type=gpt2",
+            "model.config.model_type: expected qwen3, qwen2 or llama; got 'gpt2'",
+        ),
+    ],
+)
+def test_settings_that_contradict(recipe_file: Path, overrides: str, message: str) -> None:
+    got = failure(recipe_file, *overrides.split())
+    assert got.startswith("run.yaml: ") and message in got
+
+
+def test_sft_defaults_written_out_are_fine_when_pretraining(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(recipe_from_dict(small()).to_yaml(), encoding="utf-8")
+    assert load_recipe(file).training_mode == "pretrain"
+
+
+def test_recipe_is_frozen() -> None:
+    recipe = recipe_from_dict(small())
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 1  # pyright: ignore[reportAttributeAccessIssue]
+    assert recipe.model_copy(update={"seed": 1}).seed == 1
+
+
+def test_every_key_is_documented() -> None:
+    fields = recipe_fields()
+    assert len({field.key for field in fields}) == len(fields) > 50
+    for field in fields:
+        assert field.meaning and field.accepts and "\n" not in field.meaning, field
+    assert [field.key for field in fields if field.default is ...] == ["data.dataset_name"]
+    assert set(Recipe.model_fields) >= {"training_mode", "global_batch_size", "max_steps", "seed"}
+
+
+def test_formats_are_those_of_the_data_stage() -> None:
+    accepts = {field.key: field.accepts for field in recipe_fields()}["data.sft.format"]
+    assert accepts == ", ".join(FORMATS[:-1]) + f" or {FORMATS[-1]}"
+
+
+def test_import_stays_light() -> None:
+    code = "import sys, unmask.recipe; print({'torch', 'transformers', 'datasets'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

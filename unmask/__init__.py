@@ -1,0 +1,82 @@
+"""unmask: Qwen3 as a masked-diffusion language model, trained, sampled and evaluated.
+
+The flow, in the order of the folders:
+
+    records -> Example(input_ids, src_mask) -> Batch -> Noised(x_t, is_masked, t) -> logits -> loss
+            -> checkpoint -> generate -> evaluate
+
+Names are imported when first used, so that `import unmask` is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from unmask import _register
+
+if TYPE_CHECKING:
+    from unmask.data.collate import SFTDataCollator as SFTDataCollator
+    from unmask.data.encode import Encoder as Encoder
+    from unmask.data.encode import Example as Example
+    from unmask.data.tokenizer import byte_tokenizer as byte_tokenizer
+    from unmask.data.tokenizer import load_tokenizer as load_tokenizer
+    from unmask.diffusion.noise import Noised as Noised
+    from unmask.diffusion.noise import sample_t as sample_t
+    from unmask.diffusion.noise import transition as transition
+    from unmask.errors import UnmaskError as UnmaskError
+    from unmask.generation.config import DiffusionGenerationConfig as DiffusionGenerationConfig
+    from unmask.model.checkpoint import load_model as load_model
+    from unmask.model.config import LlamaDiffusionConfig as LlamaDiffusionConfig
+    from unmask.model.config import Qwen2DiffusionConfig as Qwen2DiffusionConfig
+    from unmask.model.config import Qwen3DiffusionConfig as Qwen3DiffusionConfig
+    from unmask.model.convert import convert as convert
+    from unmask.model.families import LlamaForCausalLM as LlamaForCausalLM
+    from unmask.model.families import Qwen2ForCausalLM as Qwen2ForCausalLM
+    from unmask.model.families import Qwen3ForCausalLM as Qwen3ForCausalLM
+    from unmask.recipe import Recipe as Recipe
+    from unmask.recipe import load_recipe as load_recipe
+    from unmask.training.run import train as train
+    from unmask.training.trainer import DiffusionTrainer as DiffusionTrainer
+
+__version__ = "0.1.0"
+
+_MODULE_OF = {
+    "SFTDataCollator": "data.collate",
+    "Encoder": "data.encode",
+    "Example": "data.encode",
+    "byte_tokenizer": "data.tokenizer",
+    "load_tokenizer": "data.tokenizer",
+    "Noised": "diffusion.noise",
+    "sample_t": "diffusion.noise",
+    "transition": "diffusion.noise",
+    "UnmaskError": "errors",
+    "DiffusionGenerationConfig": "generation.config",
+    "load_model": "model.checkpoint",
+    "LlamaDiffusionConfig": "model.config",
+    "Qwen2DiffusionConfig": "model.config",
+    "Qwen3DiffusionConfig": "model.config",
+    "convert": "model.convert",
+    "LlamaForCausalLM": "model.families",
+    "Qwen2ForCausalLM": "model.families",
+    "Qwen3ForCausalLM": "model.families",
+    "Recipe": "recipe",
+    "load_recipe": "recipe",
+    "train": "training.run",
+    "DiffusionTrainer": "training.trainer",
+}
+
+__all__ = ["__version__", *_MODULE_OF]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'unmask' has no attribute {name!r}")
+    return getattr(import_module(f"unmask.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+_register.enter_auto_classes()

@@ -1,0 +1,168 @@
+"""The `unmask` command: each subcommand parses, calls one public function, and prints."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from unmask.errors import UnmaskError
+
+app = typer.Typer(
+    name="unmask",
+    help="Turn Qwen3, Qwen2 and Llama into masked-diffusion language models; train and sample them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file with the recipe.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to override, such as max_steps=100."),
+]
+
+
+@app.callback()
+def common(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error. May stand anywhere.")
+    ] = False,
+) -> None:
+    """Options of every command."""
+
+
+@app.command()
+def convert(
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="Autoregressive checkpoint: folder or hub name.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist or be empty.")],
+) -> None:
+    """Make a diffusion checkpoint of an autoregressive one.
+
+    The weights stay as they are; attention becomes bidirectional, the output is shifted by one, and the
+    tokenizer gets a mask token. Train the result before use.
+    """
+    _quiet()
+    from unmask.model.convert import convert as run
+
+    model, tokenizer = run(base, out)
+    print(
+        f"{out}: {type(model).__name__}, {model.num_parameters():,} parameters,"
+        f" mask token {tokenizer.mask_token} = id {tokenizer.mask_token_id},"
+        f" embedding of {model.config.vocab_size:,} rows"
+    )
+
+
+@app.command()
+def data(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    show: Annotated[int, typer.Option(min=0, help="Sequences to print.")] = 3,
+) -> None:
+    """Show what training will see: sequences in colour, lengths, what was dropped and why."""
+    from unmask.recipe import load_recipe
+
+    settings = load_recipe(recipe, overrides or [])  # before the imports that take seconds
+    _quiet()
+    from unmask.data.preview import show_examples, show_report
+    from unmask.training.dataset import load_data, run_tokenizer
+
+    tokenizer = run_tokenizer(settings)
+    loaded = load_data(settings, tokenizer)
+    console = Console()
+    show_examples(loaded.train, tokenizer, limit=show, console=console)
+    show_report(loaded.train, loaded.report, block_size=settings.data.block_size, console=console)
+    if loaded.held_out:
+        console.print(f"held out: {len(loaded.held_out):,} sequences", highlight=False)
+
+
+@app.command()
+def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Train what the recipe describes; leaves a checkpoint in its checkpoint_save_dir."""
+    from unmask.recipe import load_recipe
+
+    settings = load_recipe(recipe, overrides or [])  # before the imports that take seconds
+    _quiet()
+    from unmask.training.run import train as run
+
+    run(settings)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Diffusion checkpoint: folder or hub name.")],
+    prompt: Annotated[str, typer.Option(help="What the user says; - reads it from the standard input.")],
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
+    ] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Length of the canvas, in tokens.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Forwards at most; by default one a token.")
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0, help="0 takes the most likely token; 1 samples from the model."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
+    trace: Annotated[bool, typer.Option("--trace", help="Show the tokens appearing out of masks.")] = False,
+) -> None:
+    """Answer a prompt: fill a canvas of masks step by step, the most confident tokens first."""
+    _quiet()
+    from unmask.data.tokenizer import load_tokenizer
+    from unmask.generation.complete import chat_prompt, complete
+    from unmask.generation.trace import trace_lines
+    from unmask.model.checkpoint import load_model
+
+    given = {
+        "max_new_tokens": max_new_tokens,
+        "steps": steps,
+        "temperature": temperature,
+        "seed": seed,
+    }
+    settings = {name: value for name, value in given.items() if value is not None}
+    denoiser = load_model(model)
+    tokenizer = load_tokenizer(model)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if raw:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        ids = chat_prompt(tokenizer, text, system)
+    [answer] = complete(denoiser, tokenizer, [ids], **settings)
+    if trace:
+        console = Console(stderr=True)
+        for line in trace_lines(answer.ids, answer.commit_step, tokenizer):
+            console.print(line)
+    print(answer.text)
+
+
+def _quiet() -> None:
+    """Keep libraries from writing between our own lines."""
+    warnings.filterwarnings("ignore")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("torch").setLevel(logging.ERROR)
+
+
+def main() -> None:
+    """Run the command; bad input ends in one line on the standard error and exit code 2."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(arguments, prog_name="unmask")
+    except UnmaskError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,1 @@
+"""From records to batches: sources -> conversation -> encode -> collate, and a preview of it."""

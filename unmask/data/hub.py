@@ -1,0 +1,62 @@
+"""Whether a hub name can be fetched, asked once and quickly.
+
+The hub libraries try again for half a minute before they admit that there is no network. One
+short question first turns that wait into one line.
+"""
+
+from __future__ import annotations
+
+import re
+
+from unmask.errors import UnmaskError
+
+HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+PROBE_SECONDS = 10.0
+
+
+def require_hub(name: str, repo_type: str) -> None:
+    """Check that the hub answers for `name`, a "model" or a "dataset".
+
+    Does nothing when the hub libraries are set offline (`HF_HUB_OFFLINE=1`): they then read their
+    cache and fail at once by themselves.
+
+    Raises:
+        UnmaskError: No connection, or no such repository.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        HfApi().repo_info(name, repo_type=repo_type, timeout=PROBE_SECONDS)
+    except GatedRepoError as error:
+        raise UnmaskError(
+            f"{name}: this {repo_type} is gated; ask for access on its hub page and log in "
+            "with `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UnmaskError(
+            f"{name}: neither a local file or folder nor a {repo_type} on the hub "
+            "(a private one needs `hf auth login`)."
+        ) from error
+    except Exception as error:
+        # Anything else (a busy server, an odd mirror) is left to the real download to report.
+        if _is_connection_failure(error):
+            raise UnmaskError(
+                f"{name}: no such local file or folder, and the hub cannot be reached; "
+                "give a local path, or set HF_HUB_OFFLINE=1 if it is in the hub cache."
+            ) from error
+
+
+def first_line(error: BaseException, limit: int = 160) -> str:
+    """The first line of an error's message, for quoting inside our own one-line error."""
+    lines = str(error).strip().splitlines() or [""]
+    text = lines[0].strip().rstrip(".") or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _is_connection_failure(error: BaseException) -> bool:
+    # By name: the hub client has changed its HTTP library more than once.
+    names = {cls.__name__ for cls in type(error).__mro__}
+    return bool(names & {"TransportError", "ConnectionError", "ProxyError", "Timeout"})

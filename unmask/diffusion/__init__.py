@@ -1,0 +1,1 @@
+"""The mathematics: noise, who may attend to whom, and the loss. Pure functions on tensors."""

@@ -1,0 +1,51 @@
+"""Exact match: the share of held-out prompts that are answered to the letter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from unmask.data.conversation import CustomFields, detect_format, to_conversation
+from unmask.data.encode import Encoder
+from unmask.generation.complete import Completion
+
+
+@dataclass
+class Prompt:
+    """A prompt as the model reads it, its last user turn as a person does, and the answer expected."""
+
+    ids: list[int]
+    text: str
+    expected: str
+
+
+def is_exact(completion: Completion, prompt: Prompt) -> bool:
+    """Whether the text is the expected one, blanks around it aside."""
+    return completion.text.strip() == prompt.expected.strip()
+
+
+def exact_share(completions: list[Completion], prompts: list[Prompt]) -> float:
+    """The share of prompts that are answered exactly."""
+    return sum(map(is_exact, completions, prompts)) / len(prompts)
+
+
+def make_prompts(
+    records: Iterable[tuple[dict[str, Any], str]],
+    encoder: Encoder,
+    format: str = "auto",
+    custom_format: CustomFields | None = None,
+) -> list[Prompt]:
+    """Turn records into prompts: everything before the last response, which is the answer expected.
+
+    Raises:
+        UnmaskError: a record cannot be used.
+    """
+    prompts = []
+    for record, where in records:
+        name = detect_format(record, where, custom_format) if format == "auto" else format
+        turns = to_conversation(record, name, where=where, custom_format=custom_format).turns
+        last = max(index for index, turn in enumerate(turns) if turn.role == "assistant")
+        asked = next((turn for turn in reversed(turns[:last]) if turn.role == "user"), turns[0])
+        prompts.append(Prompt(encoder.encode_prompt(turns[:last]), asked.content, turns[last].content))
+    return prompts

@@ -1,0 +1,1 @@
+"""Sampling: fill a canvas of masks step by step."""

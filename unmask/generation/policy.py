@@ -1,0 +1,27 @@
+"""Which of the masked positions to commit at a step."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def tokens_at_step(step: int, steps: int, canvas: int) -> int:
+    """Spread `canvas` tokens evenly over `steps`: how many are committed at `step` (from 0)."""
+    return (step + 1) * canvas // steps - step * canvas // steps
+
+
+def most_confident(
+    confidence: Float[Tensor, "B C"], candidates: Bool[Tensor, "B C"], count: Int[Tensor, "B"] | int
+) -> Bool[Tensor, "B C"]:
+    """Select the `count` most confident candidates of each row (fewer where there are fewer).
+
+    Ties go to the leftmost position (MaskGIT, arXiv:2202.04200, section 3.2, without its annealing).
+    """
+    ranked = torch.where(candidates, confidence, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(ranked).scatter_(
+        1, ranked, torch.arange(ranked.shape[1], device=ranked.device).expand_as(ranked)
+    )
+    limit = torch.as_tensor(count, device=rank.device).reshape(-1, 1)
+    return (rank < limit) & candidates

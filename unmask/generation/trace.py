@@ -1,0 +1,47 @@
+"""A response appearing out of masks, as lines of text."""
+
+from __future__ import annotations
+
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+MASK_GLYPH = "░"
+
+
+def token_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Decode each token alone, on one line, special tokens as a short sign."""
+    texts = []
+    for token in ids:
+        if token in tokenizer.all_special_ids:
+            texts.append("⏹" if token != tokenizer.mask_token_id else MASK_GLYPH)
+        else:
+            texts.append(str(tokenizer.decode([token])).replace("\n", "⏎"))
+    return texts
+
+
+def trace_lines(
+    ids: list[int], commit_step: list[int], tokenizer: PreTrainedTokenizerBase, frames: int = 6
+) -> list[Text]:
+    """Draw the response after some of its forwards: masks grey, what has just been committed in green.
+
+    Args:
+        ids: tokens of the response.
+        commit_step: step that committed each of them, from 0.
+        frames: number of lines, spread evenly over the forwards that committed something; the last line
+            is the whole response.
+    """
+    texts = token_texts(ids, tokenizer)
+    steps = sorted(set(commit_step))
+    count = min(frames, len(steps))
+    shown = [steps[(k + 1) * len(steps) // count - 1] for k in range(count)]
+    lines, previous = [], -1
+    for step in shown:
+        line = Text(f"  {steps.index(step) + 1:>3} ", style="dim")
+        for text, committed in zip(texts, commit_step, strict=True):
+            if committed > step:
+                line.append(MASK_GLYPH * max(1, len(text)), style="bright_black")
+            else:
+                line.append(text, style="bold green" if committed > previous else "default")
+        lines.append(line)
+        previous = step
+    return lines

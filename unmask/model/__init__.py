@@ -1,0 +1,1 @@
+"""Stock transformers models with the masked-diffusion contract on top."""

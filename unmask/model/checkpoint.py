@@ -1,0 +1,185 @@
+"""Checkpoint folders: read with every mistake named, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from unmask.data.hub import HUB_NAME, first_line, require_hub
+from unmask.errors import UnmaskError
+from unmask.model.config import PREFIX, diffusion_values
+from unmask.model.families import MODEL_CLASSES
+
+SUPPORTED = tuple(name.removeprefix(PREFIX) for name in MODEL_CLASSES)
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """Read the `config.json` of a checkpoint folder or hub name and check that its weights are usable.
+
+    Raises:
+        UnmaskError: not a checkpoint, of an unsupported family, quantised, or without safetensors weights.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        values = _read_folder(path)
+    elif path.exists():
+        raise UnmaskError(f"{name}: a checkpoint is a folder with config.json and weights; this is a file.")
+    elif not HUB_NAME.fullmatch(name):
+        raise UnmaskError(f"{name}: no such checkpoint folder.")
+    else:
+        require_hub(name, "model")
+        try:
+            values = AutoConfig.from_pretrained(name).to_dict()
+        except (OSError, ValueError) as error:
+            raise UnmaskError(f"{name}: no model could be loaded: {first_line(error)}.") from error
+    model_type = values.get("model_type")
+    if str(model_type).removeprefix(PREFIX) not in SUPPORTED:
+        raise UnmaskError(
+            f"{name}: model_type {model_type!r} is not supported; expected one of {', '.join(SUPPORTED)}."
+        )
+    if values.get("quantization_config"):
+        raise UnmaskError(
+            f"{name}: the weights are quantised; use the original checkpoint in float32 or bfloat16."
+        )
+    return values
+
+
+def _read_folder(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    if not file.exists():
+        raise UnmaskError(f"{path}: this folder is no checkpoint: it holds no config.json.")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UnmaskError(f"{file}: not valid JSON ({first_line(error)}).") from error
+    if not isinstance(values, dict):
+        raise UnmaskError(f"{file}: expected a JSON object; got {type(values).__name__}.")
+    if not any(path.glob("*.safetensors")):
+        pickled = next(path.glob("*.bin"), None) or next(path.glob("*.pt"), None)
+        raise UnmaskError(
+            f"{path}: no weights in *.safetensors"
+            + (
+                f"; {pickled.name} is pickled, which can run code: save it as safetensors."
+                if pickled
+                else "."
+            )
+        )
+    return values
+
+
+def is_diffusion(values: dict[str, Any]) -> bool:
+    """Whether the config of a checkpoint is that of a diffusion model."""
+    return str(values.get("model_type")).startswith(PREFIX)
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    convert_base: bool = False,
+    **overrides: Any,
+) -> PreTrainedModel:
+    """Load a diffusion checkpoint, its class picked by its config.
+
+    Args:
+        name: folder or hub name.
+        dtype: type of the weights; that of the checkpoint by default.
+        attn_implementation: attention kernel, as transformers names them.
+        convert_base: also take an autoregressive checkpoint and convert it in memory.
+        **overrides: fields of the config to replace, such as `logit_shift`.
+
+    Raises:
+        UnmaskError: no checkpoint, an unsupported one, an autoregressive one without `convert_base`, or
+            weights that are damaged or incomplete.
+    """
+    values = read_config(name)
+    if not is_diffusion(values):
+        if not convert_base:
+            raise UnmaskError(
+                f"{name}: this is an autoregressive checkpoint; make a diffusion model of it with"
+                f" `unmask convert {name} OUT`."
+            )
+        values = diffusion_values(values)
+    model_class = MODEL_CLASSES[values["model_type"]]
+    try:
+        model, info = cast(Any, model_class).from_pretrained(
+            name,
+            dtype=dtype or "auto",
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+            use_safetensors=True,
+            **overrides,
+        )
+    except (OSError, SafetensorError, RuntimeError, ImportError) as error:
+        raise UnmaskError(f"{name}: the weights cannot be loaded: {first_line(error)}.") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UnmaskError(
+            f"{name}: the checkpoint is incomplete: {len(missing)} weights are missing, first {missing[0]}."
+        )
+    return model
+
+
+def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make a model and a tokenizer with a mask token one: embedding rows, special tokens, forbidden ids.
+
+    Rows are added only when the tokenizer has ids beyond the embedding, and start as the mean of the rest.
+    """
+    ids = set(tokenizer.get_vocab().values())
+    any_model = cast(Any, model)
+    rows = any_model.get_input_embeddings().weight.shape[0]
+    if max(ids) >= rows:
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+        for layer in (any_model.get_input_embeddings(), any_model.get_output_embeddings()):
+            with torch.no_grad():
+                layer.weight[rows:] = layer.weight[:rows].mean(dim=0)  # tied: the same values twice
+    config, generation = model.config, model.generation_config
+    assert generation is not None
+    for name in ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+        setattr(generation, name, getattr(tokenizer, name))
+    suppressed = set(range(config.vocab_size)) - ids
+    if tokenizer.pad_token_id != tokenizer.eos_token_id:
+        suppressed.add(cast(int, tokenizer.pad_token_id))
+    generation.suppress_tokens = sorted(suppressed) or None
+
+
+@contextmanager
+def written_aside(folder: Path) -> Iterator[Path]:
+    """Yield a folder beside `folder`, moved onto it when everything is written and removed otherwise.
+
+    What `folder` held before is replaced as a whole, and only then.
+
+    Raises:
+        UnmaskError: the disk is full or the folder cannot be written; `folder` is as it was.
+    """
+    aside = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(aside, folder)
+    except (OSError, SafetensorError) as error:
+        raise UnmaskError(
+            f"{folder}: could not be written: {first_line(error)}; nothing already there was changed."
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write config, generation config, weights (safetensors) and tokenizer as a Hugging Face folder."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

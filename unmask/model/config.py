@@ -1,0 +1,89 @@
+"""Configs of diffusion checkpoints: the stock config, its own `model_type`, and three fields.
+
+A checkpoint saved here says `"model_type": "unmask_qwen3"`, so stock `AutoModelForCausalLM` refuses it
+instead of reading it as an autoregressive model and producing noise; once `unmask` is imported the Auto
+classes know it. A plain Qwen3, Qwen2 or Llama config still loads, and is converted on the way.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+from unmask.errors import UnmaskError
+
+PREFIX = "unmask_"
+
+# Every released Qwen3 has this vocabulary, whose first id without a token becomes the mask token. No other
+# family is as uniform, so there the id comes from the tokenizer (`unmask convert`).
+_QWEN3_VOCAB_SIZE, _QWEN3_MASK_TOKEN_ID = 151936, 151669
+
+
+class _DiffusionConfig:
+    """Reading an autoregressive config as a diffusion one, shared by the families."""
+
+    model_type: str
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        values, kwargs = cast(Any, super()).get_config_dict(*args, **kwargs)
+        found = values.get("model_type")
+        if found == cls.model_type:
+            return values, kwargs
+        name = args[0] if args else kwargs.get("pretrained_model_name_or_path", "the checkpoint")
+        if found != cls.model_type.removeprefix(PREFIX):
+            raise UnmaskError(
+                f"{name} is a {found!r} checkpoint, not {cls.model_type!r}; load it with"
+                " unmask.load_model, which picks the class (qwen3, qwen2 and llama are supported)."
+            )
+        return diffusion_values(values), kwargs
+
+
+def diffusion_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Turn the fields of an autoregressive config into those of the diffusion model made from it."""
+    values = dict(values)
+    model_type = values["model_type"]
+    if model_type == "qwen3" and values.get("vocab_size") == _QWEN3_VOCAB_SIZE:
+        values.setdefault("mask_token_id", _QWEN3_MASK_TOKEN_ID)
+    values.update(model_type=PREFIX + model_type, is_causal=False, logit_shift=True)
+    values.pop("architectures", None)
+    return values
+
+
+class Qwen3DiffusionConfig(_DiffusionConfig, Qwen3Config):
+    """Config of `unmask.Qwen3ForCausalLM`: that of stock Qwen3 and the fields below.
+
+    Args:
+        mask_token_id: id of the mask token; None until one is known, and then nothing can be masked.
+        logit_shift: True for a model adapted from an autoregressive one: the backbone's output at i - 1
+            predicts token i. The shift happens inside the model.
+        noise_eps: smallest time t drawn in training, in (0, 1).
+        is_causal: False: every token attends to every other.
+    """
+
+    model_type = "unmask_qwen3"
+    mask_token_id: int | None = None
+    logit_shift: bool = False
+    noise_eps: float = 1e-3
+    is_causal: bool = False
+
+
+class Qwen2DiffusionConfig(_DiffusionConfig, Qwen2Config):
+    """Config of `unmask.Qwen2ForCausalLM`; its own fields are those of `Qwen3DiffusionConfig`."""
+
+    model_type = "unmask_qwen2"
+    mask_token_id: int | None = None
+    logit_shift: bool = False
+    noise_eps: float = 1e-3
+    is_causal: bool = False
+
+
+class LlamaDiffusionConfig(_DiffusionConfig, LlamaConfig):
+    """Config of `unmask.LlamaForCausalLM`; its own fields are those of `Qwen3DiffusionConfig`."""
+
+    model_type = "unmask_llama"
+    mask_token_id: int | None = None
+    logit_shift: bool = False
+    noise_eps: float = 1e-3
+    is_causal: bool = False

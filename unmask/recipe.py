@@ -1,0 +1,546 @@
+"""The typed recipe: a YAML file and `key=value` overrides, checked before anything heavy starts.
+
+Every key has its unit and meaning beside it; `docs/recipes.md` is generated from them. An unknown
+key fails with the nearest known one, and a setting that would have no effect is refused. Paths are
+relative to the current working directory.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import SequenceMatcher
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, TypeGuard, Union, get_args, get_origin
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+from unmask.errors import UnmaskError
+
+
+class _Says(str):
+    """The words an error uses for what a field expects."""
+
+
+def _not_bool(value: Any) -> Any:
+    # Python's bool is an int: without this, `seed: true` would quietly become 1.
+    if isinstance(value, bool):
+        raise ValueError("a number is expected")
+    return value
+
+
+_NUMBER = BeforeValidator(_not_bool)
+Count = Annotated[int, _NUMBER, Field(ge=0), _Says("an integer, 0 or more")]
+Positive = Annotated[int, _NUMBER, Field(gt=0), _Says("a positive integer")]
+TwoOrMore = Annotated[int, _NUMBER, Field(ge=2), _Says("an integer, 2 or more")]
+Amount = Annotated[float, _NUMBER, Field(ge=0), _Says("a number, 0 or more")]
+PositiveFloat = Annotated[float, _NUMBER, Field(gt=0), _Says("a number above 0")]
+Decay = Annotated[float, _NUMBER, Field(ge=0, lt=1), _Says("a number from 0, below 1")]
+OpenUnit = Annotated[float, _NUMBER, Field(gt=0, lt=1), _Says("a number above 0, below 1")]
+Texts = Annotated[list[str], Field(min_length=1), _Says("a list of texts")]
+
+ModelType = Literal["qwen3", "qwen2", "llama"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_default(cls, data: Any) -> Any:
+        """A group that is absent, or whose keys are all commented out, has its defaults."""
+        if data is None:
+            return {}
+        if isinstance(data, Mapping):
+            groups = (name for name, f in cls.model_fields.items() if _is_section(f.annotation))
+            return {**dict.fromkeys(groups), **data}
+        return data
+
+    def _changed(self) -> list[str]:
+        """Names of the fields that differ from their defaults."""
+        return [
+            name
+            for name, field in type(self).model_fields.items()
+            if getattr(self, name) != field.get_default(call_default_factory=True)
+        ]
+
+
+def _is_section(annotation: Any) -> TypeGuard[type[_Section]]:
+    return isinstance(annotation, type) and issubclass(annotation, _Section)
+
+
+class ModelRecipe(_Section):
+    """What is trained: exactly one of `name_or_path` and `config`."""
+
+    name_or_path: str | None = None
+    """autoregressive base (it is converted) or diffusion checkpoint to start from: a folder or a
+    hub name"""
+    tokenizer: str | None = None
+    """a folder, a hub name, or "bytes" (one token per byte, no download); null = the one of
+    `model.name_or_path`"""
+    config: Annotated[dict[str, Any], _Says("a group of keys")] | None = None
+    """from random weights: `model_type` (qwen3, qwen2 or llama; default qwen3) and fields of its
+    transformers config such as `hidden_size` and `num_hidden_layers`"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """type the weights are held in"""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+    """attention kernel"""
+    logit_shift: bool | None = None
+    """whether position i of the network predicts token i + 1, as autoregressive weights do; null =
+    true for an autoregressive base, false from random weights, and what a diffusion
+    checkpoint says"""
+    noise_eps: OpenUnit = 1e-3
+    """smallest masking rate t that training draws, of (0, 1]"""
+
+    @field_validator("config")
+    @classmethod
+    def _default_model_type(cls, config: dict[str, Any] | None) -> dict[str, Any] | None:
+        return None if config is None else {"model_type": "qwen3", **config}
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelRecipe:
+        if (self.name_or_path is None) == (self.config is None):
+            raise ValueError(
+                "give exactly one of model.name_or_path (start from a checkpoint) and model.config "
+                f"(start from random weights); got {'neither' if self.config is None else 'both'}"
+            )
+        if self.config is not None:
+            known = get_args(ModelType)
+            if self.config["model_type"] not in known:
+                raise ValueError(
+                    f"model.config.model_type: expected {_either(known)}; "
+                    f"got {_show(self.config['model_type'])}"
+                )
+            if self.tokenizer is None:
+                raise ValueError(
+                    'model.tokenizer: missing; with model.config give a folder, a hub name, or "bytes"'
+                )
+        return self
+
+
+class CustomFormat(_Section):
+    """Field names of `data.sft.format: custom`."""
+
+    instruction_field: str = "instruction"
+    """field holding the instruction"""
+    input_field: str | None = None
+    """field holding further input for the instruction; null = none"""
+    response_field: str = "response"
+    """field holding the response"""
+    system_field: str | None = None
+    """field holding the system prompt; null = none"""
+
+
+class SFTRecipe(_Section):
+    """How a record becomes a sequence with a source part; `training_mode: sft` only."""
+
+    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "custom"] = "auto"
+    """shape of the records; auto = recognised from the first record"""
+    layout: Literal["auto", "chat", "separator"] = "auto"
+    """chat = the tokenizer's chat template; separator = plain text with the separator before each
+    response; auto = chat where the tokenizer has a template"""
+    include_system_prompt: bool = True
+    """whether system prompts are kept"""
+    instruction_response_separator: str = "\n\n### Response:\n"
+    """text before each response in the separator layout"""
+    train_on: Literal["all", "last"] = "all"
+    """which assistant turns of a conversation are responses to learn"""
+    too_long: Literal["truncate", "drop"] = "truncate"
+    """a record longer than `data.block_size`: cut at the response's end, or left out"""
+    end_fill: Positive = 1
+    """end tokens after a response that are learnt, in tokens"""
+    custom_format: CustomFormat = CustomFormat()
+    """field names of `data.sft.format: custom`"""
+
+
+class DataRecipe(_Section):
+    """What is learnt from."""
+
+    dataset_name: str | Texts
+    """file (.json, .jsonl, .parquet, .csv, .txt), glob or hub name, or a list of them"""
+    dataset_config: str | None = None
+    """configuration of a hub data set"""
+    split: str = "train"
+    """split of a hub data set"""
+    text_field: str = "text"
+    """column that holds the text; `training_mode: pretrain` only"""
+    block_size: TwoOrMore = 1024
+    """longest row, in tokens; text is cut into rows of this length"""
+    max_records: Positive | None = None
+    """records read from the start of the data; null = all"""
+    eval_dataset_name: str | None = None
+    """data of the evaluation loss, named as in `data.dataset_name`"""
+    eval_size: Count = 0
+    """held out from the end of the data for the evaluation loss: records, or blocks when
+    pre-training"""
+    num_workers: Count = 0
+    """processes that load data; 0 = the training process"""
+    sft: SFTRecipe = SFTRecipe()
+
+    @model_validator(mode="after")
+    def _check(self) -> DataRecipe:
+        if self.eval_dataset_name is not None and self.eval_size:
+            raise ValueError("data.eval_size has no effect with data.eval_dataset_name; remove one of them")
+        if self.sft.custom_format._changed() and self.sft.format != "custom":
+            raise ValueError(
+                "data.sft.custom_format has no effect with data.sft.format: "
+                f"{self.sft.format}; set data.sft.format: custom"
+            )
+        if "instruction_response_separator" in self.sft._changed() and self.sft.layout == "chat":
+            raise ValueError(
+                "data.sft.instruction_response_separator has no effect with data.sft.layout: chat; "
+                "remove it or set data.sft.layout: separator"
+            )
+        return self
+
+
+class OptimizerRecipe(_Section):
+    """How a gradient changes the weights."""
+
+    type: Literal["adamw", "adafactor"] = "adamw"
+    """optimizer"""
+    learning_rate: Amount = 1e-4
+    """peak step size"""
+    weight_decay: Amount = 0.0
+    """decoupled weight decay, per unit of step size"""
+    beta1: Decay = 0.9
+    """decay of the gradient's mean, per step; adamw only"""
+    beta2: Decay = 0.999
+    """decay of the gradient's square, per step; adamw only"""
+    epsilon: PositiveFloat = 1e-8
+    """added to the denominator; adamw only"""
+    max_grad_norm: Amount = 1.0
+    """gradients are scaled down to this norm; 0 = never"""
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerRecipe:
+        unused = [n for n in self._changed() if n in ("beta1", "beta2", "epsilon")]
+        if self.type == "adafactor" and unused:
+            raise ValueError(f"optimizer.{unused[0]} has no effect with optimizer.type: adafactor; remove it")
+        return self
+
+
+class SchedulerRecipe(_Section):
+    """How the learning rate changes over the run."""
+
+    type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
+    """course of the learning rate; linear and cosine end at 0"""
+    warmup_steps: Count = 0
+    """steps in which the learning rate rises from 0, in optimizer steps"""
+
+    @model_validator(mode="after")
+    def _check(self) -> SchedulerRecipe:
+        if self.type == "constant" and self.warmup_steps:
+            raise ValueError(
+                "lr_scheduler.warmup_steps has no effect with lr_scheduler.type: constant; "
+                "set it to 0 or use constant_with_warmup"
+            )
+        return self
+
+
+class EvaluationRecipe(_Section):
+    """Exact match of generated answers, measured before and after training."""
+
+    prompts: str | None = None
+    """file of held-out records whose responses are generated and compared; `training_mode: sft`
+    only; null = none"""
+    limit: Positive | None = None
+    """records taken from the file; null = all"""
+    max_new_tokens: Positive = 64
+    """room for an answer, in tokens"""
+    steps: Positive | None = None
+    """forwards per answer; null = one per token of `max_new_tokens`"""
+    show: Count = 3
+    """answers printed with their tokens appearing"""
+    batch_size: Positive = 64
+    """prompts generated together"""
+
+
+class Recipe(_Section):
+    """One training run, complete. Read it with `load_recipe` or `recipe_from_dict`."""
+
+    training_mode: Literal["pretrain", "sft"] = "pretrain"
+    """pretrain = every token may be masked; sft = only those of the responses"""
+    seed: Count = 0
+    """seed of weights, data order and noise"""
+    model: ModelRecipe
+    data: DataRecipe
+    global_batch_size: Positive = 32
+    """sequences per optimizer step, over all devices"""
+    micro_batch_size: Positive | None = None
+    """sequences per device and forward; null = `global_batch_size` / devices"""
+    max_steps: Positive = 1000
+    """length of the run, in optimizer steps"""
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+    lr_scheduler: SchedulerRecipe = SchedulerRecipe()
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """type of the computation"""
+    gradient_checkpointing: bool = False
+    """whether activations are computed again to save memory"""
+    log_steps: Positive = 10
+    """optimizer steps between two logged losses"""
+    eval_steps: Positive | None = None
+    """optimizer steps between two evaluation losses; null = only at the end"""
+    save_steps: Positive | None = None
+    """optimizer steps between two checkpoints; null = only at the end"""
+    save_total_limit: Positive | None = 2
+    """intermediate checkpoints kept, the newest; null = all"""
+    report_to: Annotated[list[str], _Says("a list such as [tensorboard]")] = Field(
+        default_factory=lambda: ["tensorboard"]
+    )
+    """trackers of transformers.Trainer; [] = none"""
+    checkpoint_save_dir: str = "outputs/run"
+    """folder the run writes"""
+    resume_from_checkpoint: str | None = None
+    """folder to go on from; auto = the newest in `checkpoint_save_dir`"""
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if self.micro_batch_size and self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size must be a multiple of micro_batch_size; "
+                f"got {self.global_batch_size} and {self.micro_batch_size}"
+            )
+        if self.lr_scheduler.warmup_steps > self.max_steps:
+            raise ValueError(
+                f"lr_scheduler.warmup_steps must be at most max_steps = {self.max_steps}; "
+                f"got {self.lr_scheduler.warmup_steps}"
+            )
+        if self.eval_steps and not (self.data.eval_size or self.data.eval_dataset_name):
+            raise ValueError(
+                "eval_steps has no effect without evaluation data; "
+                "set data.eval_size or data.eval_dataset_name"
+            )
+        if self.training_mode == "sft" and self.data.text_field != "text":
+            _refuse("data.text_field", "sft", "pretrain")
+        if self.training_mode == "pretrain":
+            for name in self.data.sft._changed():
+                _refuse(f"data.sft.{name}", "pretrain", "sft")
+            if self.evaluation.prompts is not None:
+                _refuse("evaluation.prompts", "pretrain", "sft")
+        return self
+
+    def to_yaml(self) -> str:
+        """Write every key, defaults included; `load_recipe` reads the same recipe back."""
+        return OmegaConf.to_yaml(OmegaConf.create(_escape(self.model_dump())))
+
+
+class RecipeField(NamedTuple):
+    """One documented key of the recipe."""
+
+    key: str  # dotted, such as optimizer.learning_rate
+    default: Any  # `...` where a value must be given
+    accepts: str  # the words of the error message
+    meaning: str  # with its unit
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe, apply `key=value` overrides in order, and check the result.
+
+    Raises:
+        UnmaskError: a file that cannot be read, broken YAML, an override that is not `key=value`,
+            an unknown key, a value of the wrong type or range, or settings that contradict.
+    """
+    where = str(path)
+    config = _read_yaml(Path(path), where)
+    origin = {}
+    for text in overrides:
+        key, equals, _ = text.partition("=")
+        if not (equals and re.fullmatch(r"[^\s.\[\]]+(\.[^\s.\[\]]+)*", key)):
+            raise UnmaskError(f"'{text}' is not key=value; write for instance optimizer.learning_rate=1e-4")
+        try:
+            config = OmegaConf.merge(config, OmegaConf.from_dotlist([text]))
+        except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
+            raise UnmaskError(f"override '{text}': {_reason(error)}") from error
+        origin[key] = f"override '{text}'"
+    try:
+        tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        key = error.full_key or ""
+        raise UnmaskError(f"{origin.get(key, where)}: {key}: {_reason(error)}") from error
+    return _validate(tree, where, origin)
+
+
+def recipe_from_dict(d: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """Check a nested dict of recipe keys; `where` opens the error message.
+
+    Raises:
+        UnmaskError: as for `load_recipe`.
+    """
+    return _validate(d, where, {})
+
+
+@cache
+def recipe_fields() -> tuple[RecipeField, ...]:
+    """List every key of the recipe, in its order, with default and meaning."""
+    return tuple(_walk(Recipe))
+
+
+def _walk(section: type[_Section], prefix: str = "") -> Iterator[RecipeField]:
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if _is_section(inner):
+            yield from _walk(inner, f"{prefix}{name}.")
+        else:
+            default = ... if field.is_required() else field.get_default(call_default_factory=True)
+            meaning = " ".join((field.description or "").split())
+            yield RecipeField(prefix + name, default, _expected(field), meaning)
+
+
+def _read_yaml(path: Path, where: str) -> DictConfig:
+    try:
+        config = OmegaConf.load(io.StringIO(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise UnmaskError(f"{where}: no such recipe file") from error
+    except UnicodeDecodeError as error:
+        raise UnmaskError(f"{where}: not a text file in UTF-8") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f" line {mark.line + 1}" if mark else ""
+        raise UnmaskError(f"{where}{line}: {_reason(error)}") from error
+    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UnmaskError(f"{where}: cannot be read as a recipe: {_reason(error)}") from error
+    if not isinstance(config, DictConfig):
+        raise UnmaskError(f"{where}: expected keys such as 'max_steps: 1000'; got a list")
+    return config
+
+
+def _validate(tree: Any, where: str, origin: dict[str, str]) -> Recipe:
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as invalid:
+        messages: dict[str, str] = {}
+        # Unknown keys come first: a misspelt key is often why another one is missing.
+        unknown = ("extra_forbidden", "invalid_key")
+        errors = sorted(invalid.errors(), key=lambda e: e["type"] not in unknown)
+        for error in errors:
+            key, message = _explain(error["type"], error["loc"], error.get("ctx", {}), tree)
+            source = next((origin[o] for o in reversed(origin) if f"{key}.".startswith(f"{o}.")), where)
+            # A union reports one error for each of its members: one is enough.
+            messages.setdefault(key, f"{source}: {message}")
+        more = f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""
+        raise UnmaskError(next(iter(messages.values())) + more) from invalid
+
+
+def _explain(kind: str, loc: tuple[Any, ...], ctx: Mapping[str, Any], tree: Any) -> tuple[str, str]:
+    """Turn one pydantic error into (dotted key, message)."""
+    section: type[_Section] = Recipe
+    value: Any = tree
+    parts: list[str] = []
+    for part in loc:
+        parts.append(str(part))
+        key = ".".join(parts)
+        field = section.model_fields.get(part)
+        value = value.get(part) if isinstance(value, Mapping) else value
+        if field is None:
+            return _unknown(key, value)
+        if _is_section(field.annotation):
+            section = field.annotation
+        elif kind == "missing":
+            return key, f"{key}: missing; expected {_expected(field)}"
+        else:
+            return key, f"{key}: expected {_expected(field)}; got {_show(value)}"
+    if "error" in ctx:  # raised by a section's own check, whose message names its keys
+        return str(ctx["error"]), str(ctx["error"])
+    name = ".".join(parts) or "recipe"
+    return name, f"{name}: expected a group of keys; got {_show(value)}"
+
+
+def _unknown(key: str, value: Any) -> tuple[str, str]:
+    """Name an unknown key by the first value in it, since a group is rarely misspelt alone."""
+    full = key
+    while isinstance(value, Mapping) and value:
+        name, value = next(iter(value.items()))
+        full += f".{name}"
+    for named in (full, key):
+        if near := _nearest(named):
+            return full, f"unknown key '{named}'; did you mean '{near}'?"
+    return full, f"unknown key '{full}'; docs/recipes.md lists the known ones"
+
+
+def _nearest(key: str) -> str | None:
+    """The known key most like `key`, also where only the level is wrong; None if none is near."""
+    fields = [field.key for field in recipe_fields()]
+    groups = {field.rsplit(".", 1)[0] for field in fields if "." in field}
+
+    def score(known: str) -> tuple[float, float]:
+        whole = SequenceMatcher(None, key, known).ratio()
+        last = SequenceMatcher(None, key.rsplit(".", 1)[-1], known.rsplit(".", 1)[-1]).ratio()
+        return max(whole, last), whole
+
+    best = max([*fields, *sorted(groups)], key=score)
+    return best if score(best)[0] >= 0.7 else None
+
+
+def _expected(field: FieldInfo) -> str:
+    """The words for what a field accepts."""
+
+    def words(kind: Any, marks: Sequence[Any] = ()) -> list[str]:
+        said = [str(mark) for mark in marks if isinstance(mark, _Says)]
+        if said:
+            return said
+        origin, args = get_origin(kind), get_args(kind)
+        if origin is Annotated:
+            return words(args[0], args[1:])
+        if origin in (Union, types.UnionType):
+            return [word for arg in args for word in words(arg)]
+        if origin is Literal:
+            return [str(arg) for arg in args]
+        return [{str: "a text", bool: "true or false", type(None): "null"}[kind]]
+
+    return _either(words(field.annotation, field.metadata))
+
+
+def _refuse(key: str, mode: str, other: str) -> None:
+    raise ValueError(
+        f"{key} has no effect with training_mode: {mode}; remove it or set training_mode: {other}"
+    )
+
+
+def _either(words: Sequence[str]) -> str:
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _show(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Mapping):
+        return "a group of keys"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError):
+        return f"not valid YAML: {error.problem}"
+    if isinstance(error, GrammarParseError):
+        return "broken ${...} in a value; write a literal one as \\${"
+    strerror = error.strerror if isinstance(error, OSError) else None
+    return strerror or str(error).splitlines()[0]
+
+
+def _escape(value: Any) -> Any:
+    """Write `${` in texts as `\\${`, so that reading it back is no interpolation."""
+    if isinstance(value, dict):
+        return {key: _escape(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_escape(inner) for inner in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return value

@@ -1,0 +1,112 @@
+"""What a person sees of a run: a progress line with the loss, and the loss curve as a picture."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class ConsoleProgress(TrainerCallback):
+    """A progress bar, and above it one line for each logged loss."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.progress: Progress | None = None
+        self.started = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.started = time.monotonic()
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self.task = self.progress.add_task("training", total=state.max_steps, completed=state.global_step)
+        self.progress.start()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.progress is not None:
+            self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if self.progress is None or not logs:
+            return
+        step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
+        seconds = f"{time.monotonic() - self.started:6.0f} s"
+        if "eval_loss" in logs:
+            self.progress.console.print(
+                f"{step}  held-out loss {logs['eval_loss']:.4f} nats per token  {seconds}"
+            )
+        elif "loss" in logs:
+            self.progress.console.print(
+                f"{step}  loss {float(logs['loss']):.4f} nats per token"
+                f"  learning rate {float(logs['learning_rate']):.2e}{seconds}",
+                highlight=False,
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the terminal in order, also after a failure."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+
+class LossCurve(TrainerCallback):
+    """Draw `loss.png` into the run's folder at the end."""
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.is_world_process_zero and args.output_dir is not None:
+            draw_loss(state.log_history, Path(args.output_dir) / "loss.png")
+
+
+def draw_loss(log_history: list[dict[str, float]], file: Path) -> None:
+    """Plot training and held-out loss (nats per supervised token) against the step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
+        points = [(log["step"], log[key]) for log in log_history if key in log]
+        if points:
+            steps, losses = zip(*points, strict=True)
+            axes.plot(steps, losses, style, label=label, linewidth=1.5, markersize=4)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per supervised token)")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    figure.tight_layout()
+    figure.savefig(file)
+    plt.close(figure)

@@ -1,0 +1,278 @@
+"""One recipe -> one trained checkpoint."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from unmask.data.collate import collate
+from unmask.data.encode import Encoder
+from unmask.data.sources import read_records
+from unmask.errors import UnmaskError
+from unmask.evaluation.exact_match import Prompt, exact_share, make_prompts
+from unmask.model.checkpoint import fit_to_tokenizer, load_model, save_checkpoint, written_aside
+from unmask.model.config import PREFIX
+from unmask.model.families import MODEL_CLASSES
+from unmask.recipe import Recipe
+from unmask.training.callbacks import ConsoleProgress, LossCurve
+from unmask.training.card import write_card
+from unmask.training.dataset import ExampleDataset, custom_fields, load_data, run_tokenizer
+from unmask.training.report import answer_prompts, say_what_runs, show_answers
+from unmask.training.trainer import DiffusionTrainer
+
+FINAL = "final"  # the checkpoint a finished run leaves, inside checkpoint_save_dir
+
+
+@dataclass
+class TrainResult:
+    """What a run came to: losses in nats per supervised token, exact match (before, after) as shares."""
+
+    checkpoint: Path
+    train_loss: float
+    held_out_loss: float | None
+    exact_match: tuple[float, float] | None
+
+
+def train(recipe: Recipe, console: Console | None = None) -> TrainResult:
+    """Run a recipe: encode the data, train, evaluate, and leave a checkpoint.
+
+    Everything that can be wrong with the input is found before the first step. The folder
+    `checkpoint_save_dir` then holds `final/` (the model, its tokenizer, a model card), `loss.png`,
+    `recipe.yaml`, and the intermediate checkpoints.
+
+    Args:
+        recipe: see `unmask.load_recipe`.
+        console: where progress is shown; the terminal by default.
+
+    Raises:
+        UnmaskError: the recipe, the data or the model cannot be used, or a checkpoint cannot be written.
+    """
+    out = Path(recipe.checkpoint_save_dir)
+    resume = _resume_point(recipe, out)
+    args = training_arguments(recipe)
+    console = console or Console(highlight=False)
+    if args.process_index != 0:
+        console = Console(quiet=True)
+
+    tokenizer = run_tokenizer(recipe)
+    data = load_data(recipe, tokenizer)
+    prompts = _exact_match_prompts(recipe, data.encoder)
+    torch.manual_seed(recipe.seed)
+    model = build_model(recipe, tokenizer, data.encoder)
+    say_what_runs(console, recipe, model, data, args)
+
+    progress = ConsoleProgress(console)
+    trainer = DiffusionTrainer(
+        model=model,
+        args=args,
+        training_mode=recipe.training_mode,
+        train_dataset=ExampleDataset(data.train),
+        eval_dataset=ExampleDataset(data.held_out) if data.held_out else None,
+        data_collator=partial(collate, pad_token_id=cast(int, tokenizer.pad_token_id)),
+        processing_class=tokenizer,
+        callbacks=[progress, LossCurve()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    main = trainer.is_world_process_zero()
+    answer = partial(answer_prompts, model, tokenizer, recipe, prompts, console)
+    before = answer("before training") if main and prompts else None
+    if main:
+        _write(out / "recipe.yaml", recipe.to_yaml())
+    trainer.accelerator.wait_for_everyone()
+    try:
+        result = trainer.train(resume_from_checkpoint=resume)
+    finally:
+        progress.close()
+    held_out = trainer.evaluate()["eval_loss"] if data.held_out else None
+
+    shares = None
+    if main:
+        after = answer("after training") if prompts else None
+        if before is not None and after is not None:
+            shares = exact_share(before, prompts), exact_share(after, prompts)
+        with written_aside(out / FINAL) as aside:
+            save_checkpoint(model, tokenizer, aside)
+            write_card(
+                aside,
+                out / FINAL,
+                recipe,
+                model,
+                trainer.state,
+                result.metrics,
+                data,
+                held_out,
+                shares,
+            )
+        if after is not None:
+            show_answers(console, tokenizer, prompts, after, recipe.evaluation.show)
+        console.print(f"checkpoint: {out / FINAL}   loss curve: {out / 'loss.png'}")
+        if shares is not None:
+            before_after = f"before {shares[0]:.1%}, after {shares[1]:.1%}"
+            console.print(f"exact match: {before_after} on {len(prompts)} held-out prompts")
+    trainer.accelerator.wait_for_everyone()
+    return TrainResult(out / FINAL, result.training_loss, held_out, shares)
+
+
+def build_model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, encoder: Encoder | None = None
+) -> PreTrainedModel:
+    """Make the model to train: from random weights, an autoregressive base or a diffusion checkpoint.
+
+    Raises:
+        UnmaskError: an unknown field of `model.config`, or a checkpoint that cannot be loaded.
+    """
+    settings = recipe.model
+    dtype = getattr(torch, settings.dtype)
+    overrides: dict[str, Any] = {"noise_eps": settings.noise_eps}
+    if settings.logit_shift is not None:
+        overrides["logit_shift"] = settings.logit_shift
+    if settings.name_or_path is not None:
+        model = load_model(
+            settings.name_or_path,
+            dtype=dtype,
+            attn_implementation=settings.attn_implementation,
+            convert_base=True,
+            **overrides,
+        )
+    else:
+        model = _from_scratch(dict(settings.config or {}), tokenizer, overrides)
+        model = model.to(dtype)
+        model.set_attn_implementation(settings.attn_implementation)
+    fit_to_tokenizer(model, tokenizer)
+    if encoder is not None:
+        tokenizer.chat_template = encoder.chat_template  # generation lays prompts out as training did
+        assert model.generation_config is not None
+        ends = dict.fromkeys([encoder.end_token_id, tokenizer.eos_token_id])
+        model.generation_config.eos_token_id = list(ends) if len(ends) > 1 else encoder.end_token_id
+    if recipe.data.block_size > model.config.max_position_embeddings:
+        raise UnmaskError(
+            f"data.block_size: {recipe.data.block_size} tokens exceed the model's"
+            f" {model.config.max_position_embeddings} positions (max_position_embeddings)."
+        )
+    return model
+
+
+def _from_scratch(
+    fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase, overrides: dict[str, Any]
+) -> PreTrainedModel:
+    model_class = MODEL_CLASSES[PREFIX + fields.pop("model_type")]
+    config_class = model_class.config_class
+    known = set(config_class().to_dict())
+    for name in fields:
+        if name not in known:
+            raise UnmaskError(f"model.config.{name}: {config_class.__name__} has no such field.")
+    fields = {"vocab_size": max(tokenizer.get_vocab().values()) + 1, **fields}
+    if (
+        "head_dim" in known
+        and "head_dim" not in fields
+        and {"hidden_size", "num_attention_heads"} <= set(fields)
+    ):
+        fields["head_dim"] = fields["hidden_size"] // fields["num_attention_heads"]
+    if "num_attention_heads" in fields:
+        fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
+    try:
+        return model_class(config_class(**fields, **overrides))
+    except (TypeError, ValueError) as error:
+        raise UnmaskError(f"model.config: no model can be built: {str(error).splitlines()[0]}") from error
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """Translate a recipe into transformers' own settings.
+
+    Raises:
+        UnmaskError: the global batch cannot be divided over the processes, or the folder is not writable.
+    """
+    out = Path(recipe.checkpoint_save_dir)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UnmaskError(f"checkpoint_save_dir: {out} cannot be made: {error.strerror}.") from error
+    if not os.access(out, os.W_OK):
+        raise UnmaskError(f"checkpoint_save_dir: {out} cannot be written to.")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    micro = recipe.micro_batch_size or max(1, recipe.global_batch_size // processes)
+    if recipe.global_batch_size % (micro * processes):
+        raise UnmaskError(
+            f"global_batch_size: {recipe.global_batch_size} is no multiple of micro_batch_size {micro} times"
+            f" {processes} processes."
+        )
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(out / "tensorboard"))
+    optimizer = recipe.optimizer
+    return TrainingArguments(
+        output_dir=str(out),
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=micro,
+        gradient_accumulation_steps=recipe.global_batch_size // (micro * processes),
+        max_steps=recipe.max_steps,
+        optim={"adamw": "adamw_torch", "adafactor": "adafactor"}[optimizer.type],
+        learning_rate=optimizer.learning_rate,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_epsilon=optimizer.epsilon,
+        max_grad_norm=optimizer.max_grad_norm,
+        lr_scheduler_type=recipe.lr_scheduler.type,
+        warmup_steps=recipe.lr_scheduler.warmup_steps,
+        bf16=recipe.precision == "bf16",
+        use_cpu=not torch.accelerator.is_available(),
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=recipe.log_steps,
+        logging_first_step=True,
+        eval_strategy="steps" if recipe.eval_steps else "no",
+        eval_steps=recipe.eval_steps,
+        save_strategy="steps" if recipe.save_steps else "no",
+        save_steps=recipe.save_steps or recipe.max_steps,
+        save_total_limit=recipe.save_total_limit,
+        report_to=list(recipe.report_to) or "none",
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        dataloader_num_workers=recipe.data.num_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        label_names=[],
+        disable_tqdm=True,
+    )
+
+
+def _resume_point(recipe: Recipe, out: Path) -> str | None:
+    """The checkpoint folder to go on from, or None for a new run."""
+    wanted = recipe.resume_from_checkpoint
+    if wanted is None:
+        if out.is_dir() and (get_last_checkpoint(str(out)) or (out / FINAL).exists()):
+            raise UnmaskError(
+                f"checkpoint_save_dir: {out} holds a run already; set resume_from_checkpoint=auto to go on"
+                " with it, or name another folder."
+            )
+        return None
+    if wanted == "auto":
+        return get_last_checkpoint(str(out)) if out.is_dir() else None
+    if not (Path(wanted) / "trainer_state.json").exists():
+        raise UnmaskError(
+            f"resume_from_checkpoint: {wanted} is no training checkpoint (it has no trainer_state.json)."
+        )
+    return wanted
+
+
+def _exact_match_prompts(recipe: Recipe, encoder: Encoder | None) -> list[Prompt]:
+    if recipe.evaluation.prompts is None:
+        return []
+    assert encoder is not None  # the recipe allows prompts in sft alone
+    records = read_records(recipe.evaluation.prompts, limit=recipe.evaluation.limit)
+    return make_prompts(records, encoder, recipe.data.sft.format, custom_fields(recipe))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UnmaskError(f"{path}: could not be written: {error.strerror}.") from error

@@ -1,0 +1,130 @@
+"""transformers.Trainer with the diffusion loss, its one normaliser, keyed noise and an exact evaluation."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+
+from unmask.data.hub import first_line
+from unmask.diffusion.noise import example_seeds
+from unmask.errors import UnmaskError
+
+EVALUATION_EPOCH = -1  # evaluation noise is that of an epoch that training never reaches
+
+
+def count_supervised(batch: dict[str, Tensor]) -> Tensor:
+    """Count the tokens of a batch that may be masked: neither source nor padding."""
+    return (batch["attention_mask"].bool() & ~batch["src_mask"]).sum()
+
+
+class DiffusionTrainer(Trainer):
+    """Train a masked-diffusion model on batches of `unmask.data.collate`.
+
+    What it changes in `Trainer`:
+      - the loss: the sum of CE / t over masked tokens, divided by the number of supervised tokens of the
+        whole optimizer step, over all micro-batches and processes (nats per supervised token);
+      - the noise of a sample is a function of (seed, sample id, epoch) alone;
+      - the evaluation loss is the same quantity over the whole evaluation set, with noise that never
+        changes, so that two evaluations of one model agree to the bit;
+      - a checkpoint that cannot be written leaves the earlier ones as they are.
+
+    Args:
+        training_mode: "pretrain" or "sft", as in the model's `forward`.
+        Others as in `transformers.Trainer`; every example needs a sample id, and `args` needs
+        `remove_unused_columns=False`.
+    """
+
+    # The loss is normalised over the optimizer step by us: Trainer must not divide it again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, training_mode: str = "pretrain", **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.training_mode = training_mode
+        self.model_accepts_loss_kwargs = True  # what older versions read instead of the attribute above
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
+        if not batch_samples:
+            return None
+        count = torch.stack([count_supervised(batch) for batch in batch_samples]).sum().to(device)
+        return cast(Tensor, self.accelerator.gather(count)).sum() if self.args.world_size > 1 else count
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Compute the share of the optimizer step's loss that this micro-batch contributes."""
+        outputs = self._denoise(model, inputs, int(self.state.epoch or 0), num_items_in_batch)
+        # Gradients are averaged over processes, and the divisor already counts the tokens of all.
+        loss = outputs.loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _denoise(
+        self, model: Any, inputs: dict[str, Any], epoch: int, num_supervised: Tensor | int | None
+    ) -> Any:
+        return model(
+            input_ids=inputs["input_ids"],
+            labels=inputs["input_ids"],  # a loss in eval mode too
+            attention_mask=inputs["attention_mask"],
+            src_mask=inputs["src_mask"] if self.training_mode == "sft" else None,
+            training_mode=self.training_mode,
+            noise_seed=example_seeds(self.args.seed, inputs["sample_ids"], epoch),
+            num_supervised=num_supervised,
+            return_logits=False,
+        )
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Compute the loss over the whole set: one sum over one count, whatever the batch size."""
+        model = self._wrap_model(cast(Any, self.model), training=False, dataloader=dataloader)
+        model.eval()
+        total = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # loss, tokens, samples
+        for batch in dataloader:
+            batch = cast(dict[str, Tensor], self._prepare_inputs(batch))
+            real = self._real_rows(len(batch["input_ids"]))
+            batch["src_mask"] = batch["src_mask"] | ~real[:, None]
+            batch["attention_mask"] = batch["attention_mask"] * real[:, None]
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = self._denoise(model, batch, EVALUATION_EPOCH, num_supervised=1).loss
+            total += torch.stack([loss.double(), count_supervised(batch).double(), real.sum().double()])
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        total = cast(Tensor, self.accelerator.reduce(total))
+        metrics = {f"{metric_key_prefix}_loss": (total[0] / total[1].clamp(min=1)).item()}
+        return EvalLoopOutput(None, None, metrics, num_samples=int(total[2]))  # type: ignore[arg-type]
+
+    def _real_rows(self, rows: int) -> Tensor:
+        """True for rows that are not the repetitions which make the last batch even over processes."""
+        state = self.accelerator.gradient_state
+        index = torch.arange(rows, device=self.args.device) + rows * self.accelerator.process_index
+        if state.end_of_dataloader and state.remainder > 0:
+            return index < state.remainder
+        return torch.ones_like(index, dtype=torch.bool)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "write" not in str(error):
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+            raise UnmaskError(
+                f"{folder}: could not be written: {first_line(error)}; earlier checkpoints are as they were:"
+                " make room and go on with resume_from_checkpoint=auto."
+            ) from error
