@@ -126,7 +126,7 @@ WORD_TASKS: dict[str, tuple[tuple[str, ...], Callable[[str], str]]] = {
 }
 SUM_PHRASES = ("What is {} + {}?", "How much is {} + {}?", "Add up {} + {}.")
 # How often each task comes up in training: the two that take the longest to learn come up more.
-SHARES = dict.fromkeys(WORD_TASKS, 2) | {"sort": 3, "sum": 6}
+SHARES = dict.fromkeys(WORD_TASKS, 2) | {"sort": 3, "sum": 9}
 NUMBERS = range(10, 50)
 
 

@@ -84,7 +84,8 @@ class DiffusionGenerationConfig(GenerationConfig):
         values = config.to_dict()
         if values.get("mask_token_id") is None:
             return cls(**{name: values.get(name) for name in _TOKEN_IDS})
-        return cls(**{name: values[name] for name in cls().__dict__ if name in values})
+        known = vars(cls())
+        return cls(**{name: values[name] for name in known if values.get(name) is not None})
 
     @classmethod
     def from_model_config(cls, model_config: Any) -> DiffusionGenerationConfig:

@@ -17,7 +17,8 @@ class ConsoleProgress(TrainerCallback):
     def __init__(self, console: Console):
         self.console = console
         self.progress: Progress | None = None
-        self.started = 0.0
+        self.started = time.monotonic()
+        self.leading = False  # whether this process is the one that speaks
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -25,6 +26,7 @@ class ConsoleProgress(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self.started = time.monotonic()
+        self.leading = True
         self.progress = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -33,6 +35,7 @@ class ConsoleProgress(TrainerCallback):
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
+            disable=not self.console.is_terminal,
         )
         self.task = self.progress.add_task("training", total=state.max_steps, completed=state.global_step)
         self.progress.start()
@@ -51,16 +54,16 @@ class ConsoleProgress(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        if self.progress is None or not logs:
+        if not self.leading or not logs:
             return
         step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
         seconds = f"{time.monotonic() - self.started:6.0f} s"
         if "eval_loss" in logs:
-            self.progress.console.print(
+            self.console.print(
                 f"{step}  held-out loss {logs['eval_loss']:.4f} nats per token  {seconds}"
             )
         elif "loss" in logs:
-            self.progress.console.print(
+            self.console.print(
                 f"{step}  loss {float(logs['loss']):.4f} nats per token"
                 f"  learning rate {float(logs['learning_rate']):.2e}{seconds}",
                 highlight=False,
@@ -79,7 +82,12 @@ class ConsoleProgress(TrainerCallback):
 
 
 class LossCurve(TrainerCallback):
-    """Draw `loss.png` into the run's folder at the end."""
+    """Draw `loss.png` into the run's folder at every evaluation and at the end."""
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.on_train_end(args, state, control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -25,7 +25,7 @@ def answer_prompts(
     """Answer the held-out prompts and print the share that is exact."""
     settings = recipe.evaluation
     model.eval()
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"answering {when}", total=len(prompts))
         completions = complete(
             model,

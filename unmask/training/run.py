@@ -58,7 +58,7 @@ def train(recipe: Recipe, console: Console | None = None) -> TrainResult:
     """
     out = Path(recipe.checkpoint_save_dir)
     resume = _resume_point(recipe, out)
-    args = training_arguments(recipe)
+    args = training_arguments(recipe, eval_on_start=resume is None)
     console = console or Console(highlight=False)
     if args.process_index != 0:
         console = Console(quiet=True)
@@ -92,7 +92,7 @@ def train(recipe: Recipe, console: Console | None = None) -> TrainResult:
         result = trainer.train(resume_from_checkpoint=resume)
     finally:
         progress.close()
-    held_out = trainer.evaluate()["eval_loss"] if data.held_out else None
+    held_out = _held_out_loss(trainer) if data.held_out else None
 
     shares = None
     if main:
@@ -185,7 +185,7 @@ def _from_scratch(
         raise UnmaskError(f"model.config: no model can be built: {str(error).splitlines()[0]}") from error
 
 
-def training_arguments(recipe: Recipe) -> TrainingArguments:
+def training_arguments(recipe: Recipe, eval_on_start: bool = True) -> TrainingArguments:
     """Translate a recipe into transformers' own settings.
 
     Raises:
@@ -224,12 +224,12 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         warmup_steps=recipe.lr_scheduler.warmup_steps,
         bf16=recipe.precision == "bf16",
         use_cpu=not torch.accelerator.is_available(),
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        **_recompute(recipe.gradient_checkpointing),
         logging_steps=recipe.log_steps,
         logging_first_step=True,
         eval_strategy="steps" if recipe.eval_steps else "no",
         eval_steps=recipe.eval_steps,
+        eval_on_start=eval_on_start and bool(recipe.data.eval_size or recipe.data.eval_dataset_name),
         save_strategy="steps" if recipe.save_steps else "no",
         save_steps=recipe.save_steps or recipe.max_steps,
         save_total_limit=recipe.save_total_limit,
@@ -242,6 +242,13 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         label_names=[],
         disable_tqdm=True,
     )
+
+
+def _recompute(wanted: bool) -> dict[str, Any]:
+    """Gradient checkpointing under the name this version of transformers knows it by."""
+    fields = TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
+    return {name: wanted, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 def _resume_point(recipe: Recipe, out: Path) -> str | None:
@@ -269,6 +276,14 @@ def _exact_match_prompts(recipe: Recipe, encoder: Encoder | None) -> list[Prompt
     assert encoder is not None  # the recipe allows prompts in sft alone
     records = read_records(recipe.evaluation.prompts, limit=recipe.evaluation.limit)
     return make_prompts(records, encoder, recipe.data.sft.format, custom_fields(recipe))
+
+
+def _held_out_loss(trainer: DiffusionTrainer) -> float:
+    """The held-out loss of the final weights, evaluated once."""
+    losses = [log for log in trainer.state.log_history if "eval_loss" in log]
+    if losses and losses[-1]["step"] == trainer.state.global_step:
+        return losses[-1]["eval_loss"]
+    return trainer.evaluate()["eval_loss"]
 
 
 def _write(path: Path, text: str) -> None:

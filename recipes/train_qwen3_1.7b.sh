@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Adapt Qwen3-1.7B to diffusion on plain text: every token can be masked.
+# Further key=value arguments override the recipe, for instance data.dataset_name=my.txt.
+# One GPU: ./recipes/train_qwen3_1.7b.sh      Eight: NPROC=8 ./recipes/train_qwen3_1.7b.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [ "${NPROC:-1}" -gt 1 ]; then
+  exec torchrun --nproc_per_node="$NPROC" -m unmask train recipes/train_qwen3_1.7b.yaml "$@"
+fi
+exec unmask train recipes/train_qwen3_1.7b.yaml "$@"

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# A small Qwen3 diffusion model from random weights, on a CPU: words reversed, sorted, spelt.
+# Further key=value arguments override the recipe; NPROC=2 runs two processes.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [ "${NPROC:-1}" -gt 1 ]; then
+  exec torchrun --nproc_per_node="$NPROC" -m unmask train recipes/train_tiny_sft.yaml "$@"
+fi
+exec unmask train recipes/train_tiny_sft.yaml "$@"

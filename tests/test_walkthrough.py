@@ -1,0 +1,148 @@
+"""Everything README.md shows is run: its commands in their order, its Python, and the scripts."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import Qwen3Config
+from transformers import Qwen3ForCausalLM as StockQwen3
+
+from unmask import byte_tokenizer, load_model
+from unmask.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+SHORT = ["max_steps=2", "lr_scheduler.warmup_steps=1", "evaluation.limit=3", "global_batch_size=4", "data.max_records=64", "data.eval_size=8"]  # fmt: skip
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like the clone, with a tiny autoregressive base in it."""
+    place = tmp_path_factory.mktemp("clone")
+    (place / "recipes").symlink_to(ROOT / "recipes")
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(place / "base")
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=2048,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    StockQwen3(config).save_pretrained(place / "base")
+    (place / "my.jsonl").write_text('{"instruction": "Say hello.", "output": "Hello!"}\n' * 12)
+    (place / "my.txt").write_text("To be, or not to be, that is the question. " * 400)
+    return place
+
+
+def run(command: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a command as README shows it, only shorter, and with a tiny base for what is on the hub."""
+    arguments = shlex.split(command)
+    monkeypatch.chdir(place)
+    if arguments[0] == "make":
+        subprocess.run(["make", "-n", arguments[1]], cwd=ROOT, check=True, capture_output=True)
+    elif arguments[0].startswith("./recipes/"):
+        local = [f"data.dataset_name={place / argument.split('=')[1]}" for argument in arguments[1:]]
+        extra = [
+            f"model.name_or_path={place / 'base'}",
+            f"checkpoint_save_dir={place / Path(arguments[0]).stem}",
+            "data.dataset_config=null",
+            "data.block_size=64",
+            *SHORT,
+            "eval_steps=2",
+            "data.eval_size=2",
+            "micro_batch_size=2",
+            "save_steps=2",
+        ]
+        shell([arguments[0], *local, *extra], place)
+    else:
+        assert arguments[0] == "unmask"
+        arguments = [argument.replace("Qwen/Qwen3-0.6B", "base") for argument in arguments[1:]]
+        if arguments[0] == "train":
+            arguments += SHORT
+        monkeypatch.setattr(sys, "argv", ["unmask", *arguments])
+        main_ended_well()
+
+
+def main_ended_well() -> None:
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+
+
+def shell(arguments: list[str], place: Path) -> str:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(arguments, cwd=place, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_readme_commands_run_in_their_order(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = commands()
+    assert {"make demo", "make test"} <= set(shown)
+    for command in shown:
+        run(command, place, monkeypatch)
+    assert load_model(str(place / "outputs" / "qwen3-0.6b-diffusion")).config.logit_shift
+    assert load_model(str(place / "train_qwen3_1.7b_sft" / "final")).config.logit_shift
+
+
+def test_readme_python_runs() -> None:
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_readme_tree_names_files_that_exist() -> None:
+    [tree] = [block for block in blocks("text") if "recipe.py" in block]
+    folder = Path()
+    for line in tree.splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = Path(name) if name.endswith("/") else Path()
+            found = ROOT / name
+        else:
+            if line.startswith("  ") and not line.startswith("    ") and name.endswith("/"):
+                folder = Path("unmask") / name
+                found = ROOT / folder
+            else:
+                found = ROOT / ("unmask" if not line.startswith("    ") else folder) / name
+        assert found.exists(), line
+
+
+def test_readme_links_exist() -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_example_of_the_contract_shows_both_modes() -> None:
+    out = shell([sys.executable, str(ROOT / "sft_example.py")], ROOT)
+    assert "1. pretrain" in out and "2. sft" in out and "ValueError: training_mode='sft'" in out
+    losses = [float(loss) for loss in re.findall(r"step \d+: loss ([\d.]+)", out)]
+    assert losses[-1] < losses[0]
+
+
+def test_demo_script_ends_with_the_exact_match(place: Path) -> None:
+    out = shell(
+        [str(ROOT / "recipes/train_tiny_sft.sh"), *SHORT, f"checkpoint_save_dir={place / 'demo'}"], place
+    )
+    last = out.strip().splitlines()[-1]
+    assert re.fullmatch(r"exact match: before [\d.]+%, after [\d.]+% on 3 held-out prompts", last), out
+    assert (place / "demo" / "loss.png").stat().st_size > 0

@@ -1,0 +1,130 @@
+"""Models and folders small enough to enumerate, shared by the tests: `from tiny import tiny_model`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from unmask.data.tokenizer import byte_tokenizer
+from unmask.model.config import diffusion_values
+from unmask.model.families import MODEL_CLASSES
+
+FAMILIES = ("qwen3", "qwen2", "llama")
+STOCK: dict[str, tuple[Any, Any]] = {
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+}
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    # Wide enough that the logits are far from uniform and a misplaced position shows.
+    "initializer_range": 0.4,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "tie_word_embeddings": True,
+}
+
+
+def tiny_stock_config(family: str = "qwen3", **fields: Any) -> Any:
+    """A stock config; Qwen3's has heads * head_dim = 24 != hidden_size = 16, as Qwen3-0.6B does."""
+    own = {"head_dim": 12} if family == "qwen3" else {}
+    return STOCK[family][0](**{**SIZES, **own, **fields})
+
+
+def tiny_config(family: str = "qwen3", **fields: Any) -> Any:
+    """A diffusion config; the last id is the mask token unless `mask_token_id` says otherwise."""
+    stock = tiny_stock_config(family)
+    values = {**diffusion_values(stock.to_dict()), "logit_shift": False, **fields}
+    values.setdefault("mask_token_id", values["vocab_size"] - 1)
+    model_type = values.pop("model_type")
+    return MODEL_CLASSES[model_type].config_class(**values)
+
+
+def tiny_stock_model(
+    family: str = "qwen3", *, seed: int = 0, dtype: torch.dtype = torch.float64, **fields: Any
+) -> PreTrainedModel:
+    """An autoregressive model of transformers with random weights, in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return STOCK[family][1](tiny_stock_config(family, **fields)).to(dtype).eval()
+
+
+def tiny_model(
+    family: str = "qwen3", *, seed: int = 0, dtype: torch.dtype = torch.float64, **fields: Any
+) -> Any:
+    """A diffusion model with random weights, in train mode; leaves torch's generator as it was."""
+    config = tiny_config(family, **fields)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MODEL_CLASSES[config.model_type](config).to(dtype).train()
+
+
+def random_ids(*shape: int, vocab: int = 31, seed: int = 0) -> torch.Tensor:
+    """Ids in [0, vocab): by default every id of `tiny_config` but the mask token."""
+    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def byte_fields(vocab_size: int = 260) -> dict[str, Any]:
+    """Config fields that go with `byte_tokenizer`."""
+    return {
+        "vocab_size": vocab_size,
+        "eos_token_id": 258,
+        "pad_token_id": 256,
+        "max_position_embeddings": 256,
+    }
+
+
+def autoregressive_folder(
+    path: Path,
+    family: str = "qwen3",
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype = torch.float32,
+    **fields: Any,
+) -> Path:
+    """Save a stock model with a byte tokenizer that has no mask token: 259 ids in 272 rows by default."""
+    fields = {**byte_fields(272), **fields}
+    tiny_stock_model(family, dtype=dtype, **fields).save_pretrained(path)
+    (tokenizer or byte_tokenizer_without_mask()).save_pretrained(path)
+    return path
+
+
+def byte_tokenizer_without_mask() -> PreTrainedTokenizerBase:
+    """`byte_tokenizer` as an autoregressive checkpoint would have it: 259 ids, no mask token."""
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+
+    stock = byte_tokenizer()
+    vocab = {token: i for token, i in stock.get_vocab().items() if i < 256}
+    backend = Tokenizer(BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    backend.add_special_tokens([AddedToken(text, special=True) for text in specials])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        extra_special_tokens=["<|im_start|>"],
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    tokenizer.chat_template = stock.chat_template
+    return tokenizer
+
+
+def byte_model(family: str = "qwen3", **fields: Any) -> Any:
+    """A diffusion model that goes with `byte_tokenizer`, float32, with its generation config."""
+    return tiny_model(family, dtype=torch.float32, **{**byte_fields(), "mask_token_id": 259, **fields})
