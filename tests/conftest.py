@@ -3,16 +3,23 @@ from __future__ import annotations
 import os
 
 # Before any hub library is imported: the tests reach no network.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
 
+import jaxtyping
 import pytest
-import torch
-from transformers import PreTrainedTokenizerBase
 
-from unmask.data.tokenizer import byte_tokenizer
+# Before unmask.diffusion is imported: the shapes in its annotations are checked at every call. An int
+# passes for a float, as it does for type checkers.
+jaxtyping.install_import_hook(
+    "unmask.diffusion", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)
 
-torch.set_num_threads(1)  # tiny tensors: threads only cost
+import torch  # noqa: E402
+from transformers import PreTrainedTokenizerBase  # noqa: E402
+
+from unmask.data.tokenizer import byte_tokenizer  # noqa: E402
+
+torch.set_num_threads(1)  # on tensors this small threads only cost
 
 
 @pytest.fixture(autouse=True)

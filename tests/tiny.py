@@ -128,3 +128,28 @@ def byte_tokenizer_without_mask() -> PreTrainedTokenizerBase:
 def byte_model(family: str = "qwen3", **fields: Any) -> Any:
     """A diffusion model that goes with `byte_tokenizer`, float32, with its generation config."""
     return tiny_model(family, dtype=torch.float32, **{**byte_fields(), "mask_token_id": 259, **fields})
+
+
+def assert_uniform(cells: torch.Tensor, count: int) -> None:
+    """Chi-square test that integers in [0, count) are equally frequent; false alarms: 1 in a million.
+
+    On keyed draws, or with a seeded generator, the outcome is the same at every run.
+    """
+    observed = torch.bincount(cells.flatten(), minlength=count).double()
+    assert len(observed) == count
+    expected = cells.numel() / count
+    statistic = ((observed - expected) ** 2 / expected).sum().item()
+    free, z = count - 1, 4.753  # z: one-sided 1e-6
+    limit = free * (1 - 2 / (9 * free) + z * (2 / (9 * free)) ** 0.5) ** 3  # Wilson and Hilferty, 1931
+    assert statistic < limit, f"chi-square {statistic:.1f} of {free} degrees of freedom"
+
+
+def assert_rate(hits: torch.Tensor, probability: float | torch.Tensor) -> None:
+    """Test that each column of `hits` (draws, columns) is True at the given rate.
+
+    Five standard errors for each column: a false alarm in 1.7 million columns (normal approximation).
+    """
+    hits = hits.double().reshape(len(hits), -1)
+    p = torch.as_tensor(probability, dtype=torch.float64)
+    error = (hits.mean(dim=0) - p).abs() / (p * (1 - p) / len(hits)).sqrt()
+    assert error.max() < 5, f"off by {error.max():.1f} standard errors"

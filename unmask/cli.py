@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 import warnings
@@ -162,7 +163,15 @@ def main() -> None:
     try:
         app(arguments, prog_name="unmask")
     except UnmaskError as error:
-        if debug:
+        _fail(error, str(error), debug)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(error, f"{error.filename or 'writing'}: no space left on the disk; make room and try again.", debug)
+
+
+def _fail(error: Exception, message: str, debug: bool) -> None:
+    if debug:
+        raise error
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,9 +1,9 @@
-"""Writes train.jsonl and heldout.jsonl: small word and number tasks in the Alpaca format.
+"""Writes train.jsonl and heldout.jsonl: small word tasks in the Alpaca format.
 
     python make_data.py            # writes both files beside this one, always the same bytes
     python make_data.py --check    # checks the files that lie there
 
-No word and no number that a held-out prompt is about occurs anywhere in train.jsonl, neither in an
+No word that a held-out prompt is about occurs anywhere in train.jsonl, neither in an
 instruction nor in an output. Training mixes real English words with made-up ones, so that a model
 has to learn the tasks rather than the words; held-out prompts use real words alone.
 """
@@ -19,11 +19,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SEED = 20
-TRAIN_RECORDS = 12_000
+TRAIN_RECORDS = 14_000
 HELDOUT_PER_TASK = 50
 HELDOUT_WORDS = 150
-HELDOUT_NUMBERS = 8
-LETTERS = (2, 2, 3, 3, 4, 4, 5, 6)  # lengths of made-up words; real ones have up to the last
+LETTERS = (2, 3, 3, 4, 4, 5, 6, 7)  # lengths of made-up words; real ones have up to the last
 ONSETS = [
     "b",
     "c",
@@ -92,7 +91,7 @@ Record = dict[str, str]
 
 
 def pig_latin(word: str) -> str:
-    """Moves the consonants before the first vowel to the end and adds "ay": plane -> aneplay."""
+    """Move the consonants before the first vowel to the end and add "ay": plane -> aneplay."""
     first = next((i for i, letter in enumerate(word) if letter in "aeiou"), 0)
     return word[first:] + word[:first] + "ay"
 
@@ -123,22 +122,24 @@ WORD_TASKS: dict[str, tuple[tuple[str, ...], Callable[[str], str]]] = {
         ("Sort the letters of {}.", "Put it in alphabetical order: {}."),
         lambda word: "".join(sorted(word)),
     ),
+    "pig latin": (
+        ("Say {} in pig Latin.", "Turn it into pig Latin: {}."),
+        pig_latin,
+    ),
 }
-SUM_PHRASES = ("What is {} + {}?", "How much is {} + {}?", "Add up {} + {}.")
-# How often each task comes up in training: the two that take the longest to learn come up more.
-SHARES = dict.fromkeys(WORD_TASKS, 2) | {"sort": 3, "sum": 9}
-NUMBERS = range(10, 50)
+# How often each task comes up in training: the one that takes the longest to learn comes up more.
+SHARES = dict.fromkeys(WORD_TASKS, 2) | {"sort": 5}
 
 
 def tokens_of(text: str) -> set[str]:
-    """The words and numbers of a text, in small letters."""
-    return set(re.findall(r"[a-z]+|[0-9]+", text.lower()))
+    """The words of a text, in small letters."""
+    return set(re.findall(r"[a-z]+", text.lower()))
 
 
 def phrase_words() -> set[str]:
     """The words that the phrasings themselves are made of."""
     phrases = [phrase for group, _ in WORD_TASKS.values() for phrase in group]
-    return tokens_of(" ".join([*phrases, *SUM_PHRASES]))
+    return tokens_of(" ".join(phrases))
 
 
 def real_words() -> list[str]:
@@ -162,40 +163,22 @@ def word_record(task: str, word: str, rng: random.Random) -> Record:
     return {"instruction": rng.choice(phrases).format(word), "output": answer(word)}
 
 
-def sum_record(a: int, b: int, rng: random.Random) -> Record:
-    """One addition with a phrasing drawn at random."""
-    return {"instruction": rng.choice(SUM_PHRASES).format(a, b), "output": str(a + b)}
-
-
-def heldout_operands(rng: random.Random) -> tuple[list[str], list[int]]:
-    """The words and the numbers that are kept for held-out prompts."""
-    return rng.sample(real_words(), HELDOUT_WORDS), rng.sample(NUMBERS, HELDOUT_NUMBERS)
-
-
-def heldout_records(rng: random.Random, words: list[str], numbers: list[int]) -> Iterator[Record]:
-    """Held-out prompts, task by task; both numbers of a sum are held out."""
+def heldout_records(rng: random.Random, words: list[str]) -> Iterator[Record]:
+    """Held-out prompts, task by task."""
     for task in WORD_TASKS:
         for word in rng.sample(words, HELDOUT_PER_TASK):
             yield word_record(task, word, rng) | {"task": task}
-    pairs = [(a, b) for a in numbers for b in numbers]
-    for a, b in rng.sample(pairs, HELDOUT_PER_TASK):
-        yield sum_record(a, b, rng) | {"task": "sum"}
 
 
-def train_records(rng: random.Random, words: list[str], numbers: list[int]) -> Iterator[Record]:
-    """Training records without end, no two alike, none that mentions a held-out word or number."""
-    heldout = {*words, *map(str, numbers)}
+def train_records(rng: random.Random, heldout: set[str]) -> Iterator[Record]:
+    """Training records without end, no two alike, none that mentions a held-out word."""
     real = [word for word in real_words() if word not in heldout]
     tasks = [task for task, share in SHARES.items() for _ in range(share)]
     seen: set[str] = set()
     while True:
-        task = rng.choice(tasks)
-        if task == "sum":
-            record = sum_record(rng.choice(NUMBERS), rng.choice(NUMBERS), rng)
-        else:
-            is_real = rng.random() < REAL_WORD_SHARE
-            word = rng.choice(real) if is_real else made_up_word(rng)
-            record = word_record(task, word, rng)
+        is_real = rng.random() < REAL_WORD_SHARE
+        word = rng.choice(real) if is_real else made_up_word(rng)
+        record = word_record(rng.choice(tasks), word, rng)
         if record["instruction"] in seen or tokens_of(" ".join(record.values())) & heldout:
             continue
         seen.add(record["instruction"])
@@ -205,17 +188,17 @@ def train_records(rng: random.Random, words: list[str], numbers: list[int]) -> I
 def make() -> tuple[list[Record], list[Record]]:
     """Both sets, (train, heldout), the same on every machine."""
     rng = random.Random(SEED)
-    words, numbers = heldout_operands(rng)
-    heldout = list(heldout_records(rng, words, numbers))
-    stream = train_records(rng, words, numbers)
+    words = rng.sample(real_words(), HELDOUT_WORDS)
+    heldout = list(heldout_records(rng, words))
+    stream = train_records(rng, set(words))
     return [next(stream) for _ in range(TRAIN_RECORDS)], heldout
 
 
 def check(train: list[Record], heldout: list[Record]) -> int:
-    """How many words and numbers the held-out prompts are about; none of them is in training.
+    """How many words the held-out prompts are about; none of them is in training.
 
     Raises:
-        ValueError: a word or number of a held-out prompt occurs in training.
+        ValueError: a word of a held-out prompt occurs in training.
     """
     asked = set().union(*(tokens_of(record["instruction"]) for record in heldout))
     operands = asked - phrase_words()
@@ -243,8 +226,8 @@ def main() -> None:
             path.write_text("".join(json.dumps(record) + "\n" for record in records))
     train, heldout = map(read, paths)
     count = check(train, heldout)
-    print(f"{len(train)} training records, {len(heldout)} held-out prompts about {count} words and")
-    print("numbers, none of which occurs in training")
+    print(f"{len(train)} training records, {len(heldout)} held-out prompts about {count} words,")
+    print("none of which occurs in training")
 
 
 if __name__ == "__main__":

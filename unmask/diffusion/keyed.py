@@ -44,8 +44,8 @@ def keyed_hash(seed: Int[Tensor, "..."] | int, *keys: Int[Tensor, "..."] | int) 
     device = like.device if like is not None else None
     state = _mix(torch.as_tensor(seed, dtype=torch.int64, device=device) + _GOLDEN)
     for key in keys:
-        key = torch.as_tensor(key, dtype=torch.int64, device=device)
-        state = _mix((state ^ _mix(key + _GOLDEN)) + _GOLDEN)
+        # The key enters unmixed: were both sides mixed alike, (a, b) and (b, a) would hash to the same.
+        state = _mix((state ^ torch.as_tensor(key, dtype=torch.int64, device=device)) + _GOLDEN)
     return state
 
 

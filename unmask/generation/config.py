@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import math
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import GenerationConfig
+
+from unmask.errors import UnmaskError
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -27,7 +32,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         suppress_tokens: ids never generated, beside the mask token: padding, and ids without a token.
 
     Raises:
-        ValueError: an unknown setting, or one out of its range.
+        UnmaskError: an unknown setting, or one out of its range.
     """
 
     def __init__(self, **kwargs: Any):
@@ -47,20 +52,36 @@ class DiffusionGenerationConfig(GenerationConfig):
         kwargs.pop("do_sample", None)  # written for stock readers alone, see to_diff_dict
         for name in ("_commit_hash", "_from_model_config", "transformers_version"):
             setattr(self, name, kwargs.pop(name, None))
-        if kwargs:
-            raise ValueError(f"unknown generation setting {next(iter(kwargs))!r}.")
+        self._refuse_unknown(kwargs)
+        self.validate()
+
+    def set(self, **settings: Any) -> None:
+        """Change settings and check the result."""
+        self._refuse_unknown(name for name in settings if name not in vars(self))
+        vars(self).update(settings)
         self.validate()
 
     def validate(self, **_: Any) -> None:
         """Check every setting against its range."""
-        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be a positive integer; got {self.max_new_tokens}.")
-        if self.steps is not None and not 1 <= self.steps <= self.max_new_tokens:
-            raise ValueError(
-                f"steps must be between 1 and max_new_tokens = {self.max_new_tokens}; got {self.steps}."
+        if not _is_integer(self.max_new_tokens) or self.max_new_tokens < 1:
+            raise UnmaskError(f"max_new_tokens must be a positive integer; got {self.max_new_tokens}.")
+        if self.steps is not None and not (
+            _is_integer(self.steps) and 1 <= self.steps <= self.max_new_tokens
+        ):
+            raise UnmaskError(
+                f"steps must be an integer from 1 to max_new_tokens = {self.max_new_tokens};"
+                f" got {self.steps}."
             )
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be 0 or more; got {self.temperature}.")
+        if not 0 <= self.temperature < math.inf:
+            raise UnmaskError(f"temperature must be a number, 0 or more; got {self.temperature}.")
+        if not _is_integer(self.seed) or not -(2**63) <= self.seed < 2**63:
+            raise UnmaskError(f"seed must be an integer of at most 64 bits; got {self.seed}.")
+
+    def _refuse_unknown(self, names: Iterable[str]) -> None:
+        for name in names:
+            near = difflib.get_close_matches(name, [known for known in vars(self) if known[0] != "_"], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise UnmaskError(f"unknown generation setting {name!r}{hint}")
 
     def to_diff_dict(self) -> dict[str, Any]:
         """List what differs from the defaults: what is written to `generation_config.json`."""
@@ -81,6 +102,8 @@ class DiffusionGenerationConfig(GenerationConfig):
     @classmethod
     def from_generic(cls, config: GenerationConfig) -> DiffusionGenerationConfig:
         """Read a stock config; of one made for an autoregressive model only the special tokens hold."""
+        if isinstance(config, cls):
+            return config
         values = config.to_dict()
         if values.get("mask_token_id") is None:
             return cls(**{name: values.get(name) for name in _TOKEN_IDS})
@@ -92,3 +115,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         """Take the special tokens from a model's config."""
         names = (*_TOKEN_IDS, "mask_token_id")
         return cls(**{name: getattr(model_config, name, None) for name in names})
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

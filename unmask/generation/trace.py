@@ -5,17 +5,29 @@ from __future__ import annotations
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from unmask.data.preview import visible
+
 MASK_GLYPH = "░"
+_CHARACTER = 4  # tokens of one character at most: one for each of its bytes
 
 
 def token_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Decode each token alone, on one line, special tokens as a short sign."""
-    texts = []
-    for token in ids:
-        if token in tokenizer.all_special_ids:
-            texts.append("⏹" if token != tokenizer.mask_token_id else MASK_GLYPH)
+    """Decode token by token, each on one line: special tokens as a short sign, control characters as
+    pictures, and a character of several tokens with its last one."""
+    special = set(tokenizer.all_special_ids)
+    texts: list[str] = []
+    while len(texts) < len(ids):
+        start = len(texts)
+        if ids[start] in special:
+            texts.append("⏹" if ids[start] != tokenizer.mask_token_id else MASK_GLYPH)
+            continue
+        for stop in range(start + 1, min(start + _CHARACTER, len(ids)) + 1):
+            text = str(tokenizer.decode(ids[start:stop]))
+            if "\ufffd" not in text and not special.intersection(ids[start:stop]):
+                break
         else:
-            texts.append(str(tokenizer.decode([token])).replace("\n", "⏎"))
+            stop, text = start + 1, str(tokenizer.decode(ids[start : start + 1]))
+        texts += [""] * (stop - start - 1) + [visible(text).replace("\n", "")]
     return texts
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -117,11 +118,21 @@ def load_model(
             dtype=dtype or "auto",
             attn_implementation=attn_implementation,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, in one line
             use_safetensors=True,
             **overrides,
         )
     except (OSError, SafetensorError, RuntimeError, ImportError) as error:
         raise UnmaskError(f"{name}: the weights cannot be loaded: {first_line(error)}.") from error
+    except (StrictDataclassError, TypeError, LookupError, AttributeError) as error:
+        raise UnmaskError(
+            f"{name}: no model can be made from its config.json: {type(error).__name__}: {first_line(error)}."
+        ) from error
+    if info["mismatched_keys"]:
+        weight, found, expected = sorted(info["mismatched_keys"])[0]
+        raise UnmaskError(
+            f"{name}: {weight} has shape {tuple(found)}; by its config.json it must be {tuple(expected)}."
+        )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UnmaskError(
@@ -163,14 +174,23 @@ def written_aside(folder: Path) -> Iterator[Path]:
     Raises:
         UnmaskError: the disk is full or the folder cannot be written; `folder` is as it was.
     """
-    aside = folder.with_name(f".{folder.name}.partial")
+    place = folder.absolute()  # `.` has no name of its own
+    aside = place.with_name(f".{place.name}.partial")
+    old = place.with_name(f".{place.name}.old")
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(aside, folder)
+        if place.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(place, old)
+        try:
+            os.replace(aside, place)
+        except OSError:
+            if old.exists():
+                os.replace(old, place)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise UnmaskError(
             f"{folder}: could not be written: {first_line(error)}; nothing already there was changed."

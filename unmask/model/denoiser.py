@@ -183,28 +183,25 @@ class MaskedDiffusionMixin:
             `DiffusionGenerationOutput`, or its `sequences` with `return_dict_in_generate=False`.
 
         Raises:
-            ValueError: an unknown setting or one out of range, a prompt that is no ids of the vocabulary,
-                or prompt and canvas longer than the model's positions.
+            UnmaskError: an unknown setting or one out of range, or prompt and canvas longer than the
+                model's positions.
+            ValueError: a prompt or a mask that `forward` refuses too.
 
         >>> model.generate(prompt_ids, max_new_tokens=32, steps=16).sequences  # doctest: +SKIP
         """
         config = copy.deepcopy(
             generation_config or DiffusionGenerationConfig.from_generic(self.generation_config)
         )
-        unknown = [name for name in settings if name not in vars(config)]
-        if unknown:
-            raise ValueError(f"unknown generation setting {unknown[0]!r}.")
-        vars(config).update(settings)
-        config.validate()
+        config.set(**settings)
         config.mask_token_id = self._mask_token_id()
         if config.eos_token_id is None:
             config.eos_token_id = self.config.eos_token_id
         is_token, _ = check_inputs(input_ids, None, attention_mask, None, "pretrain", self.config.vocab_size)
-        room = self.config.max_position_embeddings - input_ids.shape[1]
-        if config.max_new_tokens > room:
-            raise ValueError(
-                f"a prompt of {input_ids.shape[1]} tokens and max_new_tokens = {config.max_new_tokens} need"
-                f" more than the model's {self.config.max_position_embeddings} positions."
+        longest = input_ids.shape[1] if is_token is None else int(is_token.sum(dim=1).max())
+        if longest + config.max_new_tokens > self.config.max_position_embeddings:
+            raise UnmaskError(
+                f"a prompt of {longest} tokens and max_new_tokens = {config.max_new_tokens} need more than"
+                f" the model's {self.config.max_position_embeddings} positions; shorten one of them."
             )
 
         def denoiser(ids: Tensor, is_token: Tensor, where: Tensor) -> Tensor:
@@ -220,6 +217,11 @@ class MaskedDiffusionMixin:
             raise UnmaskError(
                 "the model has no mask token: set config.mask_token_id, or make the checkpoint with"
                 " `unmask convert`, which adds one to the tokenizer."
+            )
+        if not 0 <= self.config.mask_token_id < self.config.vocab_size:
+            raise UnmaskError(
+                f"config.mask_token_id must be an id in [0, {self.config.vocab_size}); got"
+                f" {self.config.mask_token_id}: call model.resize_token_embeddings, or use `unmask convert`."
             )
         return self.config.mask_token_id
 

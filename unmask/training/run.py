@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +31,7 @@ from unmask.training.dataset import ExampleDataset, custom_fields, load_data, ru
 from unmask.training.report import answer_prompts, say_what_runs, show_answers
 from unmask.training.trainer import DiffusionTrainer
 
+_TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
 FINAL = "final"  # the checkpoint a finished run leaves, inside checkpoint_save_dir
 
 
@@ -71,16 +74,17 @@ def train(recipe: Recipe, console: Console | None = None) -> TrainResult:
     say_what_runs(console, recipe, model, data, args)
 
     progress = ConsoleProgress(console)
-    trainer = DiffusionTrainer(
-        model=model,
-        args=args,
-        training_mode=recipe.training_mode,
-        train_dataset=ExampleDataset(data.train),
-        eval_dataset=ExampleDataset(data.held_out) if data.held_out else None,
-        data_collator=partial(collate, pad_token_id=cast(int, tokenizer.pad_token_id)),
-        processing_class=tokenizer,
-        callbacks=[progress, LossCurve()],
-    )
+    with _tensorboard_folder(out / "tensorboard"):
+        trainer = DiffusionTrainer(
+            model=model,
+            args=args,
+            training_mode=recipe.training_mode,
+            train_dataset=ExampleDataset(data.train),
+            eval_dataset=ExampleDataset(data.held_out) if data.held_out else None,
+            data_collator=partial(collate, pad_token_id=cast(int, tokenizer.pad_token_id)),
+            processing_class=tokenizer,
+            callbacks=[progress, LossCurve()],
+        )
     trainer.remove_callback(PrinterCallback)
     main = trainer.is_world_process_zero()
     answer = partial(answer_prompts, model, tokenizer, recipe, prompts, console)
@@ -205,7 +209,6 @@ def training_arguments(recipe: Recipe, eval_on_start: bool = True) -> TrainingAr
             f"global_batch_size: {recipe.global_batch_size} is no multiple of micro_batch_size {micro} times"
             f" {processes} processes."
         )
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(out / "tensorboard"))
     optimizer = recipe.optimizer
     return TrainingArguments(
         output_dir=str(out),
@@ -242,6 +245,19 @@ def training_arguments(recipe: Recipe, eval_on_start: bool = True) -> TrainingAr
         label_names=[],
         disable_tqdm=True,
     )
+
+
+@contextmanager
+def _tensorboard_folder(folder: Path) -> Iterator[None]:
+    """Tell Trainer where to log to TensorBoard, unless the user has: it listens to the environment alone."""
+    if _TENSORBOARD in os.environ:
+        yield
+        return
+    os.environ[_TENSORBOARD] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[_TENSORBOARD]  # or the next run of this process would log into this folder too
 
 
 def _recompute(wanted: bool) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from unmask.errors import UnmaskError
 EVALUATION_EPOCH = -1  # evaluation noise is that of an epoch that training never reaches
 
 
-def count_supervised(batch: dict[str, Tensor]) -> Tensor:
-    """Count the tokens of a batch that may be masked: neither source nor padding."""
-    return (batch["attention_mask"].bool() & ~batch["src_mask"]).sum()
+def count_supervised(batch: dict[str, Tensor], training_mode: str) -> Tensor:
+    """Count the tokens of a batch that may be masked: not padding and, in "sft", not source."""
+    maskable = batch["attention_mask"].bool()
+    return (maskable & ~batch["src_mask"] if training_mode == "sft" else maskable).sum()
 
 
 class DiffusionTrainer(Trainer):
@@ -53,7 +54,8 @@ class DiffusionTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         if not batch_samples:
             return None
-        count = torch.stack([count_supervised(batch) for batch in batch_samples]).sum().to(device)
+        counts = [count_supervised(batch, self.training_mode) for batch in batch_samples]
+        count = torch.stack(counts).sum().to(device)
         return cast(Tensor, self.accelerator.gather(count)).sum() if self.args.world_size > 1 else count
 
     def compute_loss(
@@ -102,7 +104,8 @@ class DiffusionTrainer(Trainer):
             batch["attention_mask"] = batch["attention_mask"] * real[:, None]
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = self._denoise(model, batch, EVALUATION_EPOCH, num_supervised=1).loss
-            total += torch.stack([loss.double(), count_supervised(batch).double(), real.sum().double()])
+            count = count_supervised(batch, self.training_mode)
+            total += torch.stack([loss.double(), count.double(), real.sum().double()])
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         total = cast(Tensor, self.accelerator.reduce(total))
         metrics = {f"{metric_key_prefix}_loss": (total[0] / total[1].clamp(min=1)).item()}

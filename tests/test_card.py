@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny import byte_model
+from transformers import TrainerState
+
+from unmask import __version__
+from unmask.data.encode import Example
+from unmask.recipe import Recipe, load_recipe, recipe_from_dict
+from unmask.training.card import write_card
+from unmask.training.dataset import RunData
+
+
+def card(tmp_path: Path, **given: Any) -> tuple[str, Recipe]:
+    recipe = recipe_from_dict(
+        {
+            "training_mode": "sft",
+            "model": {"name_or_path": "some/base"},
+            "data": {"dataset_name": given.pop("dataset_name", "train.jsonl")},
+            "global_batch_size": 6,
+        }
+    )
+    values: dict[str, Any] = {
+        "model": byte_model(logit_shift=True),
+        "state": TrainerState(global_step=1200),
+        "metrics": {"train_loss": 1.23456, "train_runtime": 61.7},
+        "data": RunData([Example([1, 2], [True, False])] * 1500, []),
+        "held_out_loss": None,
+        "exact_match": None,
+        **given,
+    }
+    write_card(aside=tmp_path, folder=Path("runs/a b/final"), recipe=recipe, **values)
+    return (tmp_path / "README.md").read_text(encoding="utf-8"), recipe
+
+
+def rows(text: str) -> dict[str, str]:
+    return dict(re.findall(r"^\| (.+?) \| (.+) \|$", text, flags=re.MULTILINE))
+
+
+def test_the_card_says_how_the_checkpoint_was_made(tmp_path: Path) -> None:
+    text, recipe = card(tmp_path)
+    table = rows(text)
+    model = byte_model()
+    assert table["training mode"] == "sft"
+    assert table["started from"] == "some/base"
+    assert table["parameters"] == f"{sum(p.numel() for p in model.parameters()):,}"
+    assert table["logit shift"] == "on"
+    assert table["data"] == "train.jsonl"
+    assert table["training examples"] == "1,500"
+    assert table["optimizer steps"] == "1,200"
+    assert table["sequences per step"] == "6"
+    assert table["mean training loss (nats per supervised token)"] == "1.2346"
+    assert table["training time (s)"] == "62"
+    assert f"unmask {__version__}, torch " in table["made with"]
+    assert "held-out" not in text and "exact match" not in text
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+def test_its_front_matter_and_its_recipe_can_be_read(tmp_path: Path) -> None:
+    text, recipe = card(tmp_path)
+    _, front, body = text.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "library_name": "unmask",
+        "pipeline_tag": "text-generation",
+        "tags": ["masked-diffusion", "unmask_qwen3"],
+    }
+    [inside] = re.findall(r"```yaml\n(.*?)```", body, flags=re.DOTALL)
+    (tmp_path / "again.yaml").write_text(inside, encoding="utf-8")
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+
+
+def test_measurements_are_listed_where_there_are_any(tmp_path: Path) -> None:
+    text, _ = card(tmp_path, held_out_loss=0.5, exact_match=(0.0125, 0.9))
+    table = rows(text)
+    assert table["held-out loss (nats per supervised token)"] == "0.5000"
+    assert table["exact match on held-out prompts"] == "1.2% before, 90.0% after"
+
+
+def test_several_data_sets_are_listed(tmp_path: Path) -> None:
+    assert rows(card(tmp_path, dataset_name=["a.jsonl", "b.jsonl"])[0])["data"] == "a.jsonl, b.jsonl"
+
+
+def test_the_commands_shown_name_the_folder(tmp_path: Path) -> None:
+    text, _ = card(tmp_path)
+    assert "unmask generate 'runs/a b/final' --prompt" in text
+    assert 'unmask.load_model("runs/a b/final")' in text
+
+
+@pytest.mark.parametrize("missing", [{}, {"train_loss": float("nan")}])
+def test_a_card_is_written_also_without_a_loss(tmp_path: Path, missing: dict[str, float]) -> None:
+    text, _ = card(tmp_path, metrics=missing)
+    assert rows(text)["mean training loss (nats per supervised token)"] == "nan"

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unmask.generation.policy import most_confident, tokens_at_step
+
+
+@given(canvas=st.integers(1, 300), data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_tokens_are_spread_evenly_over_the_steps(canvas: int, data: st.DataObject) -> None:
+    steps = data.draw(st.integers(1, canvas))
+    counts = [tokens_at_step(step, steps, canvas) for step in range(steps)]
+    assert sum(counts) == canvas
+    assert min(counts) >= 1  # no forward is spent without committing
+    assert max(counts) - min(counts) <= 1
+
+
+def test_one_token_a_step_and_all_at_once() -> None:
+    assert [tokens_at_step(step, 5, 5) for step in range(5)] == [1] * 5
+    assert [tokens_at_step(step, 1, 5) for step in range(1)] == [5]
+
+
+@given(
+    rows=st.lists(
+        st.lists(
+            st.tuples(st.sampled_from([0.0, 0.1, 0.5, 0.5, 0.9, 1.0]), st.booleans()), min_size=4, max_size=4
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    count=st.integers(0, 6),
+)
+@settings(max_examples=200, deadline=None)
+def test_most_confident_equals_sorting(rows: list[list[tuple[float, bool]]], count: int) -> None:
+    confidence = torch.tensor([[value for value, _ in row] for row in rows])
+    candidates = torch.tensor([[open_ for _, open_ in row] for row in rows])
+    chosen = most_confident(confidence, candidates, count)
+    for row, picked in zip(rows, chosen.tolist(), strict=True):
+        ranked = sorted((-value, place) for place, (value, open_) in enumerate(row) if open_)
+        assert [place for place, is_in in enumerate(picked) if is_in] == sorted(p for _, p in ranked[:count])
+
+
+def test_ties_go_to_the_leftmost() -> None:
+    chosen = most_confident(torch.full((1, 5), 0.25), torch.tensor([[False, True, True, True, True]]), 2)
+    assert chosen.tolist() == [[False, True, True, False, False]]
+
+
+def test_the_count_may_differ_from_row_to_row() -> None:
+    confidence = torch.tensor([[0.1, 0.2, 0.3]] * 3)
+    chosen = most_confident(confidence, torch.ones(3, 3, dtype=torch.bool), torch.tensor([0, 1, 5]))
+    assert chosen.tolist() == [[False] * 3, [False, False, True], [True] * 3]
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_a_candidate_without_confidence_is_still_taken(value: float) -> None:
+    chosen = most_confident(torch.full((1, 2), value), torch.tensor([[False, True]]), 2)
+    assert chosen.tolist() == [[False, True]]
