@@ -24,11 +24,11 @@ def shifted(raw: Tensor) -> Tensor:
 
 
 def test_public_names() -> None:
-    assert CLASSES == {
+    assert {
         "qwen3": unmask.Qwen3ForCausalLM,
         "qwen2": unmask.Qwen2ForCausalLM,
         "llama": unmask.LlamaForCausalLM,
-    }
+    } == CLASSES
     for family, model_class in CLASSES.items():
         assert issubclass(model_class, STOCK[family][1])
         assert model_class.__name__ == STOCK[family][1].__name__
@@ -161,7 +161,9 @@ def test_a_folder_of_another_family(made: str, read: str, diffusion: bool, tmp_p
     make: Any = tiny_model if diffusion else tiny_stock_model
     make(made).save_pretrained(tmp_path)
     found = f"unmask_{made}" if diffusion else made
-    with pytest.raises(UnmaskError, match=f"is a '{found}' checkpoint, not 'unmask_{read}'; load it") as caught:
+    with pytest.raises(
+        UnmaskError, match=f"is a '{found}' checkpoint, not 'unmask_{read}'; load it"
+    ) as caught:
         CLASSES[read].from_pretrained(tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)

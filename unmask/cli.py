@@ -25,7 +25,7 @@ app = typer.Typer(
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file with the recipe.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to override, such as max_steps=100."),
+    typer.Argument(metavar="KEY=VALUE", help="Recipe keys to override, such as max_steps=100."),
 ]
 
 
@@ -47,8 +47,9 @@ def convert(
 ) -> None:
     """Make a diffusion checkpoint of an autoregressive one.
 
-    The weights stay as they are; attention becomes bidirectional, the output is shifted by one, and the
-    tokenizer gets a mask token. Train the result before use.
+    The weights stay as they are; attention becomes bidirectional, the output
+    is shifted by one, and the tokenizer gets a mask token. Train the result
+    before use.
     """
     _quiet()
     from unmask.model.convert import convert as run
@@ -167,7 +168,11 @@ def main() -> None:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        _fail(error, f"{error.filename or 'writing'}: no space left on the disk; make room and try again.", debug)
+        _fail(
+            error,
+            f"{error.filename or 'writing'}: no space left on the disk; make room and try again.",
+            debug,
+        )
 
 
 def _fail(error: Exception, message: str, debug: bool) -> None:

@@ -163,7 +163,8 @@ class SFTRecipe(_Section):
     too_long: Literal["truncate", "drop"] = "truncate"
     """a record longer than `data.block_size`: cut at the response's end, or left out"""
     end_fill: Positive = 1
-    """end tokens after a response that are learnt, in tokens"""
+    """end tokens follow a response until the two together are a multiple of this many tokens, and are
+    learnt like it; 1 = exactly one end token"""
     custom_format: CustomFormat = CustomFormat()
     """field names of `data.sft.format: custom`"""
 

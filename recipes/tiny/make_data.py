@@ -19,10 +19,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SEED = 20
-TRAIN_RECORDS = 14_000
+TRAIN_RECORDS = 12_000
 HELDOUT_PER_TASK = 50
 HELDOUT_WORDS = 150
-LETTERS = (2, 3, 3, 4, 4, 5, 6, 7)  # lengths of made-up words; real ones have up to the last
+LETTERS = (2, 2, 3, 3, 4, 4, 5, 6)  # lengths of made-up words; real ones have up to the last
 ONSETS = [
     "b",
     "c",
@@ -90,12 +90,6 @@ MAX_OUTPUT = 15  # characters: with the end token an answer fills at most 16 byt
 Record = dict[str, str]
 
 
-def pig_latin(word: str) -> str:
-    """Move the consonants before the first vowel to the end and add "ay": plane -> aneplay."""
-    first = next((i for i, letter in enumerate(word) if letter in "aeiou"), 0)
-    return word[first:] + word[:first] + "ay"
-
-
 # Word tasks: the phrasings, in which {} stands for the word, and what the answer is.
 WORD_TASKS: dict[str, tuple[tuple[str, ...], Callable[[str], str]]] = {
     "reverse": (
@@ -121,10 +115,6 @@ WORD_TASKS: dict[str, tuple[tuple[str, ...], Callable[[str], str]]] = {
     "sort": (
         ("Sort the letters of {}.", "Put it in alphabetical order: {}."),
         lambda word: "".join(sorted(word)),
-    ),
-    "pig latin": (
-        ("Say {} in pig Latin.", "Turn it into pig Latin: {}."),
-        pig_latin,
     ),
 }
 # How often each task comes up in training: the one that takes the longest to learn comes up more.

@@ -72,7 +72,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         require_hub(name, "model")
         source = name
     try:
-        return AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         if path.is_dir():
             raise UnmaskError(
@@ -82,6 +82,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise UnmaskError(
             f"{name}: no such folder, and the hub gave no tokenizer: {first_line(error)}."
         ) from error
+    # Of a Qwen checkpoint without tokenizer files transformers makes a tokenizer that knows no text.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise UnmaskError(f"{name}: holds no usable tokenizer (tokenizer.json): its vocabulary is empty.")
+    return tokenizer
 
 
 def add_mask_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -39,7 +39,7 @@ def read_config(name: str) -> dict[str, Any]:
     else:
         require_hub(name, "model")
         try:
-            values = AutoConfig.from_pretrained(name).to_dict()
+            values = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
         except (OSError, ValueError) as error:
             raise UnmaskError(f"{name}: no model could be loaded: {first_line(error)}.") from error
     model_type = values.get("model_type")

@@ -47,7 +47,8 @@ def diffusion_values(values: dict[str, Any]) -> dict[str, Any]:
     if model_type == "qwen3" and values.get("vocab_size") == _QWEN3_VOCAB_SIZE:
         values.setdefault("mask_token_id", _QWEN3_MASK_TOKEN_ID)
     values.update(model_type=PREFIX + model_type, is_causal=False, logit_shift=True)
-    values.pop("architectures", None)
+    for name in ("architectures", "auto_map"):  # they name the base's classes and code
+        values.pop(name, None)
     return values
 
 

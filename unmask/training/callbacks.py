@@ -59,9 +59,7 @@ class ConsoleProgress(TrainerCallback):
         step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
         seconds = f"{time.monotonic() - self.started:6.0f} s"
         if "eval_loss" in logs:
-            self.console.print(
-                f"{step}  held-out loss {logs['eval_loss']:.4f} nats per token  {seconds}"
-            )
+            self.console.print(f"{step}  held-out loss {logs['eval_loss']:.4f} nats per token  {seconds}")
         elif "loss" in logs:
             self.console.print(
                 f"{step}  loss {float(logs['loss']):.4f} nats per token"

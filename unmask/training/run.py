@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +14,12 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from unmask.data.collate import collate
 from unmask.data.encode import Encoder
+from unmask.data.hub import first_line
 from unmask.data.sources import read_records
 from unmask.errors import UnmaskError
 from unmask.evaluation.exact_match import Prompt, exact_share, make_prompts
@@ -62,6 +64,7 @@ def train(recipe: Recipe, console: Console | None = None) -> TrainResult:
     out = Path(recipe.checkpoint_save_dir)
     resume = _resume_point(recipe, out)
     args = training_arguments(recipe, eval_on_start=resume is None)
+    _check_trackers(args.report_to or [])
     console = console or Console(highlight=False)
     if args.process_index != 0:
         console = Console(quiet=True)
@@ -173,20 +176,23 @@ def _from_scratch(
     known = set(config_class().to_dict())
     for name in fields:
         if name not in known:
-            raise UnmaskError(f"model.config.{name}: {config_class.__name__} has no such field.")
-    fields = {"vocab_size": max(tokenizer.get_vocab().values()) + 1, **fields}
-    if (
-        "head_dim" in known
-        and "head_dim" not in fields
-        and {"hidden_size", "num_attention_heads"} <= set(fields)
-    ):
-        fields["head_dim"] = fields["hidden_size"] // fields["num_attention_heads"]
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else "."
+            raise UnmaskError(f"model.config.{name}: {config_class.__name__} has no such field{hint}")
+    ids = max(tokenizer.get_vocab().values()) + 1
+    fields = {"vocab_size": ids, **fields}
     if "num_attention_heads" in fields:
         fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
     try:
-        return model_class(config_class(**fields, **overrides))
-    except (TypeError, ValueError) as error:
-        raise UnmaskError(f"model.config: no model can be built: {str(error).splitlines()[0]}") from error
+        if fields["vocab_size"] < ids:
+            raise ValueError(f"vocab_size {fields['vocab_size']} is below the {ids} ids of the tokenizer")
+        if "head_dim" in known and {"hidden_size", "num_attention_heads"} <= set(fields):
+            fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
+        model = model_class(config_class(**fields, **overrides))
+        model.eval()(torch.zeros(1, 2, dtype=torch.long))  # sizes that do not fit one another show here
+    except Exception as error:  # whatever the stock code makes of values that it does not check
+        raise UnmaskError(f"model.config: no model can be built: {first_line(error)}.") from error
+    return model
 
 
 def training_arguments(recipe: Recipe, eval_on_start: bool = True) -> TrainingArguments:
@@ -260,6 +266,15 @@ def _tensorboard_folder(folder: Path) -> Iterator[None]:
         del os.environ[_TENSORBOARD]  # or the next run of this process would log into this folder too
 
 
+def _check_trackers(names: str | list[str]) -> None:
+    """Find out before the data is read whether each tracker is known and installed."""
+    try:
+        for tracker in get_reporting_integration_callbacks(names):
+            tracker()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UnmaskError(f"report_to: {first_line(error, 250)}.") from error
+
+
 def _recompute(wanted: bool) -> dict[str, Any]:
     """Gradient checkpointing under the name this version of transformers knows it by."""
     fields = TrainingArguments.__dataclass_fields__
@@ -270,20 +285,33 @@ def _recompute(wanted: bool) -> dict[str, Any]:
 def _resume_point(recipe: Recipe, out: Path) -> str | None:
     """The checkpoint folder to go on from, or None for a new run."""
     wanted = recipe.resume_from_checkpoint
+    newest = _newest_checkpoint(out)
     if wanted is None:
-        if out.is_dir() and (get_last_checkpoint(str(out)) or (out / FINAL).exists()):
+        if newest or (out / FINAL).exists():
             raise UnmaskError(
                 f"checkpoint_save_dir: {out} holds a run already; set resume_from_checkpoint=auto to go on"
                 " with it, or name another folder."
             )
         return None
     if wanted == "auto":
-        return get_last_checkpoint(str(out)) if out.is_dir() else None
+        if newest is None and (out / FINAL).exists():
+            raise UnmaskError(
+                f"resume_from_checkpoint: {out / FINAL} is a finished run without training checkpoints"
+                " (save_steps) to go on from; set checkpoint_save_dir to another folder."
+            )
+        return None if newest is None else str(newest)
     if not (Path(wanted) / "trainer_state.json").exists():
         raise UnmaskError(
             f"resume_from_checkpoint: {wanted} is no training checkpoint (it has no trainer_state.json)."
         )
     return wanted
+
+
+def _newest_checkpoint(out: Path) -> Path | None:
+    """The last training checkpoint that was written to its end: its trainer_state.json comes last."""
+    found = [file.parent for file in out.glob("checkpoint-*/trainer_state.json")]
+    steps = {int(folder.name.rpartition("-")[2]): folder for folder in found}
+    return steps[max(steps)] if steps else None
 
 
 def _exact_match_prompts(recipe: Recipe, encoder: Encoder | None) -> list[Prompt]:

@@ -123,11 +123,19 @@ class DiffusionTrainer(Trainer):
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "write" not in str(error):
-                raise
+        except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
+            if not _is_failed_write(error):
+                raise
             raise UnmaskError(
                 f"{folder}: could not be written: {first_line(error)}; earlier checkpoints are as they were:"
                 " make room and go on with resume_from_checkpoint=auto."
             ) from error
+
+
+def _is_failed_write(error: BaseException) -> bool:
+    # torch.save speaks of a full disk in a RuntimeError with the words of its zip writer.
+    words = ("write", "inline_container", "iostream")
+    return isinstance(error, OSError | SafetensorError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )

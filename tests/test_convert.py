@@ -1,0 +1,355 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import (
+    FAMILIES,
+    autoregressive_folder,
+    byte_tokenizer_without_mask,
+    random_ids,
+    tiny_model,
+    tiny_stock_model,
+)
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from unmask import convert, load_model
+from unmask.data.tokenizer import byte_tokenizer, load_tokenizer
+from unmask.errors import UnmaskError
+from unmask.model import checkpoint
+
+
+def load(folder: Path, **overrides: Any) -> Any:
+    return load_model(str(folder), **overrides)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, hidden ones too."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+# What comes out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_spare_rows_take_the_mask_token_without_a_resize(family: str, tmp_path: Path) -> None:
+    base, out = autoregressive_folder(tmp_path / "base", family), tmp_path / "deep" / "out"
+    before = contents(base)
+    model, tokenizer = convert(str(base), out)
+    assert contents(base) == before
+    assert [entry.name for entry in out.parent.iterdir()] == ["out"]
+
+    loaded = load(out)
+    assert type(loaded) is type(model)
+    assert loaded.config.model_type == f"unmask_{family}"
+    assert (loaded.config.is_causal, loaded.config.logit_shift, loaded.config.mask_token_id) == (
+        False,
+        True,
+        259,
+    )
+    assert loaded.config.vocab_size == 272
+    weights = load_file(base / "model.safetensors")
+    assert weights
+    for name, value in loaded.state_dict().items():
+        if name in weights:
+            assert torch.equal(value, weights.pop(name))
+    assert not weights
+
+    again = AutoTokenizer.from_pretrained(out)
+    assert (again.mask_token, again.mask_token_id) == ("<|mask|>", 259)
+    assert again.get_vocab() == tokenizer.get_vocab()
+    assert again.chat_template == byte_tokenizer().chat_template
+    assert again("hé<|mask|>")["input_ids"] == [104, 195, 169, 259]
+
+    generation = loaded.generation_config
+    assert (generation.mask_token_id, generation.eos_token_id, generation.pad_token_id) == (259, 258, 256)
+    assert generation.suppress_tokens == [256, *range(260, 272)]  # padding, and ids without a token
+    made = loaded.generate(random_ids(2, 4, vocab=256), max_new_tokens=12).sequences
+    assert not torch.isin(made[:, 4:], torch.tensor([259, *range(260, 272)])).any()
+
+
+def test_it_is_the_base_model_but_for_the_attention_and_the_shift(tmp_path: Path) -> None:
+    base, out = autoregressive_folder(tmp_path / "base", vocab_size=259), tmp_path / "out"
+    convert(str(base), out)
+    model = load(out, is_causal=True)
+    stock: Any = AutoModelForCausalLM.from_pretrained(base)
+    ids = random_ids(2, 12, vocab=259)
+    expected = stock(input_ids=ids).logits
+    found = model(ids).logits[..., :259]
+    # One more column in the head may change how the sums are ordered, so not to the bit.
+    torch.testing.assert_close(found[:, 1:], expected[:, :-1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[:, 0], expected[:, 0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_full_embedding_grows_by_one_mean_row(tied: bool, tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    autoregressive_folder(base, vocab_size=259, tie_word_embeddings=tied)
+    convert(str(base), out)
+    old: Any = AutoModelForCausalLM.from_pretrained(base)
+    new = load(out)
+    assert new.config.vocab_size == 260
+    assert new.config.mask_token_id == 259
+    assert new.generation_config.suppress_tokens == [256]
+    for weight, before in (
+        (new.get_input_embeddings().weight, old.get_input_embeddings().weight),
+        (new.get_output_embeddings().weight, old.get_output_embeddings().weight),
+    ):
+        assert torch.equal(weight[:259], before)
+        torch.testing.assert_close(weight[259], before.mean(dim=0))
+    assert (new.lm_head.weight.data_ptr() == new.model.embed_tokens.weight.data_ptr()) is tied
+    assert ("lm_head.weight" in load_file(out / "model.safetensors")) is not tied
+
+
+def test_geometry_of_a_released_qwen3(tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    vocab = {f"t{i}": i for i in range(151_666)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(vocab, unk_token="t0")),
+        additional_special_tokens=["<|im_start|>"],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
+    assert len(tokenizer) == 151_669
+    autoregressive_folder(
+        base,
+        tokenizer=tokenizer,
+        vocab_size=151_936,
+        hidden_size=8,
+        num_hidden_layers=1,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model, tokenizer = convert(str(base), out)
+    assert tokenizer.mask_token_id == model.config.mask_token_id == 151_669
+    assert model.config.vocab_size == 151_936
+    generation: Any = model.generation_config
+    assert set(generation.suppress_tokens) == {151_667, *range(151_670, 151_936)}  # 151_667 pads
+
+
+def test_a_mask_token_that_is_there_is_kept(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer_without_mask()
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    base = autoregressive_folder(tmp_path / "base", tokenizer=tokenizer)
+    _, made = convert(str(base), tmp_path / "out")
+    assert (made.mask_token, made.mask_token_id, len(made)) == ("<mask>", 259, 260)
+
+
+def test_the_end_token_pads_where_there_is_no_padding_token(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer_without_mask()
+    tokenizer.pad_token = None
+    base = autoregressive_folder(tmp_path / "base", tokenizer=tokenizer)
+    model, made = convert(str(base), tmp_path / "out")
+    assert made.pad_token_id == made.eos_token_id == model.config.pad_token_id == 258
+    again = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert again.pad_token_id == 258
+    # The end token must stay possible.
+    assert load(tmp_path / "out").generation_config.suppress_tokens == list(range(260, 272))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_type_of_the_weights_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = autoregressive_folder(tmp_path / "base", dtype=dtype)
+    convert(str(base), tmp_path / "out")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {dtype}
+
+
+def test_sampling_settings_of_the_base_are_left_behind(tmp_path: Path) -> None:
+    base, out = autoregressive_folder(tmp_path / "base"), tmp_path / "out"
+    settings = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": 258}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    convert(str(base), out)
+    written = json.loads((out / "generation_config.json").read_text())
+    assert not {"do_sample", "temperature", "top_k", "top_p"} & written.keys()
+    assert written["eos_token_id"] == 258
+
+
+def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    base, out = autoregressive_folder(tmp_path / "base"), tmp_path / "out"
+    out.mkdir()
+    convert(str(base), out)
+    assert (out / "config.json").exists()
+
+
+def test_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    autoregressive_folder(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    convert("base", "out/")
+    assert load_model("out").config.mask_token_id == 259
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["base", "out"]
+
+
+# What is refused; nothing is left behind
+
+
+def edit(folder: Path, name: str, **fields: Any) -> None:
+    values = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**values, **fields}))
+
+
+def pickle_the_weights(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def delete_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.0.self_attn.q_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def truncate_the_weights(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", 1000)
+
+
+def replace_by_a_diffusion_model(folder: Path) -> None:
+    tiny_model(dtype=torch.float32).save_pretrained(folder)
+
+
+def replace_by_a_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("")
+
+
+def drop_the_end_token(folder: Path) -> None:
+    tokenizer = byte_tokenizer_without_mask()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "not there": (shutil.rmtree, "no such checkpoint folder"),
+    "a file": (replace_by_a_file, "a checkpoint is a folder with config.json and weights; this is a file"),
+    "no config": (lambda f: (f / "config.json").unlink(), "this folder is no checkpoint: it holds no config"),
+    "broken JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not valid JSON"),
+    "unsupported": (lambda f: edit(f, "config.json", model_type="mamba"),
+                    "model_type 'mamba' is not supported; expected one of qwen3, qwen2, llama"),
+    "quantised": (lambda f: edit(f, "config.json", quantization_config={"quant_method": "awq"}),
+                  "the weights are quantised; use the original checkpoint in float32 or bfloat16"),
+    "pickled": (pickle_the_weights, "pytorch_model.bin is pickled, which can run code: save it as"),
+    "diffusion": (replace_by_a_diffusion_model, "this is a diffusion checkpoint already; nothing to convert"),
+    "a weight missing": (delete_a_weight,
+                         r"incomplete: 1 weights are missing, first model\.layers\.0\.self_attn\.q_proj"),
+    "truncated": (truncate_the_weights, "the weights cannot be loaded"),
+    "no tokenizer": (lambda f: [file.unlink() for file in f.glob("tokenizer*")], "holds no usable tokenizer"),
+    "no end token": (drop_the_end_token, "the tokenizer has no end token"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return autoregressive_folder(tmp_path_factory.mktemp("whole") / "base")
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_refused_with_the_reason(reason: str, whole: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(whole, base)
+    harm, error = REFUSED[reason]
+    harm(base)
+    before = contents(tmp_path)
+    with pytest.raises(UnmaskError, match=error) as caught:
+        convert(str(base), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert str(base) in str(caught.value)
+    assert contents(tmp_path) == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["base"] * base.exists()
+
+
+def test_a_folder_that_holds_something_is_not_written_to(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".hidden").write_text("mine")
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for place in (out, file):
+        with pytest.raises(UnmaskError, match="exists already; name a folder that does not"):
+            convert(str(whole), place)
+    before = contents(whole)
+    with pytest.raises(UnmaskError, match="exists already"):
+        convert(str(whole), whole)
+    assert contents(whole) == before
+    assert contents(tmp_path) == {"file": b"mine", "out/.hidden": b"mine"}
+
+
+def test_a_hub_name_that_is_not_in_the_cache(tmp_path: Path) -> None:
+    with pytest.raises(
+        UnmaskError, match=r"^no-such-owner/no-such-model: no model could be loaded"
+    ) as caught:
+        convert("no-such-owner/no-such-model", tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("when", ["weights", "tokenizer"])
+def test_a_full_disk_leaves_nothing(
+    when: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(model: Any, tokenizer: Any, folder: Path) -> None:
+        if when == "tokenizer":
+            model.save_pretrained(folder)
+        raise OSError(28, "No space left on device")
+
+    from unmask.model import convert as module
+
+    monkeypatch.setattr(module, "save_checkpoint", save)
+    with pytest.raises(UnmaskError, match=r"out: could not be written: .*No space left on device"):
+        convert(str(whole), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(module, "save_checkpoint", checkpoint.save_checkpoint)
+    convert(str(whole), tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_code_that_lies_in_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, mark = tmp_path / "base", tmp_path / "ran"
+    autoregressive_folder(base)
+    (base / "evil.py").write_text(
+        f"open({str(mark)!r}, 'w')\n"
+        "from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM\n"
+        "class C(Qwen3Config): pass\nclass M(Qwen3ForCausalLM): pass\n"
+        "class T(PreTrainedTokenizerFast): pass\n"
+    )
+    edit(base, "config.json", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})
+    edit(base, "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "evil.T"]}, tokenizer_class="T")
+    asked: list[Any] = []
+    monkeypatch.setattr("builtins.input", lambda *text: asked.append(text) or "y")
+    try:
+        convert(str(base), tmp_path / "out")
+    except UnmaskError as error:
+        assert "trust_remote_code" in str(error)
+    (base / "config.json").unlink()  # nothing but the reference says now what the tokenizer is
+    with pytest.raises(UnmaskError, match="holds no usable tokenizer"):
+        load_tokenizer(str(base))
+    assert not mark.exists()
+    assert not asked
+
+
+def test_no_code_reference_is_taken_over(tmp_path: Path) -> None:
+    base, out = autoregressive_folder(tmp_path / "base"), tmp_path / "out"
+    edit(base, "config.json", auto_map={"AutoModelForCausalLM": "evil.M"})
+    convert(str(base), out)
+    assert "auto_map" not in json.loads((out / "config.json").read_text())
+    assert not list(out.glob("*.py"))
+
+
+def test_a_base_without_generation_config(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    tiny_stock_model(dtype=torch.float32, vocab_size=260, eos_token_id=258, pad_token_id=256).save_pretrained(
+        base
+    )
+    byte_tokenizer_without_mask().save_pretrained(base)
+    (base / "generation_config.json").unlink()
+    convert(str(base), tmp_path / "out")
+    assert load(tmp_path / "out").generation_config.eos_token_id == 258
