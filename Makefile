@@ -24,7 +24,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)  ## fine-tune a small diffusion model on the CPU and measure it (ARGS="key=value ...")
-	@$(RUN) bash recipes/train_tiny_sft.sh $(ARGS)
+	@rm -rf outputs/demo
+	@$(RUN) bash recipes/train_tiny_sft.sh checkpoint_save_dir=outputs/demo $(ARGS)
 
 test: $(STAMP)  ## run the tests (ARGS="-k word")
 	@$(RUN) python -m pytest $(ARGS)

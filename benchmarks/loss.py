@@ -48,9 +48,7 @@ def main() -> None:
     seeds = torch.arange(BATCH)
 
     def ours() -> torch.Tensor:
-        loss = model(
-            ids, src_mask=source, training_mode="sft", noise_seed=seeds, return_logits=False
-        ).loss
+        loss = model(ids, src_mask=source, training_mode="sft", noise_seed=seeds, return_logits=False).loss
         assert loss is not None
         return loss
 
@@ -74,7 +72,9 @@ def main() -> None:
         assert abs(a - b) < 0.01 * b, (a, b)
     ours_s, plain_s = (statistics.median(pair[k][0] for pair in times) for k in (0, 1))
     print(f"loss and gradient, vocabulary {VOCABULARY}, batch {BATCH} x {LENGTH}, half of it prompt, bf16")
-    print(f"plain full logits {plain_s:.2f} s, masked rows alone {ours_s:.2f} s: {plain_s / ours_s:.1f} times")
+    print(
+        f"plain full logits {plain_s:.2f} s, masked rows alone {ours_s:.2f} s: {plain_s / ours_s:.1f} times"
+    )
 
 
 if __name__ == "__main__":

@@ -50,14 +50,11 @@ def test_spare_rows_take_the_mask_token_without_a_resize(family: str, tmp_path: 
     assert [entry.name for entry in out.parent.iterdir()] == ["out"]
 
     loaded = load(out)
-    assert type(loaded) is type(model)
+    assert type(model) is type(loaded)
     assert loaded.config.model_type == f"unmask_{family}"
-    assert (loaded.config.is_causal, loaded.config.logit_shift, loaded.config.mask_token_id) == (
-        False,
-        True,
-        259,
-    )
-    assert loaded.config.vocab_size == 272
+    config = loaded.config
+    assert (config.is_causal, config.logit_shift, config.mask_token_id) == (False, True, 259)
+    assert config.vocab_size == 272
     weights = load_file(base / "model.safetensors")
     assert weights
     for name, value in loaded.state_dict().items():

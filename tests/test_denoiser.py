@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import random_ids, tiny_model
+from tiny import assert_rate, random_ids, tiny_model
 from torch import Tensor
 from transformers import Qwen3Config
 from transformers import Qwen3ForCausalLM as StockQwen3
@@ -492,6 +492,13 @@ def test_order_of_the_batch_changes_nothing() -> None:
     x_t = seen_by(model, ids, noise_seed=seeds)
     assert torch.equal(seen_by(model, ids[order], noise_seed=seeds[order]), x_t[order])
     assert_same(model(ids[order], noise_seed=seeds[order]).loss, model(ids, noise_seed=seeds).loss)
+
+
+@pytest.mark.parametrize("eps", [1e-3, 0.5, 0.9])
+def test_times_are_drawn_from_the_configs_eps(eps: float) -> None:
+    rows = 3000
+    x_t = seen_by(tiny_model(noise_eps=eps), random_ids(rows, 1), noise_seed=torch.arange(rows))
+    assert_rate(x_t == MASK, (1 + eps) / 2)
 
 
 # What is refused

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tiny import assert_rate, assert_uniform, random_ids
 from torch import Tensor
 
+from unmask.diffusion import noise
 from unmask.diffusion.noise import Noised, example_seeds, sample_t, transition
 
 MASK = 31
@@ -87,6 +88,13 @@ def test_zero_masks_nothing_and_one_masks_everything(seeded: bool) -> None:
     assert not transition(x_0, 0.0, everywhere(ROWS, 2), MASK, noise_seed=seeds).is_masked.any()
     assert transition(x_0, 1.0, everywhere(ROWS, 2), MASK, noise_seed=seeds).is_masked.all()
     assert transition(x_0, 1, everywhere(ROWS, 2), MASK, noise_seed=seeds).is_masked.all()
+
+
+def test_zero_masks_nothing_even_at_the_smallest_uniform(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise, "keyed_uniform", lambda *_: torch.zeros(1, 2))
+    x_0 = random_ids(1, 2)
+    assert not transition(x_0, 0.0, everywhere(1, 2), MASK, noise_seed=SEEDS[:1]).is_masked.any()
+    assert transition(x_0, 1e-30, everywhere(1, 2), MASK, noise_seed=SEEDS[:1]).is_masked.all()
 
 
 def test_literal_mask_tokens_are_not_taken_for_masked() -> None:

@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from unmask.data.encode import Encoder
 from unmask.errors import UnmaskError
 from unmask.generation.complete import chat_prompt, complete
 from unmask.model.checkpoint import read_config
-from unmask.recipe import Recipe, recipe_from_dict
+from unmask.recipe import recipe_from_dict
 from unmask.training import run
 from unmask.training.dataset import load_data, run_tokenizer
 from unmask.training.run import TrainResult
@@ -227,12 +228,23 @@ def test_exact_match_is_measured_before_and_after(place: Path) -> None:
     ).read_text(encoding="utf-8")
 
 
-def test_a_correct_answer_counts(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (place / "prompts.json").write_text(json.dumps([{"instruction": "Say a", "output": "b"}]))
-    monkeypatch.setattr("unmask.training.run.exact_share", lambda given, prompts: 0.5)
-    result, said = train(evaluation__prompts="prompts.json", evaluation__max_new_tokens=2, max_steps=1)
-    assert result.exact_match == (0.5, 0.5)
-    assert said.strip().splitlines()[-1] == "exact match: before 50.0%, after 50.0% on 1 held-out prompts"
+def test_an_answer_that_was_learnt_is_exact(place: Path) -> None:
+    """One answer for every question is quickly learnt, its end token included."""
+    lines = [json.dumps({"instruction": f"Say {word}", "output": "ok"}) for word in WORDS]
+    (place / "same.jsonl").write_text("\n".join(lines))
+    (place / "prompts.json").write_text(json.dumps([{"instruction": "Say yak", "output": "ok"}] * 2))
+    result, said = train(
+        data__dataset_name="same.jsonl",
+        data__eval_size=0,
+        data__sft__end_fill=4,
+        optimizer__learning_rate=2e-2,
+        max_steps=60,
+        evaluation__prompts="prompts.json",
+        evaluation__max_new_tokens=8,
+    )
+    assert result.exact_match == (0.0, 1.0)
+    assert said.strip().splitlines()[-1] == "exact match: before 0.0%, after 100.0% on 2 held-out prompts"
+    assert "Say yak  correct" in said
 
 
 # The loss, and every way to the same step.
@@ -552,11 +564,13 @@ def test_a_full_disk_at_the_end_leaves_no_half_a_checkpoint(
 # Two processes.
 
 
-def test_two_processes_equal_one(place: Path, plain: Any) -> None:
-    """20 training and 5 held-out examples, so that neither divides evenly: three steps an epoch, the last
-    one of four examples, and an evaluation whose last batch is short."""
-    recipe: Recipe = recipe_from_dict(settings(save_steps=5, micro_batch_size=2))
-    (place / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+def test_two_processes_equal_one(place: Path) -> None:
+    """18 training and 7 held-out examples: the third step of an epoch has two examples, so that one process
+    has only repetitions, and the last evaluation batch is short."""
+    one, _ = train("one", data__eval_size=7, save_steps=5)
+    assert one.held_out_loss is not None
+    two = settings("two", data__eval_size=7, save_steps=5, micro_batch_size=2)
+    (place / "recipe.yaml").write_text(recipe_from_dict(two).to_yaml(), encoding="utf-8")
     launch = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2".split()
     done = subprocess.run(
         [*launch, "-m", "unmask", "train", "recipe.yaml"],
@@ -566,7 +580,8 @@ def test_two_processes_equal_one(place: Path, plain: Any) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "(2 x 2 x 2)" in done.stdout and done.stdout.count("step 5/5  loss") == 1
-    assert history(place / "out") == pytest.approx(plain[0], rel=1e-5)
-    assert_close(saved(place / "out/final"), plain[1], atol=2e-5)
-    card = (place / "out/final/README.md").read_text(encoding="utf-8")
-    assert f"| held-out loss (nats per supervised token) | {plain[2].held_out_loss:.4f} |" in card
+    assert history(place / "two") == pytest.approx(history(place / "one"), rel=1e-5)
+    assert_close(saved(place / "two/final"), saved(one.checkpoint), atol=2e-5)
+    found = re.findall(r"held-out loss ([\d.]+)", done.stdout)
+    before = history(place / "one", "eval_loss")[0]
+    assert found == [f"{before:.4f}", f"{one.held_out_loss:.4f}"]

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -215,8 +216,36 @@ def test_examples_without_anything_to_learn_count_for_nothing(tmp_path: Path) ->
 
 def test_supervised_tokens_are_neither_source_nor_padding() -> None:
     batch = collate([Example([2, 3, 4], [True, False, False]), Example([5], [False])], pad_token_id=0)
+    batch["labels"] = batch["input_ids"]
     assert count_supervised(batch, "sft").item() == 3
     assert count_supervised(batch, "pretrain").item() == 4
+    batch["labels"] = torch.tensor([[2, 3, 4], [-100, 0, 0]])
+    assert count_supervised(batch, "sft").item() == 2
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("examples", [1, 2, 5, 6, 7, 12, 18])
+def test_rows_repeated_to_make_processes_even_are_not_learnt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, examples: int
+) -> None:
+    """accelerate fills the last batch of an epoch, here 2 rows a process, with rows from its start."""
+    trainer = make_trainer(tmp_path)
+    rows = [*range(examples), *([0] * (-examples % (2 * processes)))] if processes > 1 else [*range(examples)]
+    learnt = []
+    for process in range(processes):
+        for start in range(2 * process, len(rows), 2 * processes):
+            end = start + 2 * processes >= len(rows) + 2 * process
+            state = SimpleNamespace(
+                end_of_dataloader=end, active_dataloader=SimpleNamespace(dataset=range(examples))
+            )
+            accelerator = SimpleNamespace(
+                gradient_state=state, num_processes=processes, process_index=process
+            )
+            monkeypatch.setattr(trainer, "accelerator", accelerator)
+            batch = {"input_ids": torch.tensor([[row] for row in rows[start : start + 2]])}
+            labels = trainer._labelled(batch)["labels"]
+            learnt += labels[labels != -100].tolist()
+    assert sorted(learnt) == list(range(examples))
 
 
 def test_other_runtime_errors_of_saving_are_not_hidden(

@@ -74,6 +74,8 @@ def train(recipe: Recipe, console: Console | None = None) -> TrainResult:
     prompts = _exact_match_prompts(recipe, data.encoder)
     torch.manual_seed(recipe.seed)
     model = build_model(recipe, tokenizer, data.encoder)
+    if prompts:  # the canvas a model is measured on is the one it is used with, unless told otherwise
+        cast(Any, model.generation_config).set(max_new_tokens=recipe.evaluation.max_new_tokens)
     say_what_runs(console, recipe, model, data, args)
 
     progress = ConsoleProgress(console)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,13 +18,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from unmask.data.hub import first_line
 from unmask.diffusion.noise import example_seeds
 from unmask.errors import UnmaskError
+from unmask.model.denoiser import IGNORED
 
 EVALUATION_EPOCH = -1  # evaluation noise is that of an epoch that training never reaches
 
 
 def count_supervised(batch: dict[str, Tensor], training_mode: str) -> Tensor:
-    """Count the tokens of a batch that may be masked: not padding and, in "sft", not source."""
-    maskable = batch["attention_mask"].bool()
+    """Count the tokens of a batch that may be masked: not padding, not ignored, in "sft" not source."""
+    maskable = batch["attention_mask"].bool() & (batch["labels"] != IGNORED)
     return (maskable & ~batch["src_mask"] if training_mode == "sft" else maskable).sum()
 
 
@@ -51,6 +54,15 @@ class DiffusionTrainer(Trainer):
         self.training_mode = training_mode
         self.model_accepts_loss_kwargs = True  # what older versions read instead of the attribute above
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | None]:
+        """Take the micro-batches of one optimizer step, and count their supervised tokens."""
+        batches = []
+        for batch in islice(epoch_iterator, num_batches):
+            batches.append(self._labelled(batch))  # at once: what it asks for is true of the newest batch
+        return batches, self._get_num_items_in_batch(batches, device)
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         if not batch_samples:
             return None
@@ -76,7 +88,7 @@ class DiffusionTrainer(Trainer):
     ) -> Any:
         return model(
             input_ids=inputs["input_ids"],
-            labels=inputs["input_ids"],  # a loss in eval mode too
+            labels=inputs["labels"],
             attention_mask=inputs["attention_mask"],
             src_mask=inputs["src_mask"] if self.training_mode == "sft" else None,
             training_mode=self.training_mode,
@@ -98,26 +110,32 @@ class DiffusionTrainer(Trainer):
         model.eval()
         total = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # loss, tokens, samples
         for batch in dataloader:
-            batch = cast(dict[str, Tensor], self._prepare_inputs(batch))
-            real = self._real_rows(len(batch["input_ids"]))
-            batch["src_mask"] = batch["src_mask"] | ~real[:, None]
-            batch["attention_mask"] = batch["attention_mask"] * real[:, None]
+            batch = self._labelled(cast(dict[str, Tensor], self._prepare_inputs(batch)))
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = self._denoise(model, batch, EVALUATION_EPOCH, num_supervised=1).loss
             count = count_supervised(batch, self.training_mode)
-            total += torch.stack([loss.double(), count.double(), real.sum().double()])
+            samples = (batch["labels"] != IGNORED).any(dim=1).sum()
+            total += torch.stack([loss.double(), count.double(), samples.double()])
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         total = cast(Tensor, self.accelerator.reduce(total))
         metrics = {f"{metric_key_prefix}_loss": (total[0] / total[1].clamp(min=1)).item()}
         return EvalLoopOutput(None, None, metrics, num_samples=int(total[2]))  # type: ignore[arg-type]
 
-    def _real_rows(self, rows: int) -> Tensor:
-        """True for rows that are not the repetitions which make the last batch even over processes."""
-        state = self.accelerator.gradient_state
-        index = torch.arange(rows, device=self.args.device) + rows * self.accelerator.process_index
-        if state.end_of_dataloader and state.remainder > 0:
-            return index < state.remainder
-        return torch.ones_like(index, dtype=torch.bool)
+    def _labelled(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add labels: the ids, but nothing to learn in rows that only repeat others.
+
+        Such rows make the last batch of an epoch even over the processes; counted, they would make the
+        run depend on the number of processes.
+        """
+        ids = batch["input_ids"]
+        state, processes = self.accelerator.gradient_state, self.accelerator.num_processes
+        if processes > 1 and state.end_of_dataloader:
+            # Not accelerate's own `remainder`, which is wrong in an epoch that a resumed run enters midway.
+            examples = len(cast(Any, state.active_dataloader).dataset)
+            if remainder := examples % (len(ids) * processes):
+                row = torch.arange(len(ids), device=ids.device) + len(ids) * self.accelerator.process_index
+                return {**batch, "labels": ids.masked_fill((row >= remainder)[:, None], IGNORED)}
+        return {**batch, "labels": ids}
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
