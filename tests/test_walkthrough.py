@@ -17,10 +17,14 @@ from unmask.cli import main
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-SHORT = (
-    "max_steps=2 lr_scheduler.warmup_steps=1 evaluation.limit=3 global_batch_size=4"
-    " data.max_records=64 data.eval_size=8"
-).split()
+SHORT = [
+    "max_steps=2",
+    "lr_scheduler.warmup_steps=1",
+    "evaluation.limit=3",
+    "global_batch_size=4",
+    "data.max_records=64",
+    "data.eval_size=8",
+]
 
 
 def blocks(language: str) -> list[str]:

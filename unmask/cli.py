@@ -119,6 +119,8 @@ def generate(
     trace: Annotated[bool, typer.Option("--trace", help="Show the tokens appearing out of masks.")] = False,
 ) -> None:
     """Answer a prompt: fill a canvas of masks step by step, the most confident tokens first."""
+    if raw and system is not None:
+        raise UnmaskError("--system has no effect with --raw; write it into the prompt.")
     _quiet()
     from unmask.data.tokenizer import load_tokenizer
     from unmask.generation.complete import chat_prompt, complete
