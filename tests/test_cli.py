@@ -114,7 +114,7 @@ def test_train_shows_losses_and_leaves_a_checkpoint(chain: Chain) -> None:
     said = chain.said["train"]
     assert (said.code, said.err) == (0, "")
     assert "step 1/2  loss " in said.out and "held-out loss" in said.out
-    assert said.out.splitlines()[-1].startswith("checkpoint: ") or "checkpoint: " in said.out
+    assert "checkpoint: " in said.out
     assert (chain.final / "model.safetensors").exists()
 
 
@@ -208,6 +208,7 @@ def test_a_shell_sees_the_same(tmp_path: Path) -> None:
         (["train"], "Missing argument 'RECIPE'"),
         (["generate", "x"], "Missing option '--prompt'"),
         (["generate", "x", "--prompt", "a", "--temperature", "-1"], "--temperature"),
+        (["generate", "x", "--prompt", "a", "--temperature", "nan"], "--temperature"),
         (["generate", "x", "--prompt", "a", "--steps", "0"], "--steps"),
         (["generate", "x", "--prompt", "a", "--seed", "1.5"], "--seed"),
         (["data", "x", "--show", "-1"], "--show"),
@@ -223,7 +224,7 @@ def test_wrong_usage_is_explained(arguments: list[str], message: str) -> None:
     [
         (["--max-new-tokens", "4", "--steps", "5"], "steps must be an integer from 1 to max_new_tokens = 4"),
         (["--max-new-tokens", "500"], "max_new_tokens = 500 need more than the model's 256 positions"),
-        (["--temperature", "nan"], "temperature must be a number, 0 or more; got nan"),
+        (["--temperature", "inf"], "temperature must be a number, 0 or more; got inf"),
         (["--seed", str(2**70)], "seed must be an integer of at most 64 bits"),
     ],
 )
@@ -237,7 +238,8 @@ def test_settings_that_cannot_be_are_one_line(chain: Chain, settings: list[str],
 
 
 def test_help_of_every_command() -> None:
-    assert set(COMMANDS) == {command.name or command.callback.__name__ for command in cli.app.registered_commands}  # pyright: ignore  # fmt: skip
+    callbacks = [command.callback for command in cli.app.registered_commands]
+    assert COMMANDS == tuple(callback.__name__ for callback in callbacks if callback is not None)
     whole = run_cli("--help")
     assert (whole.code, whole.err) == (0, "")
     assert all(command in whole.out for command in COMMANDS) and "--debug" in whole.out
@@ -256,7 +258,7 @@ try:
     main()
 except SystemExit as ended:
     assert ended.code == 0
-heavy = {"torch", "transformers", "datasets", "numpy", "pydantic", "omegaconf", "accelerate"}
+heavy = {"torch", "transformers", "datasets", "numpy", "tokenizers", "omegaconf", "accelerate"}
 print("loaded:", sorted(heavy & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

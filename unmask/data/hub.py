@@ -49,10 +49,17 @@ def require_hub(name: str, repo_type: str) -> None:
             ) from error
 
 
+def offline_hint() -> str:
+    """What to do about a name that the hub cannot give because it is not asked."""
+    from huggingface_hub import constants
+
+    return " HF_HUB_OFFLINE is set: unset it, or give a local path." if constants.HF_HUB_OFFLINE else ""
+
+
 def first_line(error: BaseException, limit: int = 160) -> str:
     """The first line of an error's message, for quoting inside our own one-line error."""
     lines = str(error).strip().splitlines() or [""]
-    text = lines[0].strip().rstrip(".") or type(error).__name__
+    text = lines[0].strip().rstrip(".: ") or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

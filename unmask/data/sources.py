@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from unmask.data.hub import HUB_NAME, first_line, require_hub
+from unmask.data.hub import HUB_NAME, first_line, offline_hint, require_hub
 from unmask.errors import UnmaskError
 
 RECORD_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet", ".csv")
@@ -256,7 +256,7 @@ def _hub_records(
     except Exception as error:
         raise UnmaskError(
             f"{name}: no such local file or folder, and the hub data set cannot be loaded "
-            f"(split {split!r}): {first_line(error)}."
+            f"(split {split!r}): {first_line(error)}.{offline_hint()}"
         ) from error
     for number, row in enumerate(rows, 1):
         yield dict(row), f"{name} record {number}"

@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from unmask.data.hub import HUB_NAME, first_line, require_hub
+from unmask.data.hub import HUB_NAME, first_line, offline_hint, require_hub
 from unmask.errors import UnmaskError
 
 MASK_TOKEN = "<|mask|>"
@@ -80,7 +80,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
                 f"(tokenizer.json, tokenizer_config.json): {first_line(error)}."
             ) from error
         raise UnmaskError(
-            f"{name}: no such folder, and the hub gave no tokenizer: {first_line(error)}."
+            f"{name}: no such folder, and the hub gave no tokenizer: {first_line(error)}.{offline_hint()}"
         ) from error
     # Of a Qwen checkpoint without tokenizer files transformers makes a tokenizer that knows no text.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
@@ -106,13 +106,13 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, mask: bool = True) ->
     """
     if tokenizer.eos_token_id is None:
         raise UnmaskError(
-            "the tokenizer has no end token (eos_token); set it to the one its texts end with: "
-            'tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"}).'
+            "the tokenizer has no end token (eos_token); set it to the one its texts end with, in its "
+            'tokenizer_config.json or by tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"}).'
         )
     if tokenizer.pad_token_id is None:
         raise UnmaskError(
-            "the tokenizer has no padding token (pad_token); "
-            "set it: tokenizer.pad_token = tokenizer.eos_token."
+            "the tokenizer has no padding token (pad_token); set it, in its tokenizer_config.json or by "
+            "tokenizer.pad_token = tokenizer.eos_token."
         )
     if mask and tokenizer.mask_token_id is None:
         raise UnmaskError(

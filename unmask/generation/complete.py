@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unmask.data.conversation import Turn
 from unmask.data.encode import Encoder
+from unmask.errors import UnmaskError
 
 
 @dataclass
@@ -29,6 +30,8 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, user: str, system: str | Non
     Raises:
         UnmaskError: the tokenizer has no chat template.
     """
+    if not tokenizer.chat_template:
+        raise UnmaskError("the tokenizer has no chat template; give the prompt as it is (--raw).")
     turns = [Turn("user", user)] if system is None else [Turn("system", system), Turn("user", user)]
     return Encoder(tokenizer, layout="chat").encode_prompt(turns)
 

@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from unmask.data.hub import HUB_NAME, first_line, require_hub
+from unmask.data.hub import HUB_NAME, first_line, offline_hint, require_hub
 from unmask.errors import UnmaskError
 from unmask.model.config import PREFIX, diffusion_values
 from unmask.model.families import MODEL_CLASSES
@@ -41,7 +41,9 @@ def read_config(name: str) -> dict[str, Any]:
         try:
             values = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
         except (OSError, ValueError) as error:
-            raise UnmaskError(f"{name}: no model could be loaded: {first_line(error)}.") from error
+            raise UnmaskError(
+                f"{name}: no model could be loaded: {first_line(error)}.{offline_hint()}"
+            ) from error
     model_type = values.get("model_type")
     if str(model_type).removeprefix(PREFIX) not in SUPPORTED:
         raise UnmaskError(
@@ -57,7 +59,9 @@ def read_config(name: str) -> dict[str, Any]:
 def _read_folder(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.exists():
-        raise UnmaskError(f"{path}: this folder is no checkpoint: it holds no config.json.")
+        final = path / "final"  # where a training run leaves it
+        hint = f"did you mean {final}?" if (final / "config.json").exists() else "name a Hugging Face folder."
+        raise UnmaskError(f"{path}: this folder is no checkpoint: it holds no config.json; {hint}")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -123,7 +127,9 @@ def load_model(
             **overrides,
         )
     except (OSError, SafetensorError, RuntimeError, ImportError) as error:
-        raise UnmaskError(f"{name}: the weights cannot be loaded: {first_line(error)}.") from error
+        damaged = isinstance(error, SafetensorError)
+        remedy = "; the file is damaged or incomplete, copy it again." if damaged else "."
+        raise UnmaskError(f"{name}: the weights cannot be loaded: {first_line(error)}{remedy}") from error
     except (StrictDataclassError, TypeError, LookupError, AttributeError) as error:
         raise UnmaskError(
             f"{name}: no model can be made from its config.json: {type(error).__name__}: {first_line(error)}."

@@ -15,6 +15,7 @@ from unmask.data.encode import Encoder, EncodeReport, Example, encode_records, p
 from unmask.data.sources import read_documents, read_records
 from unmask.data.tokenizer import add_mask_token, check_tokenizer, load_tokenizer
 from unmask.errors import UnmaskError
+from unmask.model.checkpoint import read_config
 from unmask.recipe import Recipe
 
 
@@ -45,8 +46,12 @@ def run_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """Load the recipe's tokenizer, with a mask token added where it has none.
 
     Raises:
-        UnmaskError: there is none, or it has no end or padding token.
+        UnmaskError: there is none, it has no end or padding token, or the model's folder is no checkpoint.
     """
+    if recipe.model.name_or_path is not None:
+        read_config(
+            recipe.model.name_or_path
+        )  # a folder that is no checkpoint is told from one without tokenizer
     name = recipe.model.tokenizer or recipe.model.name_or_path
     assert name is not None
     tokenizer = load_tokenizer(name)
@@ -113,6 +118,10 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
         train = blocks(names, data.max_records)
         if data.eval_dataset_name is not None:
             held_out = blocks([data.eval_dataset_name], None)
+    if not train:
+        dropped = report.dropped.items() if report is not None else ()
+        why = "; ".join(f"{count:,} dropped: {reason} (first: {where})" for reason, (count, where) in dropped)
+        raise UnmaskError(f"{', '.join(names)}: no record can be used{f': {why}' if why else ''}.")
     if data.eval_size:
         if data.eval_size >= len(train):
             raise UnmaskError(
@@ -120,8 +129,6 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
                 " examples; use less or more data."
             )
         train, held_out = train[: -data.eval_size], train[-data.eval_size :]
-    if not train:
-        raise UnmaskError(f"{', '.join(names)}: no record can be used; `unmask data` shows why.")
     return RunData(train, held_out, encoder, report)
 
 

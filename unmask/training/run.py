@@ -304,7 +304,8 @@ def _resume_point(recipe: Recipe, out: Path) -> str | None:
         return None if newest is None else str(newest)
     if not (Path(wanted) / "trainer_state.json").exists():
         raise UnmaskError(
-            f"resume_from_checkpoint: {wanted} is no training checkpoint (it has no trainer_state.json)."
+            f"resume_from_checkpoint: {wanted} is no training checkpoint: it has no trainer_state.json;"
+            " name a checkpoint-N folder, or auto."
         )
     return wanted
 
