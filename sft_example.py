@@ -21,7 +21,7 @@ def main() -> None:
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=16,
-            mask_token_id=tokenizer.mask_token_id,
+            mask_token_id=tokenizer.mask_token_id,  # pyright: ignore[reportArgumentType]
         )
     )
     model.train()

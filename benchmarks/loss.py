@@ -35,7 +35,7 @@ def build() -> Qwen3ForCausalLM:
         tie_word_embeddings=True,
         mask_token_id=151669,
     )
-    return Qwen3ForCausalLM(config).to(torch.bfloat16).train()
+    return Qwen3ForCausalLM(config).bfloat16().train()
 
 
 def main() -> None:

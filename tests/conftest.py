@@ -5,6 +5,7 @@ import os
 # Before any hub library is imported: the tests reach no network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hypothesis
 import jaxtyping
 import pytest
 
@@ -18,6 +19,10 @@ import torch  # noqa: E402
 from transformers import PreTrainedTokenizerBase  # noqa: E402
 
 from unmask.data.tokenizer import byte_tokenizer  # noqa: E402
+
+# The same cases at every run, and no deadline: these machines are shared.
+hypothesis.settings.register_profile("steady", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("steady")
 
 torch.set_num_threads(1)  # on tensors this small threads only cost
 

@@ -239,7 +239,7 @@ def test_settings_that_cannot_be_are_one_line(chain: Chain, settings: list[str],
 
 def test_help_of_every_command() -> None:
     callbacks = [command.callback for command in cli.app.registered_commands]
-    assert COMMANDS == tuple(callback.__name__ for callback in callbacks if callback is not None)
+    assert tuple(callback.__name__ for callback in callbacks if callback is not None) == COMMANDS
     whole = run_cli("--help")
     assert (whole.code, whole.err) == (0, "")
     assert all(command in whole.out for command in COMMANDS) and "--debug" in whole.out

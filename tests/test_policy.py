@@ -46,6 +46,9 @@ def test_most_confident_equals_sorting(rows: list[list[tuple[float, bool]]], cou
 def test_ties_go_to_the_leftmost() -> None:
     chosen = most_confident(torch.full((1, 5), 0.25), torch.tensor([[False, True, True, True, True]]), 2)
     assert chosen.tolist() == [[False, True, True, False, False]]
+    wide = torch.arange(5000)[None] % 3 / 3  # long enough for a sort that does not keep order to show
+    chosen = most_confident(wide, torch.ones(1, 5000, dtype=torch.bool), 700)
+    assert chosen[0].nonzero()[:, 0].tolist() == list(range(2, 2100, 3))
 
 
 def test_the_count_may_differ_from_row_to_row() -> None:

@@ -347,6 +347,7 @@ def test_resumed_equals_uninterrupted(
         assert len(first) == 7 and last == first
         assert_close(saved(resumed.checkpoint), saved(whole.checkpoint), atol=0)
         assert resumed.held_out_loss == whole.held_out_loss
+        assert resumed.train_loss == pytest.approx(whole.train_loss, rel=1e-6)
 
 
 def test_auto_resumes_from_the_newest_and_starts_fresh_without(place: Path, plain: Any) -> None:
@@ -395,10 +396,30 @@ def test_auto_does_not_train_over_a_finished_run_without_checkpoints(place: Path
 
 def test_auto_on_a_finished_run_changes_nothing_in_the_model(place: Path) -> None:
     first, _ = train(save_steps=2, max_steps=2)
-    weights = saved(first.checkpoint)
+    weights, card = saved(first.checkpoint), (first.checkpoint / "README.md").read_text(encoding="utf-8")
+    (place / "out/checkpoint-best").mkdir()  # of the user's own, and no step
+    (place / "out/checkpoint-best/trainer_state.json").touch()
     again, _ = train(save_steps=2, max_steps=2, resume_from_checkpoint="auto")
     assert_close(saved(again.checkpoint), weights, atol=0)
     assert again.held_out_loss == first.held_out_loss
+    again_card = (again.checkpoint / "README.md").read_text(encoding="utf-8")
+    [mean] = re.findall(r"^\| mean training loss .*", card, flags=re.MULTILINE)
+    assert mean in again_card.splitlines()
+
+
+def test_the_mean_loss_weighs_each_entry_by_its_steps() -> None:
+    history = [{"step": 0, "eval_loss": 9.0}, {"step": 1, "loss": 4.0}, {"step": 4, "loss": 2.0}]
+    assert run._mean_loss(history) == pytest.approx((4 + 3 * 2) / 4)
+
+
+def test_a_response_may_end_with_another_token_than_a_text(place: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"  # as a base model has it; the chat template ends with <|im_end|>
+    tokenizer.save_pretrained(place / "tokenizer")
+    result, _ = train(model__tokenizer="tokenizer", max_steps=1)
+    model: Any = load_model(str(result.checkpoint))
+    assert model.generation_config.eos_token_ids == [258, 256]
+    assert not {256, 258} & set(model.generation_config.suppress_tokens or [])
 
 
 def test_what_is_no_training_checkpoint_is_refused() -> None:
@@ -406,6 +427,45 @@ def test_what_is_no_training_checkpoint_is_refused() -> None:
     for name in ("nowhere", str(first.checkpoint)):
         with pytest.raises(UnmaskError, match=f"{name}.*trainer_state.json"):
             train("other", resume_from_checkpoint=name)
+
+
+def test_every_setting_of_the_optimizer_reaches_it(trainers: list[DiffusionTrainer]) -> None:
+    optimizer = {"learning_rate": 0.003, "weight_decay": 0.2, "beta1": 0.7, "beta2": 0.8, "epsilon": 1e-5}
+    train(
+        optimizer={**optimizer, "max_grad_norm": 0.5},
+        lr_scheduler={"type": "linear", "warmup_steps": 2},
+        max_steps=4,
+    )
+    inner: Any = trainers[0].optimizer
+    for group, decay in zip(inner.param_groups, (0.2, 0.0), strict=True):  # norms do not decay
+        assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.7, 0.8), 1e-5, decay)
+    rates = losses(trainers[0].state.log_history, "learning_rate")
+    assert rates == pytest.approx([0.0, 0.0015, 0.003, 0.0015])
+    assert trainers[0].args.max_grad_norm == 0.5
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        (None, {"model__config": {**MODEL, "hidden_size": 48}}),
+        (None, {"model__config": {**MODEL, "num_hidden_layers": 2}}),
+        ("model.safetensors", {}),
+        ("optimizer.pt", {}),
+        ("scheduler.pt", {}),
+    ],
+    ids=["wider", "deeper", "weights", "optimizer", "scheduler"],
+)
+def test_a_checkpoint_that_does_not_fit_or_is_damaged_is_named(
+    place: Path, file: str | None, changes: dict[str, Any]
+) -> None:
+    train(save_steps=1, max_steps=1)
+    if file is not None:
+        path = place / "out/checkpoint-1" / file
+        path.write_bytes(path.read_bytes()[:50])
+    start = "out/checkpoint-1"
+    with pytest.raises(UnmaskError, match=f"^resume_from_checkpoint: {start} cannot be loaded: ") as caught:
+        train("other", max_steps=2, resume_from_checkpoint=start, **changes)
+    assert "\n" not in str(caught.value)
 
 
 # Where a model starts from.

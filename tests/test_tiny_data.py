@@ -1,4 +1,4 @@
-"""The demo's data: what lies in recipes/tiny is what make_data.py makes, and nothing held out is trained on."""
+"""The demo's data: recipes/tiny holds what make_data.py makes, and nothing held out is trained on."""
 
 import importlib.util
 from pathlib import Path

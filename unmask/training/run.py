@@ -102,6 +102,8 @@ def train(recipe: Recipe, console: Console | None = None) -> TrainResult:
     finally:
         progress.close()
     held_out = _held_out_loss(trainer) if data.held_out else None
+    # Of a resumed run Trainer's own mean covers the steps of this session alone.
+    train_loss = result.training_loss if resume is None else _mean_loss(trainer.state.log_history)
 
     shares = None
     if main:
@@ -116,7 +118,7 @@ def train(recipe: Recipe, console: Console | None = None) -> TrainResult:
                 recipe,
                 model,
                 trainer.state,
-                result.metrics,
+                {**result.metrics, "train_loss": train_loss},
                 data,
                 held_out,
                 shares,
@@ -128,7 +130,7 @@ def train(recipe: Recipe, console: Console | None = None) -> TrainResult:
             before_after = f"before {shares[0]:.1%}, after {shares[1]:.1%}"
             console.print(f"exact match: {before_after} on {len(prompts)} held-out prompts")
     trainer.accelerator.wait_for_everyone()
-    return TrainResult(out / FINAL, result.training_loss, held_out, shares)
+    return TrainResult(out / FINAL, train_loss, held_out, shares)
 
 
 def build_model(
@@ -313,7 +315,8 @@ def _resume_point(recipe: Recipe, out: Path) -> str | None:
 def _newest_checkpoint(out: Path) -> Path | None:
     """The last training checkpoint that was written to its end: its trainer_state.json comes last."""
     found = [file.parent for file in out.glob("checkpoint-*/trainer_state.json")]
-    steps = {int(folder.name.rpartition("-")[2]): folder for folder in found}
+    numbers = [folder.name.removeprefix("checkpoint-") for folder in found]
+    steps = {int(n): folder for n, folder in zip(numbers, found, strict=True) if n.isdecimal()}
     return steps[max(steps)] if steps else None
 
 
@@ -331,6 +334,16 @@ def _held_out_loss(trainer: DiffusionTrainer) -> float:
     if losses and losses[-1]["step"] == trainer.state.global_step:
         return losses[-1]["eval_loss"]
     return trainer.evaluate()["eval_loss"]
+
+
+def _mean_loss(log_history: list[dict[str, float]]) -> float:
+    """The mean over the logged steps; each entry is the mean since the one before."""
+    total, last = 0.0, 0.0
+    for log in log_history:
+        if "loss" in log:
+            total += log["loss"] * (log["step"] - last)
+            last = log["step"]
+    return total / last if last else float("nan")
 
 
 def _write(path: Path, text: str) -> None:

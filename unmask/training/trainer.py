@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -137,6 +139,14 @@ class DiffusionTrainer(Trainer):
                 return {**batch, "labels": ids.masked_fill((row >= remainder)[:, None], IGNORED)}
         return {**batch, "labels": ids}
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with _named(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _named(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
@@ -149,6 +159,18 @@ class DiffusionTrainer(Trainer):
                 f"{folder}: could not be written: {first_line(error)}; earlier checkpoints are as they were:"
                 " make room and go on with resume_from_checkpoint=auto."
             ) from error
+
+
+@contextmanager
+def _named(checkpoint: str | None) -> Iterator[None]:
+    """Say which checkpoint it is that cannot be resumed from."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError, ValueError, UnpicklingError, EOFError) as error:
+        raise UnmaskError(
+            f"resume_from_checkpoint: {checkpoint} cannot be loaded: {first_line(error)}; it may be damaged,"
+            " or of another model or optimizer than the recipe's."
+        ) from error
 
 
 def _is_failed_write(error: BaseException) -> bool:

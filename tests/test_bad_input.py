@@ -1,0 +1,305 @@
+"""Bad input, as a user meets it: one line with file, record, field and remedy, exit code 2, no traceback,
+and nothing already written is harmed."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import run_cli
+from test_run import Full, tree_of
+from tiny import autoregressive_folder
+
+from unmask.training.trainer import DiffusionTrainer
+
+RECORD = {"instruction": "Say a", "output": "a"}
+RECIPE = """\
+training_mode: sft
+model: {name_or_path: diffusion}
+data: {dataset_name: good.jsonl, block_size: 64, eval_size: 2}
+global_batch_size: 4
+max_steps: 2
+save_steps: 1
+precision: fp32
+report_to: []
+checkpoint_save_dir: run
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collection() -> Iterator[None]:
+    """Trainer collects garbage as it starts, which takes 0.4 s for all that the libraries hold."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def lines(*records: dict[str, Any]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def without(tokenizer_folder: Path, token: str) -> None:
+    file = tokenizer_folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    del config[token]
+    file.write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, a diffusion checkpoint, a finished run, and every kind of bad file and folder."""
+    place = tmp_path_factory.mktemp("bad")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        autoregressive_folder(place / "base")
+        assert run_cli("convert", "base", "diffusion").code == 0
+        Path("recipe.yaml").write_text(RECIPE)
+        Path("good.jsonl").write_text(lines(*[RECORD] * 10))
+        assert run_cli("train", "recipe.yaml").code == 0
+
+        Path("broken.jsonl").write_text(lines(RECORD, RECORD) + '{"instruction": "a", "output": }\n')
+        Path("broken.json").write_text('[\n  {"instruction": "a", "output": "b"},\n  {"instruction": "a"')
+        Path("no_field.jsonl").write_text(lines(RECORD, {"instruction": "a", "outptu": "b"}))
+        Path("empty.json").write_text(json.dumps([RECORD, {"instruction": "a", "output": " \n"}]))
+        Path("no_text.jsonl").write_text(lines({"text": "fine"}, {"body": "a"}))
+        for token in ("pad_token", "eos_token"):
+            shutil.copytree("base", f"no_{token}")
+            without(place / f"no_{token}", token)
+        Path("folder").mkdir()
+        shutil.copytree("diffusion", "no_mask")
+        config = json.loads(Path("no_mask/config.json").read_text())
+        Path("no_mask/config.json").write_text(json.dumps({**config, "mask_token_id": None}))
+        shutil.copytree("diffusion", "cut")
+        whole = Path("cut/model.safetensors").read_bytes()
+        Path("cut/model.safetensors").write_bytes(whole[: len(whole) // 2])
+    return place
+
+
+@pytest.fixture
+def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of what was made, in which the command runs."""
+    shutil.copytree(made, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+@dataclass
+class Case:
+    """A command line, and the words that its one line must hold: where, what, and what to do."""
+
+    arguments: str
+    words: tuple[str, ...]
+
+
+START = "model.name_or_path="
+CASES = {
+    "missing data file": Case(
+        "train recipe.yaml data.dataset_name=goood.jsonl checkpoint_save_dir=new",
+        ("goood.jsonl: no such file", "did you mean good.jsonl?"),
+    ),
+    "missing recipe": Case("train recip.yaml", ("recip.yaml: no such recipe file",)),
+    "missing prompts": Case(
+        "train recipe.yaml evaluation.prompts=held.jsonl checkpoint_save_dir=new",
+        ("held.jsonl: no such file",),
+    ),
+    "missing evaluation data": Case(
+        "data recipe.yaml data.eval_dataset_name=held.jsonl data.eval_size=0", ("held.jsonl: no such file",)
+    ),
+    "broken JSON lines": Case(
+        "data recipe.yaml data.dataset_name=broken.jsonl",
+        ("broken.jsonl line 3: not valid JSON", "column 32", "expected one record a line"),
+    ),
+    "broken JSON array": Case(
+        "train recipe.yaml data.dataset_name=broken.json checkpoint_save_dir=new",
+        ("broken.json line 3: not valid JSON", "column 22"),
+    ),
+    "record without the field": Case(
+        "data recipe.yaml data.dataset_name=no_field.jsonl data.sft.format=alpaca",
+        ("no_field.jsonl line 2: no field 'output'", "fields here: instruction, outptu"),
+    ),
+    "record of no format": Case(
+        "train recipe.yaml data.dataset_name=no_field.jsonl checkpoint_save_dir=new",
+        (
+            "no_field.jsonl line 2: no known format has these fields: instruction, outptu",
+            "set data.sft.format=custom",
+        ),
+    ),
+    "document without the field": Case(
+        "data recipe.yaml training_mode=pretrain data.dataset_name=no_text.jsonl",
+        ("no_text.jsonl line 2: field 'text' is missing", "fields here: body", "set data.text_field"),
+    ),
+    "empty response": Case(
+        "train recipe.yaml data.dataset_name=empty.json checkpoint_save_dir=new",
+        ("empty.json record 2: field 'output' is empty", "a response needs text"),
+    ),
+    "data set name without network": Case(
+        "data recipe.yaml data.dataset_name=some/data",
+        ("some/data: no such local file or folder", "cannot be loaded", "give a local path"),
+    ),
+    "model name without network": Case(
+        f"train recipe.yaml {START}some/model checkpoint_save_dir=new",
+        ("some/model: no model could be loaded", "give a local path"),
+    ),
+    "model name to convert without network": Case(
+        "convert some/model new", ("some/model: no model could be loaded", "give a local path")
+    ),
+    "no padding token": Case(
+        f"train recipe.yaml {START}no_pad_token checkpoint_save_dir=new",
+        ("no_pad_token: the tokenizer has no padding token (pad_token)", "tokenizer_config.json"),
+    ),
+    "no end token": Case(
+        f"data recipe.yaml {START}no_eos_token",
+        ("no_eos_token: the tokenizer has no end token (eos_token)", "tokenizer_config.json"),
+    ),
+    "no end token to convert": Case(
+        "convert no_eos_token new", ("no_eos_token: the tokenizer has no end token (eos_token)",)
+    ),
+    "no mask token": Case(
+        "generate no_mask --prompt a",
+        ("the model has no mask token", "config.mask_token_id", "`unmask convert`"),
+    ),
+    "block size of 1": Case(
+        "train recipe.yaml data.block_size=1 checkpoint_save_dir=new",
+        ("data.block_size: expected an integer, 2 or more; got 1",),
+    ),
+    "folder that is no checkpoint": Case(
+        "generate folder --prompt a",
+        ("folder: this folder is no checkpoint: it holds no config.json", "name a Hugging Face folder"),
+    ),
+    "folder to train from that is no checkpoint": Case(
+        f"train recipe.yaml {START}folder checkpoint_save_dir=new",
+        ("folder: this folder is no checkpoint: it holds no config.json",),
+    ),
+    "a run's own folder": Case(
+        "generate run --prompt a", ("run: this folder is no checkpoint", "did you mean run/final?")
+    ),
+    "file that is no checkpoint": Case(
+        "convert good.jsonl new", ("good.jsonl: a checkpoint is a folder with config.json and weights",)
+    ),
+    "damaged checkpoint": Case(
+        "generate cut --prompt a",
+        ("cut: the weights cannot be loaded", "damaged or incomplete, copy it again"),
+    ),
+    "autoregressive folder to generate": Case(
+        "generate base --prompt a",
+        ("base: this is an autoregressive checkpoint", "`unmask convert base OUT`"),
+    ),
+    "folder with a run": Case(
+        "train recipe.yaml", ("run holds a run already", "resume_from_checkpoint=auto", "name another folder")
+    ),
+    "folder to convert to that exists": Case(
+        "convert base diffusion", ("diffusion: exists already", "name a folder")
+    ),
+    "nothing to resume": Case(
+        "train recipe.yaml resume_from_checkpoint=folder",
+        ("resume_from_checkpoint: folder is no training checkpoint", "name a checkpoint-N folder, or auto"),
+    ),
+    "unknown key": Case(
+        "train recipe.yaml optimizer.learning_rat=1",
+        ("unknown key 'optimizer.learning_rat'", "did you mean 'optimizer.learning_rate'?"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_line_exit_code_2_and_nothing_harmed(place: Path, name: str) -> None:
+    before = tree_of(place)
+    said = run_cli(*CASES[name].arguments.split())
+    assert said.code == 2
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1 and len(said.err) < 400
+    assert "Traceback" not in said.err + said.out
+    for words in CASES[name].words:
+        assert words in said.err
+    assert tree_of(place) == before
+
+
+@pytest.mark.parametrize(
+    "command", ["data recipe.yaml data.dataset_name=a/b", "convert a/b new", "generate a/b --prompt x"]
+)
+def test_without_a_network_a_hub_name_fails_at_once(
+    place: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    class ConnectionError_(ConnectionError):
+        pass
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError_("connection refused")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", unreachable)
+    said = run_cli(*command.split())
+    assert said.code == 2
+    assert said.err == (
+        "error: a/b: no such local file or folder, and the hub cannot be reached;"
+        " give a local path, or set HF_HUB_OFFLINE=1 if it is in the hub cache.\n"
+    )
+
+
+def test_no_room_for_a_converted_checkpoint(place: Path) -> None:
+    before = tree_of(place)
+    with Full(2000):
+        said = run_cli("convert", "base", "new")
+    assert said.code == 2 and said.err.count("\n") == 1
+    assert said.err.startswith("error: new: could not be written: ")
+    assert "nothing already there was changed" in said.err
+    assert tree_of(place) == before and not list(place.glob("*new*"))
+
+
+@pytest.mark.parametrize("part", ["save_model", "_save_optimizer_and_scheduler"])
+def test_no_room_for_a_training_checkpoint(place: Path, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = tree_of(place)
+    real = getattr(DiffusionTrainer, part)
+
+    def full(self: DiffusionTrainer, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < 4:
+            return real(self, *args, **kwargs)
+        with Full(2000):
+            return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(DiffusionTrainer, part, full)
+    arguments = (
+        "train",
+        "recipe.yaml",
+        "max_steps=4",
+        "resume_from_checkpoint=auto",
+        "save_total_limit=null",
+    )
+    said = run_cli(*arguments)
+    assert said.code == 2 and said.err.count("\n") == 1
+    assert said.err.startswith("error: run/checkpoint-4: could not be written: ")
+    assert "earlier checkpoints are as they were" in said.err and "resume_from_checkpoint=auto" in said.err
+    after = tree_of(place)
+    kept = {name for name in before if "checkpoint-" in name or "final" in name or "run" not in name}
+    assert len(kept) > 30 and all(after[name] == before[name] for name in kept)
+    assert not (place / "run/checkpoint-4").exists() and (place / "run/checkpoint-3").exists()
+    monkeypatch.setattr(DiffusionTrainer, part, real)
+    assert run_cli(*arguments).code == 0  # the remedy works
+
+
+def test_no_room_at_the_very_end(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The final checkpoint of the earlier run stays until the new one is complete."""
+    from unmask.training import run
+
+    before = tree_of(place)
+    real = run.save_checkpoint
+
+    def full(*args: Any) -> None:
+        with Full(2000):
+            real(*args)
+
+    monkeypatch.setattr(run, "save_checkpoint", full)
+    said = run_cli("train", "recipe.yaml", "max_steps=3", "resume_from_checkpoint=auto")
+    assert said.code == 2
+    assert said.err.startswith("error: run/final: could not be written: ") and said.err.count("\n") == 1
+    after = tree_of(place)
+    final = {name for name in before if name.startswith("run/final")}
+    assert final and all(after[name] == before[name] for name in final)
+    assert not [name for name in after if "partial" in name]
