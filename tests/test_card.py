@@ -95,3 +95,4 @@ def test_the_commands_shown_name_the_folder(tmp_path: Path) -> None:
 def test_a_card_is_written_also_without_a_loss(tmp_path: Path, missing: dict[str, float]) -> None:
     text, _ = card(tmp_path, metrics=missing)
     assert rows(text)["mean training loss (nats per supervised token)"] == "nan"
+    assert "training time" not in text

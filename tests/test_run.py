@@ -389,22 +389,37 @@ def test_a_folder_with_a_run_is_refused(place: Path, save_steps: int | None) -> 
 def test_auto_does_not_train_over_a_finished_run_without_checkpoints(place: Path) -> None:
     train(max_steps=2)
     before = tree_of(place)
-    with pytest.raises(UnmaskError, match="out/final is a finished run"):
+    with pytest.raises(UnmaskError, match=r"out/final is a finished run, .* before max_steps = 2"):
         train(max_steps=2, seed=6, resume_from_checkpoint="auto")
     assert tree_of(place) == before
 
 
-def test_auto_on_a_finished_run_changes_nothing_in_the_model(place: Path) -> None:
-    first, _ = train(save_steps=2, max_steps=2)
-    weights, card = saved(first.checkpoint), (first.checkpoint / "README.md").read_text(encoding="utf-8")
+def test_auto_on_a_finished_run_has_nothing_to_do(place: Path) -> None:
+    train(save_steps=2, max_steps=2, lr_scheduler={"type": "constant"})
     (place / "out/checkpoint-best").mkdir()  # of the user's own, and no step
     (place / "out/checkpoint-best/trainer_state.json").touch()
-    again, _ = train(save_steps=2, max_steps=2, resume_from_checkpoint="auto")
+    before = tree_of(place)
+    with pytest.raises(UnmaskError, match=r"out/final is a finished run, .* before max_steps = 2"):
+        train(save_steps=2, max_steps=2, resume_from_checkpoint="auto")
+    assert tree_of(place) == before
+
+
+def test_a_run_that_lacks_only_its_end_is_finished_without_a_further_step(
+    place: Path, trainers: list[DiffusionTrainer]
+) -> None:
+    # With a constant learning rate a step too many would show.
+    first, _ = train(save_steps=2, max_steps=2, lr_scheduler={"type": "constant"})
+    weights = saved(first.checkpoint)
+    (place / "out/final").rename(place / "final")
+    again, said = train(
+        save_steps=2, max_steps=2, lr_scheduler={"type": "constant"}, resume_from_checkpoint="auto"
+    )
     assert_close(saved(again.checkpoint), weights, atol=0)
     assert again.held_out_loss == first.held_out_loss
-    again_card = (again.checkpoint / "README.md").read_text(encoding="utf-8")
-    [mean] = re.findall(r"^\| mean training loss .*", card, flags=re.MULTILINE)
-    assert mean in again_card.splitlines()
+    assert again.train_loss == pytest.approx(first.train_loss, rel=1e-6)
+    assert "step 3/2" not in said and trainers[1].state.global_step == 2
+    card = (again.checkpoint / "README.md").read_text(encoding="utf-8")
+    assert "| optimizer steps | 2 |" in card and "nan" not in card
 
 
 def test_the_mean_loss_weighs_each_entry_by_its_steps() -> None:
@@ -452,8 +467,9 @@ def test_every_setting_of_the_optimizer_reaches_it(trainers: list[DiffusionTrain
         ("model.safetensors", {}),
         ("optimizer.pt", {}),
         ("scheduler.pt", {}),
+        ("trainer_state.json", {}),
     ],
-    ids=["wider", "deeper", "weights", "optimizer", "scheduler"],
+    ids=["wider", "deeper", "weights", "optimizer", "scheduler", "state"],
 )
 def test_a_checkpoint_that_does_not_fit_or_is_damaged_is_named(
     place: Path, file: str | None, changes: dict[str, Any]
@@ -463,7 +479,8 @@ def test_a_checkpoint_that_does_not_fit_or_is_damaged_is_named(
         path = place / "out/checkpoint-1" / file
         path.write_bytes(path.read_bytes()[:50])
     start = "out/checkpoint-1"
-    with pytest.raises(UnmaskError, match=f"^resume_from_checkpoint: {start} cannot be loaded: ") as caught:
+    message = rf"^resume_from_checkpoint: {start}\S* cannot be (loaded|read): "
+    with pytest.raises(UnmaskError, match=message) as caught:
         train("other", max_steps=2, resume_from_checkpoint=start, **changes)
     assert "\n" not in str(caught.value)
 

@@ -38,8 +38,9 @@ def write_card(
         "optimizer steps": f"{state.global_step:,}",
         "sequences per step": recipe.global_batch_size,
         "mean training loss (nats per supervised token)": f"{metrics.get('train_loss', float('nan')):.4f}",
-        "training time (s)": f"{metrics.get('train_runtime', float('nan')):.0f}",
     }
+    if "train_runtime" in metrics:
+        rows["training time (s)"] = f"{metrics['train_runtime']:.0f}"
     if held_out_loss is not None:
         rows["held-out loss (nats per supervised token)"] = f"{held_out_loss:.4f}"
     if exact_match is not None:

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 
@@ -98,12 +98,12 @@ def train(recipe: Recipe, console: Console | None = None) -> TrainResult:
         _write(out / "recipe.yaml", recipe.to_yaml())
     trainer.accelerator.wait_for_everyone()
     try:
-        result = trainer.train(resume_from_checkpoint=resume)
+        metrics = _train_or_load(trainer, resume)
     finally:
         progress.close()
     held_out = _held_out_loss(trainer) if data.held_out else None
     # Of a resumed run Trainer's own mean covers the steps of this session alone.
-    train_loss = result.training_loss if resume is None else _mean_loss(trainer.state.log_history)
+    train_loss = metrics["train_loss"] if resume is None else _mean_loss(trainer.state.log_history)
 
     shares = None
     if main:
@@ -118,7 +118,7 @@ def train(recipe: Recipe, console: Console | None = None) -> TrainResult:
                 recipe,
                 model,
                 trainer.state,
-                {**result.metrics, "train_loss": train_loss},
+                {**metrics, "train_loss": train_loss},
                 data,
                 held_out,
                 shares,
@@ -298,10 +298,10 @@ def _resume_point(recipe: Recipe, out: Path) -> str | None:
             )
         return None
     if wanted == "auto":
-        if newest is None and (out / FINAL).exists():
+        if (out / FINAL).exists() and (newest is None or _steps_done(newest) >= recipe.max_steps):
             raise UnmaskError(
-                f"resume_from_checkpoint: {out / FINAL} is a finished run without training checkpoints"
-                " (save_steps) to go on from; set checkpoint_save_dir to another folder."
+                f"resume_from_checkpoint: {out / FINAL} is a finished run, with no checkpoint before"
+                f" max_steps = {recipe.max_steps} to go on from; name another checkpoint_save_dir."
             )
         return None if newest is None else str(newest)
     if not (Path(wanted) / "trainer_state.json").exists():
@@ -326,6 +326,26 @@ def _exact_match_prompts(recipe: Recipe, encoder: Encoder | None) -> list[Prompt
     assert encoder is not None  # the recipe allows prompts in sft alone
     records = read_records(recipe.evaluation.prompts, limit=recipe.evaluation.limit)
     return make_prompts(records, encoder, recipe.data.sft.format, custom_fields(recipe))
+
+
+def _steps_done(checkpoint: str | Path) -> int:
+    file = Path(checkpoint) / "trainer_state.json"
+    try:
+        return TrainerState.load_from_json(str(file)).global_step
+    except (OSError, ValueError, TypeError) as error:
+        raise UnmaskError(
+            f"resume_from_checkpoint: {file} cannot be read: {first_line(error)}; name an earlier checkpoint."
+        ) from error
+
+
+def _train_or_load(trainer: DiffusionTrainer, resume: str | None) -> dict[str, float]:
+    """Train to the end, and return Trainer's metrics; a checkpoint that is there already is only loaded,
+    since Trainer would take one more step."""
+    if resume is None or _steps_done(resume) < trainer.args.max_steps:
+        return trainer.train(resume_from_checkpoint=resume).metrics
+    trainer._load_from_checkpoint(resume)
+    trainer.state = TrainerState.load_from_json(str(Path(resume) / "trainer_state.json"))
+    return {}
 
 
 def _held_out_loss(trainer: DiffusionTrainer) -> float:
