@@ -3,8 +3,8 @@
 # Further key=value arguments override the recipe, for instance data.dataset_name=my.txt.
 # One GPU: ./recipes/train_qwen3_1.7b.sh      Eight: NPROC=8 ./recipes/train_qwen3_1.7b.sh
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+recipe="$(dirname "${BASH_SOURCE[0]}")/train_qwen3_1.7b.yaml"
 if [ "${NPROC:-1}" -gt 1 ]; then
-  exec torchrun --nproc_per_node="$NPROC" -m unmask train recipes/train_qwen3_1.7b.yaml "$@"
+  exec torchrun --nproc_per_node="$NPROC" -m unmask train "$recipe" "$@"
 fi
-exec unmask train recipes/train_qwen3_1.7b.yaml "$@"
+exec unmask train "$recipe" "$@"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A small Qwen3 diffusion model from random weights, on a CPU: words reversed, sorted, spelt.
-# Further key=value arguments override the recipe; NPROC=2 runs two processes.
+# Runs in the project's folder, where its data is. Further key=value arguments override the recipe;
+# NPROC=2 runs two processes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ "${NPROC:-1}" -gt 1 ]; then

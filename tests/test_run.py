@@ -662,3 +662,11 @@ def test_two_processes_equal_one(place: Path) -> None:
     found = re.findall(r"held-out loss ([\d.]+)", done.stdout)
     before = history(place / "one", "eval_loss")[0]
     assert found == [f"{before:.4f}", f"{one.held_out_loss:.4f}"]
+
+
+def test_a_resumed_run_says_in_what_its_recipe_differs(place: Path) -> None:
+    train(save_steps=1, max_steps=1)
+    _, said = train(save_steps=1, max_steps=2, seed=6, resume_from_checkpoint="auto")
+    assert "differs from that of the run so far in seed, max_steps" in said
+    _, said = train(save_steps=1, max_steps=3, seed=6, resume_from_checkpoint="auto")
+    assert "differs from that of the run so far in max_steps;" in said

@@ -84,7 +84,7 @@ def run(command: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert re.fullmatch(pattern, last), last
             assert (place / "outputs/demo/loss.png").stat().st_size > 0
     elif arguments[0].startswith("./recipes/"):
-        local = [f"data.dataset_name={place / argument.split('=')[1]}" for argument in arguments[1:]]
+        local = [argument.replace("dataset_name=", f"dataset_name={place}/") for argument in arguments[1:]]
         extra = [
             f"model.name_or_path={place / 'base'}",
             f"checkpoint_save_dir={place / Path(arguments[0]).stem}",

@@ -7,7 +7,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -115,13 +115,17 @@ def generate(
         float | None,
         typer.Option(min=0, help="0 takes the most likely token; 1 samples from the model."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the sampling, 0 by default: another gives another text.")
+    ] = None,
     trace: Annotated[bool, typer.Option("--trace", help="Show the tokens appearing out of masks.")] = False,
 ) -> None:
     """Answer a prompt: fill a canvas of masks step by step, the most confident tokens first."""
     if raw and system is not None:
         raise UnmaskError("--system has no effect with --raw; write it into the prompt.")
     _quiet()
+    import torch
+
     from unmask.data.tokenizer import load_tokenizer
     from unmask.generation.complete import chat_prompt, complete
     from unmask.generation.trace import trace_lines
@@ -135,6 +139,8 @@ def generate(
     }
     settings = {name: value for name, value in given.items() if value is not None}
     denoiser = load_model(model)
+    if torch.accelerator.is_available():
+        cast(Any, denoiser).to(torch.accelerator.current_accelerator())
     tokenizer = load_tokenizer(model)
     text = sys.stdin.read() if prompt == "-" else prompt
     if raw:

@@ -150,7 +150,7 @@ class SFTRecipe(_Section):
     """How a record becomes a sequence with a source part; `training_mode: sft` only."""
 
     format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "custom"] = "auto"
-    """shape of the records; auto = recognised from the first record"""
+    """shape of the records; auto = recognised from each record's fields"""
     layout: Literal["auto", "chat", "separator"] = "auto"
     """chat = the tokenizer's chat template; separator = plain text with the separator before each
     response; auto = chat where the tokenizer has a template"""

@@ -84,5 +84,5 @@ def say_what_runs(
     console.print(
         f"{recipe.max_steps:,} steps of {recipe.global_batch_size} sequences"
         f" ({args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x"
-        f" {args.world_size}), {epochs:.2g} epochs"
+        f" {args.world_size}), {epochs:.3g} epochs"
     )

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +26,7 @@ from unmask.evaluation.exact_match import Prompt, exact_share, make_prompts
 from unmask.model.checkpoint import fit_to_tokenizer, load_model, save_checkpoint, written_aside
 from unmask.model.config import PREFIX
 from unmask.model.families import MODEL_CLASSES
-from unmask.recipe import Recipe
+from unmask.recipe import Recipe, load_recipe, recipe_fields
 from unmask.training.callbacks import ConsoleProgress, LossCurve
 from unmask.training.card import write_card
 from unmask.training.dataset import ExampleDataset, custom_fields, load_data, run_tokenizer
@@ -65,7 +65,7 @@ def train(recipe: Recipe, console: Console | None = None) -> TrainResult:
     resume = _resume_point(recipe, out)
     args = training_arguments(recipe, eval_on_start=resume is None)
     _check_trackers(args.report_to or [])
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, soft_wrap=True)
     if args.process_index != 0:
         console = Console(quiet=True)
 
@@ -95,6 +95,8 @@ def train(recipe: Recipe, console: Console | None = None) -> TrainResult:
     answer = partial(answer_prompts, model, tokenizer, recipe, prompts, console)
     before = answer("before training") if main and prompts else None
     if main:
+        if resume is not None:
+            _say_what_changed(console, recipe, out / "recipe.yaml")
         _write(out / "recipe.yaml", recipe.to_yaml())
     trainer.accelerator.wait_for_everyone()
     try:
@@ -157,7 +159,10 @@ def build_model(
     else:
         model = _from_scratch(dict(settings.config or {}), tokenizer, overrides)
         model = model.to(dtype)
-        model.set_attn_implementation(settings.attn_implementation)
+        try:
+            model.set_attn_implementation(settings.attn_implementation)
+        except (ImportError, ValueError) as error:
+            raise UnmaskError(f"model.attn_implementation: {first_line(error)}; use sdpa.") from error
     fit_to_tokenizer(model, tokenizer)
     if encoder is not None:
         tokenizer.chat_template = encoder.chat_template  # generation lays prompts out as training did
@@ -252,6 +257,7 @@ def training_arguments(recipe: Recipe, eval_on_start: bool = True) -> TrainingAr
         dataloader_num_workers=recipe.data.num_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
         label_names=[],
         disable_tqdm=True,
     )
@@ -318,6 +324,25 @@ def _newest_checkpoint(out: Path) -> Path | None:
     numbers = [folder.name.removeprefix("checkpoint-") for folder in found]
     steps = {int(n): folder for n, folder in zip(numbers, found, strict=True) if n.isdecimal()}
     return steps[max(steps)] if steps else None
+
+
+def _say_what_changed(console: Console, recipe: Recipe, file: Path) -> None:
+    """Name the keys in which a resumed run's recipe differs from the one it was started with."""
+    try:
+        started = load_recipe(file)
+    except UnmaskError:
+        return  # none there, or of an older version: nothing to compare with
+    keys = [field.key for field in recipe_fields() if field.key != "resume_from_checkpoint"]
+    changed = [key for key in keys if _value(recipe, key) != _value(started, key)]
+    if changed:
+        console.print(
+            f"resume: the recipe differs from that of the run so far in {', '.join(changed)};"
+            " the optimizer and its schedule go on as the checkpoint has them."
+        )
+
+
+def _value(recipe: Recipe, key: str) -> Any:
+    return reduce(getattr, key.split("."), cast(Any, recipe))
 
 
 def _exact_match_prompts(recipe: Recipe, encoder: Encoder | None) -> list[Prompt]:
