@@ -16,6 +16,7 @@ import pytest
 from tiny import autoregressive_folder
 from transformers.utils import logging as transformers_logging
 
+import unmask
 from unmask import cli, load_model, load_tokenizer
 from unmask.errors import UnmaskError
 
@@ -264,3 +265,8 @@ print("loaded:", sorted(heavy & set(sys.modules)))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "loaded: []"
+
+
+def test_version_is_shown() -> None:
+    shown = run_cli("--version")
+    assert (shown.code, shown.out, shown.err) == (0, f"unmask {unmask.__version__}\n", "")

@@ -12,6 +12,7 @@ from typing import Annotated, Any, cast
 import typer
 from rich.console import Console
 
+from unmask import __version__
 from unmask.errors import UnmaskError
 
 app = typer.Typer(
@@ -29,10 +30,19 @@ Overrides = Annotated[
 ]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"unmask {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def common(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error. May stand anywhere.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version.")
     ] = False,
 ) -> None:
     """Options of every command."""

@@ -109,7 +109,11 @@ def draw_loss(log_history: list[dict[str, float]], file: Path) -> None:
             axes.plot(steps, losses, style, label=label, linewidth=1.5, markersize=4)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per supervised token)")
-    axes.set_ylim(bottom=0)
+    drawn = [log[key] for log in log_history for key in ("loss", "eval_loss") if key in log]
+    if drawn and min(drawn) > 0 and max(drawn) > 20 * min(drawn):
+        axes.set_yscale("log")  # or all of a run's second half would look like zero
+    else:
+        axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
