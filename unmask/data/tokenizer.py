@@ -98,25 +98,28 @@ def add_mask_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.mask_token_id  # pyright: ignore[reportReturnType]
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, mask: bool = True) -> None:
+def check_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, *, mask: bool = True, name: str | None = None
+) -> None:
     """Check that `tokenizer` has an end token, a padding token and, with `mask`, a mask token.
 
     Raises:
-        UnmaskError: One is missing; the message says how to set it.
+        UnmaskError: One is missing; the message says how to set it, and starts with `name` if given.
     """
+    where = "" if name is None else f"{name}: "
     if tokenizer.eos_token_id is None:
         raise UnmaskError(
-            "the tokenizer has no end token (eos_token); set it to the one its texts end with, in its "
+            f"{where}the tokenizer has no end token (eos_token); set it to the one its texts end with, in its "
             'tokenizer_config.json or by tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"}).'
         )
     if tokenizer.pad_token_id is None:
         raise UnmaskError(
-            "the tokenizer has no padding token (pad_token); set it, in its tokenizer_config.json or by "
-            "tokenizer.pad_token = tokenizer.eos_token."
+            f"{where}the tokenizer has no padding token (pad_token); set it, in its tokenizer_config.json "
+            "or by tokenizer.pad_token = tokenizer.eos_token."
         )
     if mask and tokenizer.mask_token_id is None:
         raise UnmaskError(
-            "the tokenizer has no mask token (mask_token); convert the model with "
+            f"{where}the tokenizer has no mask token (mask_token); convert the model with "
             "`unmask convert BASE OUT`, or call unmask.data.tokenizer.add_mask_token(tokenizer)."
         )
 

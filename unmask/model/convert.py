@@ -40,10 +40,7 @@ def convert(base: str, out: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
     add_mask_token(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is never attended, so any token will do
-    try:
-        check_tokenizer(tokenizer)
-    except UnmaskError as error:
-        raise UnmaskError(f"{base}: {error}") from error
+    check_tokenizer(tokenizer, name=base)
     model = load_model(base, convert_base=True)
     fit_to_tokenizer(model, tokenizer)
     with written_aside(out) as aside:

@@ -49,17 +49,12 @@ def run_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         UnmaskError: there is none, it has no end or padding token, or the model's folder is no checkpoint.
     """
     if recipe.model.name_or_path is not None:
-        read_config(
-            recipe.model.name_or_path
-        )  # a folder that is no checkpoint is told from one without tokenizer
+        read_config(recipe.model.name_or_path)  # no checkpoint is another mistake than no tokenizer
     name = recipe.model.tokenizer or recipe.model.name_or_path
     assert name is not None
     tokenizer = load_tokenizer(name)
     add_mask_token(tokenizer)
-    try:
-        check_tokenizer(tokenizer)
-    except UnmaskError as error:
-        raise UnmaskError(f"{name}: {error}") from error
+    check_tokenizer(tokenizer, name=name)
     return tokenizer
 
 
