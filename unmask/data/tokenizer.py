@@ -109,7 +109,7 @@ def check_tokenizer(
     where = "" if name is None else f"{name}: "
     if tokenizer.eos_token_id is None:
         raise UnmaskError(
-            f"{where}the tokenizer has no end token (eos_token); set it to the one its texts end with, in its "
+            f"{where}the tokenizer has no end token (eos_token); set it to what its texts end with, in its "
             'tokenizer_config.json or by tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"}).'
         )
     if tokenizer.pad_token_id is None:
