@@ -384,7 +384,7 @@ def test_padding_anywhere_changes_nothing(place: str, attention: str, shift: boo
             src_mask=source[None],
             training_mode="sft",
             noise_seed=seeds[row : row + 1],
-            num_supervised=count,
+            divisor=count,
         )
         for row, (tokens, source) in enumerate(zip(rows, sources, strict=True))
     ]

@@ -16,8 +16,9 @@ import torch
 from tiny import tiny_model
 from torch import Tensor
 
-from unmask.diffusion.loss import diffusion_loss, token_nll
-from unmask.diffusion.noise import Noised
+from unmask.diffusion.attention import Layout
+from unmask.diffusion.loss import token_nll
+from unmask.diffusion.noise import Drawn, Noised
 from unmask.model import denoiser
 
 VOCAB, MASK = 5, 4  # four tokens and the mask
@@ -61,17 +62,18 @@ class Oracle:
     def forward_at(self, t: float, masked: tuple[int, ...]) -> Tensor:
         """The loss that `forward` computes when the draw gives this time and this mask."""
 
-        def drawn(x_0: Tensor, sigma: Tensor, maskable: Tensor, mask_token_id: int, **_: Any) -> Noised:
+        def drawn(
+            x_0: Tensor, layout: Layout, maskable: Tensor, mask_token_id: int, *_: Any, **__: Any
+        ) -> Drawn:
             is_masked = torch.zeros_like(maskable)
             is_masked[0, list(masked)] = True
             assert not (is_masked & ~maskable).any()
-            return Noised(
-                torch.where(is_masked, mask_token_id, x_0), is_masked, sigma[:, None].expand(x_0.shape)
-            )
+            rate = torch.full(x_0.shape, t, dtype=torch.float64)
+            noised = Noised(torch.where(is_masked, mask_token_id, x_0), is_masked, rate)
+            return Drawn(noised, maskable, layout, torch.zeros_like(x_0), None)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(denoiser, "sample_t", lambda *_, **__: torch.tensor([t], dtype=torch.float64))
-            patch.setattr(denoiser, "transition", drawn)
+            patch.setattr(denoiser, "draw", drawn)
             return self.model(TEXT, labels=TEXT, src_mask=self.src_mask, training_mode="sft").loss
 
     def expected_forward(self, t: float) -> Tensor:
@@ -116,19 +118,15 @@ def test_token_nll_of_half_precision_is_computed_in_float32() -> None:
     torch.testing.assert_close(nll.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-def test_diffusion_loss_is_the_weighted_sum_over_the_given_count() -> None:
-    nll, t = torch.tensor([3.0, 0.5]), torch.tensor([0.5, 0.25])
-    for count in (10, 10.0, torch.tensor(10)):
-        assert diffusion_loss(nll, t, count).item() == pytest.approx((3 / 0.5 + 0.5 / 0.25) / 10)
-
-
-@pytest.mark.parametrize("count", [0, 5])
-def test_nothing_masked_is_zero_with_a_zero_gradient(count: int) -> None:
-    logits = torch.randn(0, 7, requires_grad=True)
-    loss = diffusion_loss(token_nll(logits, torch.zeros(0, dtype=torch.int64)), torch.ones(0), count)
+@pytest.mark.parametrize("divisor", [None, 0, 5])
+def test_nothing_masked_is_zero_with_a_zero_gradient(divisor: int | None) -> None:
+    model = tiny_model()
+    ids = torch.tensor([[3, 4, 5]])
+    source = torch.ones_like(ids, dtype=torch.bool)
+    loss = model(ids, src_mask=source, training_mode="sft", divisor=divisor, return_logits=False).loss
     loss.backward()
     assert loss.item() == 0
-    assert logits.grad is not None
+    assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
 
 
 # The whole, enumerated
@@ -225,7 +223,7 @@ def test_micro_batches_add_up_to_the_large_batch() -> None:
             src_mask=src_mask[rows],
             training_mode="sft",
             noise_seed=seeds[rows],
-            num_supervised=count,
+            divisor=count,
         ).loss
 
     whole = step(slice(0, 6), None)

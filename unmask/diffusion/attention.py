@@ -1,14 +1,34 @@
-"""Where tokens stand and which position predicts which, in the presence of padding anywhere.
+"""Where tokens stand, which position predicts which, and who may attend to whom.
 
-A row may hold padding on the right, on the left or in the middle. Everything here counts tokens, never
-columns, so that the same tokens give the same result wherever the padding stands.
+A row may hold padding on the right, on the left or in the middle, and several packed documents one after
+another. Everything here counts tokens within their document, never columns, so that the same tokens give
+the same result wherever they stand. In every attention mask True = the query (row) may attend to the key
+(column); padding attends to itself alone, so that no softmax is over nothing.
+
+Shapes: B batch, L sequence, Q query columns, K key columns.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+from unmask.diffusion.keyed import STREAM_ATTENTION, keyed_uniform
+from unmask.errors import UnmaskError
+
+
+class Layout(NamedTuple):
+    """Where each token of a batch stands."""
+
+    is_token: Bool[Tensor, "B L"]
+    """True = token, False = padding."""
+    document: Int[Tensor, "B L"]
+    """Index of its document within the row, from 0."""
+    position: Int[Tensor, "B L"]
+    """Index of the token within its document, from 0; padding has its predecessor's."""
 
 
 def token_positions(is_token: Bool[Tensor, "B L"]) -> Int[Tensor, "B L"]:
@@ -16,12 +36,127 @@ def token_positions(is_token: Bool[Tensor, "B L"]) -> Int[Tensor, "B L"]:
     return (is_token.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
-def previous_token(is_token: Bool[Tensor, "B L"]) -> Int[Tensor, "B L"]:
-    """Find the column of the token before each column; a row's first token gets its own column.
+def row_layout(is_token: Bool[Tensor, "B L"], document_ids: Int[Tensor, "B L"] | None = None) -> Layout:
+    """Index documents and the tokens within them.
 
-    With the shift of a model adapted from an autoregressive one, `aligned[:, i] = raw[:, previous[i]]`.
+    Args:
+        is_token: True = token, False = padding.
+        document_ids: equal numbers = one document; its tokens stand together. One document a row by default.
     """
+    if document_ids is None:
+        return Layout(is_token, torch.zeros_like(is_token, dtype=torch.long), token_positions(is_token))
+    index = token_positions(is_token)
+    starts = _run_starts(is_token, document_ids)
+    document = (starts.long().cumsum(dim=1) - 1).clamp(min=0)
+    return Layout(is_token, document, (index - _latest(index, starts)).clamp(min=0))
+
+
+def _run_starts(is_token: Tensor, values: Tensor) -> Bool[Tensor, "B L"]:
+    """Tokens whose value differs from that of the token before, and each row's first token."""
+    previous = previous_token(is_token)
+    column = torch.arange(is_token.shape[1], device=is_token.device)
+    return is_token & ((previous == column) | (values != values.gather(1, previous)))
+
+
+def _latest(values: Tensor, starts: Tensor) -> Int[Tensor, "B L"]:
+    """The value at the last start at or before each column; 0 before the first. Values must not fall."""
+    return torch.where(starts, values, 0).cummax(dim=1).values
+
+
+def previous_token(is_token: Bool[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+    """Find the column of the token before each column; a row's first token gets its own column."""
     column = torch.arange(is_token.shape[1], device=is_token.device).expand(is_token.shape)
     last = torch.where(is_token, column, -1).cummax(dim=1).values  # last token at or before column
     previous = torch.cat([torch.full_like(last[:, :1], -1), last[:, :-1]], dim=1)
     return torch.where(previous < 0, column, previous)
+
+
+def predicting_column(layout: Layout) -> Int[Tensor, "B L"]:
+    """Find the column whose output predicts each token under the shift of an autoregressive model.
+
+    It is that of the token before; a document's first token is predicted from its own column:
+    `aligned[:, i] = raw[:, predicting_column[i]]`.
+    """
+    previous = previous_token(layout.is_token)
+    column = torch.arange(previous.shape[1], device=previous.device)
+    return torch.where(layout.document.gather(1, previous) == layout.document, previous, column)
+
+
+def block_index(layout: Layout, maskable: Bool[Tensor, "B L"], block_length: int) -> Int[Tensor, "B L"]:
+    """Number the blocks of each document, from 0, for block diffusion.
+
+    Every maximal run of maskable tokens, and of tokens that are not, starts a new block and is cut after
+    each `block_length` tokens. A response therefore starts a block, as generation does after a prompt.
+    """
+    index = token_positions(layout.is_token)
+    documents = _run_starts(layout.is_token, layout.document)
+    runs = documents | _run_starts(layout.is_token, maskable.long())
+    starts = layout.is_token & ((index - _latest(index, runs)) % block_length == 0)
+    number = starts.long().cumsum(dim=1)
+    return (number - _latest(number, documents)).clamp(min=0)
+
+
+def attend_within_documents(layout: Layout) -> Bool[Tensor, "B L L"]:
+    """Let every token attend to every token of its document."""
+    return _allowed(layout, layout.document[:, :, None] == layout.document[:, None, :])
+
+
+def attend_annealed(layout: Layout, future_share: float, seed: Int[Tensor, "B L"]) -> Bool[Tensor, "B L L"]:
+    """Let every token attend to those before it, and to each later one with probability `future_share`.
+
+    From causal (0) to bidirectional (1), as Gong et al. (DiffuLLaMA, arXiv:2410.17891, sec. 3.2) anneal it.
+
+    Args:
+        seed: noise seed of each token's document; the draw is a function of it and of both positions.
+    """
+    query, key = layout.position[:, :, None], layout.position[:, None, :]
+    seen = keyed_uniform(seed[:, :, None], STREAM_ATTENTION, query, key) < future_share
+    return attend_within_documents(layout) & ((key <= query) | seen)
+
+
+def attend_block_causal(layout: Layout, block: Int[Tensor, "B L"]) -> Bool[Tensor, "B L L"]:
+    """Let every token attend to its own block and to earlier blocks of its document."""
+    return attend_within_documents(layout) & (block[:, None, :] <= block[:, :, None])
+
+
+def attend_two_copies(
+    layout: Layout, block: Int[Tensor, "B L"], noised: Int[Tensor, "N"]
+) -> Bool[Tensor, "B Q K"]:
+    """Build the attention of block diffusion over a clean copy followed by a noised one, Q = K = L + N.
+
+    The clean copy is block-causal. A noised token attends to its own block in the noised copy and to
+    earlier blocks in the clean one (Arriola et al., BD3-LM, arXiv:2503.09573, sec. 3.1 and app. B.6).
+
+    Args:
+        block: block of each token, see `block_index`.
+        noised: columns that the noised copy consists of.
+    """
+    same = attend_within_documents(layout)
+    query, key = block[:, :, None], block[:, None, :]
+    clean = torch.cat([same & (key <= query), torch.zeros_like(same[:, :, noised])], dim=2)
+    to_clean = (same & (key < query))[:, noised]
+    to_noised = (same & (key == query))[:, noised][:, :, noised]
+    return torch.cat([clean, torch.cat([to_clean, to_noised], dim=2)], dim=1)
+
+
+def _allowed(layout: Layout, wanted: Tensor) -> Tensor:
+    """Tokens attend to tokens, padding to itself."""
+    both = layout.is_token[:, :, None] & layout.is_token[:, None, :]
+    itself = torch.eye(wanted.shape[1], dtype=torch.bool, device=wanted.device)
+    return (wanted & both) | (itself & ~layout.is_token[:, :, None])
+
+
+def kernel_mask(attend: Bool[Tensor, "B Q K"], implementation: str, dtype: torch.dtype) -> Tensor:
+    """Turn an attention mask into what transformers' kernel of this name takes, (B, 1, Q, K).
+
+    Raises:
+        UnmaskError: a kernel that takes no mask of this shape.
+    """
+    if implementation == "sdpa":
+        return attend[:, None]
+    if implementation == "eager":  # added to the scores
+        return torch.zeros_like(attend, dtype=dtype).masked_fill(~attend, torch.finfo(dtype).min)[:, None]
+    raise UnmaskError(
+        f"attn_implementation {implementation!r} cannot do packed rows, block-causal or annealed attention;"
+        " use sdpa."
+    )

@@ -16,7 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 # Streams keep draws for different purposes independent of one another under the same seed.
-STREAM_SEED, STREAM_TIME, STREAM_MASK, STREAM_SAMPLE, STREAM_COMMIT = range(5)
+STREAM_SEED, STREAM_TIME, STREAM_MASK, STREAM_SAMPLE, STREAM_COMMIT, STREAM_ATTENTION = range(6)
+STREAM_CUT, STREAM_CELLS, STREAM_STRATA, STREAM_SCORE = range(6, 10)
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 / golden ratio, as a signed 64-bit integer
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -58,3 +59,14 @@ def keyed_uniform(seed: Int[Tensor, "..."] | int, *keys: Int[Tensor, "..."] | in
     bits = _shift_right(keyed_hash(seed, *keys), 11)  # 53 random bits
     uniform = bits.to(torch.float32) * 2.0**-53
     return uniform.clamp(max=1.0 - 2.0**-24)  # rounding to nearest may have reached 1
+
+
+def keyed_below(
+    below: Int[Tensor, "..."] | int, seed: Int[Tensor, "..."] | int, *keys: Int[Tensor, "..."] | int
+) -> Int[Tensor, "..."]:
+    """Draw integers in [0, below) as a pure function of the seed and the keys; 0 where below is less than 1.
+
+    Integer operations alone, so that every device agrees; each value has probability 1 / below to one part
+    in 2^31 / below.
+    """
+    return (_shift_right(keyed_hash(seed, *keys), 33) * torch.as_tensor(below).clamp(min=0)) >> 31

@@ -1,22 +1,48 @@
-"""The training objective: cross-entropy on masked tokens, weighted by 1/t, with one normaliser.
+"""The training objective: cross-entropy on masked tokens, weighted, over one divisor.
 
-For absorbing-state diffusion with the linear schedule, the negative evidence lower bound is
+For absorbing-state diffusion the negative evidence lower bound is
 
     -log p(x_0) <= E_{t ~ U(0,1)} E_{x_t} [ 1/t * sum_{i masked} -log p(x_0[i] | x_t) ]
 
-(Sahoo et al., arXiv:2406.07524, eq. 10; Nie et al., arXiv:2502.09992, eq. 3). The loss here is a
-one-sample estimate of the right-hand side, divided by the number of supervised tokens: **nats per
-supervised token**. Supervised means maskable: whether a token happened to be masked in this draw does
-not change the divisor. Dividing by the number of masked tokens while weighting by 1/t, which is common,
-estimates no bound and is 0/0 when nothing is masked.
+(Sahoo et al., arXiv:2406.07524, eq. 10; Nie et al., arXiv:2502.09992, eq. 3). The default preset "elbo" is
+a one-sample estimate of the right-hand side, divided by the number of supervised tokens of the whole
+optimizer step: **nats per supervised token**. Supervised means maskable: whether a token happened to be
+masked in this draw does not change the divisor. Dividing by the number of masked tokens while weighting by
+1/t, which is common, estimates no bound and is 0/0 when nothing is masked.
+
+The other presets are published conventions, told by two things: the weight of each masked token and what
+the weighted sum is divided by. `docs/math.md` has the table of what each one estimates.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from unmask.diffusion.attention import Layout
+from unmask.diffusion.noise import Drawn
+from unmask.diffusion.objective import Objective, Schedule
+
+CART_P = 0.1  # of the geometric distribution, as Dream was trained
+
+
+class Preset(NamedTuple):
+    """One published convention of the loss."""
+
+    weight: Callable[[Drawn, Objective, torch.dtype], Float[Tensor, "B L"]]
+    """Weight of the nll of each masked token; anything elsewhere."""
+    divisor: Callable[[Drawn], Tensor]
+    """What the weighted sum is divided by: this batch's share of it, a 0-dim tensor."""
+    is_bound: bool
+    """Whether its expectation is an upper bound of a negative log-likelihood."""
+    estimates: str
+    """What its expectation is, in words."""
 
 
 def token_nll(logits: Float[Tensor, "*rows V"], targets: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
@@ -26,19 +52,113 @@ def token_nll(logits: Float[Tensor, "*rows V"], targets: Int[Tensor, "*rows"]) -
     return flat.reshape(targets.shape)
 
 
-def diffusion_loss(
-    nll: Float[Tensor, "M"], t: Float[Tensor, "M"], num_supervised: Int[Tensor, ""] | float
-) -> Float[Tensor, ""]:
-    """Sum nll / t over the masked tokens and divide by the number of supervised tokens.
+def time_weight(t: Float[Tensor, "..."], schedule: Schedule = "linear") -> Float[Tensor, "..."]:
+    """Compute the ELBO's weight of a masked token, `(dt/ds) / t` for t(s) with uniform s.
 
-    Args:
-        nll: -log p(x_0[i] | x_t) of each of the M masked tokens, in nats.
-        t: masking probability that was in force at each of them, in (0, 1].
-        num_supervised: number of maskable tokens the sum stands for: of this batch, or of the whole
-            optimizer step when several batches are accumulated.
-
-    Returns:
-        Nats per supervised token; 0 (never NaN) when nothing is supervised or nothing was masked.
+    linear: 1/t. cosine: pi/2 sqrt(1 - t^2) / t. The bound is the same under every schedule (MD4,
+    arXiv:2406.04329, prop. 1); only the variance of its estimate differs.
     """
-    divisor = torch.as_tensor(num_supervised, device=nll.device).clamp(min=1)
-    return (nll / t.to(nll.dtype)).sum() / divisor
+    return 1 / t if schedule == "linear" else math.pi / 2 * torch.sqrt(1 - t * t) / t
+
+
+def context_weight(is_masked: Bool[Tensor, "B L"], layout: Layout, p: float = CART_P) -> Float[Tensor, "B L"]:
+    """Compute Dream's CART weight: how much unmasked context stands near each token.
+
+    w[n] = 1/2 sum_{i != n, unmasked} p (1 - p)^(|n - i| - 1), distances in tokens of one document (Ye et
+    al., Dream 7B, arXiv:2508.15487, sec. 3.3). Weights do not depend on t.
+    """
+    decay = 1 - p
+    reach = max(1, math.ceil(math.log(1e-8) / math.log(decay)))  # beyond it the terms are below rounding
+    index = torch.cumsum(layout.is_token, dim=1) - 1  # tokens next to one another, padding left out
+    batch, length = is_masked.shape
+    seen = torch.zeros(batch, length, device=is_masked.device, dtype=torch.float32)
+    document = torch.full_like(layout.document, -1)
+    row = torch.arange(batch, device=is_masked.device)[:, None].expand(batch, length)[layout.is_token]
+    column = index[layout.is_token]
+    seen[row, column] = (~is_masked)[layout.is_token].float()
+    document[row, column] = layout.document[layout.is_token]
+    weight = torch.zeros_like(seen)
+    for distance in range(1, min(reach, length - 1) + 1):
+        near = (document[:, distance:] == document[:, :-distance]).float()
+        term = 0.5 * p * decay ** (distance - 1)
+        weight[:, distance:] += term * near * seen[:, :-distance]
+        weight[:, :-distance] += term * near * seen[:, distance:]
+    return weight.gather(1, index.clamp(min=0))
+
+
+def _by_time(drawn: Drawn, objective: Objective, dtype: torch.dtype) -> Tensor:
+    return time_weight(drawn.noised.t.to(dtype), objective.schedule)
+
+
+def _by_time_per_document(drawn: Drawn, objective: Objective, dtype: torch.dtype) -> Tensor:
+    count = _supervised_of_documents(drawn).gather(1, drawn.layout.document)
+    return _by_time(drawn, objective, dtype) / count.clamp(min=1)
+
+
+def _by_nothing(drawn: Drawn, objective: Objective, dtype: torch.dtype) -> Tensor:
+    return torch.ones_like(drawn.noised.t, dtype=dtype)
+
+
+def _by_context(drawn: Drawn, objective: Objective, dtype: torch.dtype) -> Tensor:
+    return context_weight(drawn.noised.is_masked, drawn.layout).to(dtype)
+
+
+def _supervised(drawn: Drawn) -> Tensor:
+    return drawn.maskable.sum()
+
+
+def _supervised_of_documents(drawn: Drawn) -> Int[Tensor, "B L"]:
+    document = drawn.layout.document
+    return torch.zeros_like(document).scatter_add(1, document, drawn.maskable.long())
+
+
+PRESETS: dict[str, Preset] = {
+    "elbo": Preset(
+        _by_time,
+        _supervised,
+        True,
+        "the negative ELBO of all supervised tokens, over their number",
+    ),
+    "llada": Preset(
+        _by_time_per_document,
+        lambda drawn: (_supervised_of_documents(drawn) > 0).sum(),
+        True,
+        "the mean over samples of the negative ELBO per token: short responses count as much as long ones",
+    ),
+    "coda": Preset(
+        _by_time,
+        lambda drawn: drawn.layout.is_token.sum(),
+        False,
+        "the negative ELBO over the number of all tokens, prompts too: too small by the prompts' share",
+    ),
+    "diffullama": Preset(
+        _by_time,
+        lambda drawn: drawn.noised.is_masked.sum(),
+        False,
+        "1/t-weighted cross-entropy over the number of masked tokens: too large, about twice",
+    ),
+    "uniform": Preset(
+        _by_nothing,
+        _supervised,
+        False,
+        "cross-entropy of masked tokens without the weight 1/t: high masking rates count most",
+    ),
+    "cart": Preset(
+        _by_context,
+        _supervised,
+        False,
+        "cross-entropy weighted by the unmasked context near each masked token",
+    ),
+}
+
+
+def loss_weights(
+    drawn: Drawn, objective: Objective, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "B L"]:
+    """Compute the weight of each masked token under the objective's preset."""
+    return PRESETS[objective.loss].weight(drawn, objective, dtype)
+
+
+def loss_divisor(drawn: Drawn, objective: Objective) -> Tensor:
+    """Compute what a batch adds to the divisor of the optimizer step under the objective's preset."""
+    return PRESETS[objective.loss].divisor(drawn)

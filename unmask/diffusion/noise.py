@@ -1,21 +1,46 @@
-"""The forward process: how much noise (`sample_t`) and which tokens it takes (`transition`).
+"""The forward process: how much noise (`sample_t`), which tokens it takes (`transition`), and both (`draw`).
 
-Absorbing-state diffusion with the linear schedule: at time t every maskable token has become the mask
-token with probability t, independently (Sahoo et al., "Simple and Effective Masked Diffusion Language
-Models", arXiv:2406.07524, eq. 1 with alpha_t = 1 - t; Nie et al., LLaDA, arXiv:2502.09992, eq. 7).
+Absorbing-state diffusion: at time t every maskable token has become the mask token with probability t
+(Sahoo et al., "Simple and Effective Masked Diffusion Language Models", arXiv:2406.07524, eq. 1 with
+alpha_t = 1 - t; Nie et al., LLaDA, arXiv:2502.09992, eq. 7).
 
-Shapes: B batch, L sequence.
+Around that base case stand the corruptions of the CoDA recipe, named S1 to S3 as there; each leaves every
+maskable token masked with exactly the probability `t` that is recorded for it:
+
+  S1  a random number of a document's first maskable tokens becomes context: not masked, not counted;
+  S2  a document is cut after a random number of maskable tokens: the rest becomes padding;
+  S3  masks come in cells. A grid of cells of k tokens is laid over the document with a random phase, and
+      every cell is masked as a whole when its own uniform is below t. Whatever cell the phase puts a
+      token in, that cell's uniform is independent of the phase, so P(masked) = t at every position: at
+      the edges, next to a prompt, and in a response shorter than a cell.
+
+Shapes: B batch, L sequence, D documents of a row.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from unmask.diffusion.keyed import STREAM_MASK, STREAM_SEED, STREAM_TIME, keyed_hash, keyed_uniform
+from unmask.diffusion.attention import Layout, block_index
+from unmask.diffusion.keyed import (
+    STREAM_CELLS,
+    STREAM_CUT,
+    STREAM_MASK,
+    STREAM_SEED,
+    STREAM_STRATA,
+    STREAM_TIME,
+    keyed_below,
+    keyed_hash,
+    keyed_uniform,
+)
+from unmask.diffusion.objective import Objective, Schedule
+
+_GOLDEN = round((math.sqrt(5) - 1) / 2 * 2**24)  # multiples of the golden ratio modulo 1 are spread evenly
 
 
 class Noised(NamedTuple):
@@ -29,31 +54,97 @@ class Noised(NamedTuple):
     """The masking probability in force at each position, in (0, 1]."""
 
 
-def example_seeds(seed: int, sample_ids: Int[Tensor, "B"], epoch: int) -> Int[Tensor, "B"]:
+class Drawn(NamedTuple):
+    """One draw of an objective: what is masked, and what is left to be masked after S1 and S2."""
+
+    noised: Noised
+    maskable: Bool[Tensor, "B L"]
+    """True where a token could have been masked: the supervised tokens."""
+    layout: Layout
+    """Documents and positions; `layout.is_token` is False where S2 made padding."""
+    seed: Int[Tensor, "B L"]
+    """Noise seed of each token's document."""
+    block: Int[Tensor, "B L"] | None
+    """Block of each token within its document, for block diffusion."""
+
+    def complement(self, x_0: Int[Tensor, "B L"], mask_token_id: int) -> Drawn:
+        """Mask the other maskable tokens instead, each with probability 1 - t."""
+        is_masked = self.maskable & ~self.noised.is_masked
+        x_t = torch.where(is_masked, mask_token_id, x_0)
+        return self._replace(noised=Noised(x_t, is_masked, 1 - self.noised.t))
+
+
+def example_seeds(seed: int, sample_ids: Int[Tensor, "..."], epoch: int) -> Int[Tensor, "..."]:
     """Derive the `noise_seed` of each sample from the run's seed, the sample's id and the epoch."""
     return keyed_hash(seed, STREAM_SEED, sample_ids, epoch)
+
+
+def low_discrepancy(seed: int, step: int, place: Int[Tensor, "..."], total: int) -> Float[Tensor, "..."]:
+    """Spread the uniforms of one optimizer step evenly over [0, 1): `(place / total + u) mod 1`.
+
+    Each is uniform by itself, since u is, and together they hit every interval of length 1 / total once
+    (Kingma et al., "Variational Diffusion Models", arXiv:2107.00630, app. I.1). It lowers the variance of
+    the loss, and makes the noise of a sample depend on its place in the global batch, which is still no
+    matter of micro-batches, padding or processes.
+
+    Args:
+        seed: seed of the run.
+        step: the optimizer step; all its samples share one u.
+        place: index of each sample among the `total` samples of the step.
+
+    Returns:
+        Uniforms in [0, 1), to be passed on as `strata`.
+    """
+    shift = keyed_uniform(torch.tensor(seed, device=place.device), STREAM_STRATA, step)
+    return (place.float() / total + shift) % 1.0
+
+
+def masking_rate(
+    uniform: Float[Tensor, "..."],
+    *,
+    eps: float = 1e-3,
+    schedule: Schedule = "linear",
+    complementary: bool = False,
+) -> Float[Tensor, "..."]:
+    """Map a uniform s in [0, 1) to the masking rate t in [eps, 1], in [eps, 1 - eps] if complementary.
+
+    linear: t = s (MDLM's log-linear, LLaDA's). cosine: t = sin(pi s / 2), more of the draws at high rates
+    (Shi et al., MD4, arXiv:2406.04329, table 1). Both are stretched to start at eps.
+    """
+    if complementary:
+        return eps + (1 - 2 * eps) * uniform
+    if schedule == "linear":
+        return eps + (1 - eps) * uniform
+    first = math.asin(eps) / (math.pi / 2)
+    return torch.sin(math.pi / 2 * (first + (1 - first) * uniform)).clamp(eps, 1.0)
 
 
 def sample_t(
     batch_size: int,
     *,
     eps: float = 1e-3,
+    schedule: Schedule = "linear",
     noise_seed: Int[Tensor, "B"] | None = None,
+    strata: Float[Tensor, "B"] | None = None,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Float[Tensor, "B"]:
-    """Draw the time of each row uniformly from [eps, 1].
+    """Draw the masking rate of each row from [eps, 1], uniformly unless the schedule says otherwise.
 
     Args:
-        eps: smallest time, in (0, 1). The weight 1/t of the loss is at most 1/eps.
+        eps: smallest rate, in (0, 1). The weight 1/t of the loss is at most 1/eps.
+        schedule: see `masking_rate`.
         noise_seed: one int64 seed a row; the draw is then a pure function of it.
+        strata: the uniforms themselves, from `low_discrepancy`.
         generator: torch generator for draws without seeds; torch's global one by default.
     """
-    if noise_seed is not None:
+    if strata is not None:
+        uniform = strata
+    elif noise_seed is not None:
         uniform = keyed_uniform(noise_seed, STREAM_TIME)
     else:
         uniform = torch.rand(batch_size, generator=generator, device=device)
-    return eps + (1 - eps) * uniform
+    return masking_rate(uniform, eps=eps, schedule=schedule)
 
 
 def transition(
@@ -62,7 +153,7 @@ def transition(
     maskable_mask: Bool[Tensor, "B L"],
     mask_token_id: int,
     *,
-    noise_seed: Int[Tensor, "B"] | None = None,
+    noise_seed: Int[Tensor, "B"] | Int[Tensor, "B L"] | None = None,
     positions: Int[Tensor, "B L"] | None = None,
     generator: torch.Generator | None = None,
 ) -> Noised:
@@ -73,10 +164,10 @@ def transition(
         sigma: masking probability in [0, 1]: a number, one a row (B,) or (B, 1), or one a position (B, L).
         maskable_mask: True where a token may be masked.
         mask_token_id: id of the mask token.
-        noise_seed: one int64 seed a row; position i of the row is then masked by a hash of
+        noise_seed: int64 seeds, one a row or one a position; position i is then masked by a hash of
             (seed, `positions[i]`), whatever else is in the batch. Without it torch's generator is used.
         positions: index of each token within its example; the column by default. It makes the draw
-            independent of padding.
+            independent of padding. Tokens of one seed and one index share their fate.
         generator: torch generator for draws without seeds; torch's global one by default.
 
     Returns:
@@ -103,8 +194,96 @@ def transition(
     if noise_seed is not None:
         if positions is None:
             positions = torch.arange(x_0.shape[1], device=x_0.device)[None]
-        uniform = keyed_uniform(noise_seed[:, None], STREAM_MASK, positions)
+        seed = noise_seed if noise_seed.dim() == 2 else noise_seed[:, None]
+        uniform = keyed_uniform(seed, STREAM_MASK, positions)
     else:
         uniform = torch.rand(x_0.shape, generator=generator, device=x_0.device)
     is_masked = (uniform < t) & maskable_mask
     return Noised(torch.where(is_masked, mask_token_id, x_0), is_masked, t)
+
+
+def draw(
+    x_0: Int[Tensor, "B L"],
+    layout: Layout,
+    maskable: Bool[Tensor, "B L"],
+    mask_token_id: int,
+    objective: Objective,
+    *,
+    source: Bool[Tensor, "B L"] | None = None,
+    noise_seed: Int[Tensor, "..."] | None = None,
+    strata: Float[Tensor, "..."] | None = None,
+    block_length: int | None = None,
+) -> Drawn:
+    """Draw everything random of a training step for a batch: S1, S2, the rates t, and the masks.
+
+    Args:
+        layout: see `row_layout`.
+        maskable: True where a token may be masked: not padding, not source, not ignored.
+        source: True at source tokens that may be masked when `objective.source_share` is below 1.
+        noise_seed: int64, one a row (B,) or one a document (B, D); all of a document's draws are functions
+            of its seed and of positions within it. Without it seeds come from torch's generator.
+        strata: uniforms from `low_discrepancy`, shaped like `noise_seed`, that replace the keyed ones t is
+            made of; block b of a document takes its stratum shifted by b golden ratios.
+        block_length: draw one t a block of this many tokens instead of one a document.
+    """
+    seed = _position_seeds(layout, noise_seed)
+    # 1. Source tokens beyond the conditioned share are learnt like the response.
+    if source is not None and objective.source_share < 1:
+        before, count = _rank(layout, source)
+        maskable = maskable | (source & (before >= (count * objective.source_share).floor()))
+    # 2. S1 and S2, of which a document takes at most one: both keep at least one maskable token.
+    p_prefix, p_cut = objective.prefix_probability, objective.truncate_probability
+    if p_prefix or p_cut:
+        before, count = _rank(layout, maskable)
+        kind = keyed_uniform(seed, STREAM_CUT, 0)
+        kept = 1 + keyed_below(count - 1, seed, STREAM_CUT, 1)
+        possible = count > 1
+        context = possible & (kind < p_prefix) & (before < kept)
+        cut = possible & (p_prefix <= kind) & (kind < p_prefix + p_cut) & (before >= kept)
+        maskable = maskable & ~context & ~cut
+        layout = layout._replace(is_token=layout.is_token & ~cut)
+    # 3. The rate: one a document, or one a block.
+    block = None if block_length is None else block_index(layout, maskable, block_length)
+    if strata is None:
+        uniform = keyed_uniform(seed, STREAM_TIME, *(() if block is None else (block,)))
+    else:
+        uniform = _per_position(layout, strata)
+        if block is not None:
+            uniform = (uniform + (block * _GOLDEN & (2**24 - 1)) * 2.0**-24) % 1.0
+    t = masking_rate(
+        uniform, eps=objective.eps, schedule=objective.schedule, complementary=objective.complementary
+    )
+    # 4. The masks: token by token, or (S3) cell by cell.
+    unit = layout.position
+    if objective.block_masking_probability:
+        in_cells = keyed_uniform(seed, STREAM_CELLS, 0) < objective.block_masking_probability
+        sizes = torch.tensor(objective.mask_block_sizes, device=x_0.device)
+        size = sizes[keyed_below(len(sizes), seed, STREAM_CELLS, 1)]
+        phase = keyed_below(size, seed, STREAM_CELLS, 2)
+        unit = torch.where(in_cells, (unit + phase) // size, unit)
+    noised = transition(x_0, t, maskable, mask_token_id, noise_seed=seed, positions=unit)
+    return Drawn(noised, maskable, layout, seed, block)
+
+
+def _position_seeds(layout: Layout, noise_seed: Int[Tensor, "..."] | None) -> Int[Tensor, "B L"]:
+    """Spread seeds of rows (B,) or documents (B, D) over positions; from torch's generator if None."""
+    if noise_seed is None:
+        shape, device = layout.document.shape, layout.document.device
+        noise_seed = torch.randint(-(2**63), 2**63 - 1, shape, device=device)
+    return _per_position(layout, noise_seed)
+
+
+def _per_position(layout: Layout, values: Tensor) -> Tensor:
+    """Spread a value of each row (B,) or of each of its documents (B, D) over positions (B, L)."""
+    if values.dim() == 1:
+        return values[:, None].expand(layout.document.shape)
+    return values.gather(1, layout.document)
+
+
+def _rank(layout: Layout, flag: Tensor) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B L"]]:
+    """Count the flagged tokens of each token's document: those before it, and all."""
+    ones = flag.long()
+    total = torch.zeros_like(ones).scatter_add(1, layout.document, ones)  # of each document of the row
+    before_document = total.cumsum(dim=1) - total
+    before = ones.cumsum(dim=1) - ones
+    return before - before_document.gather(1, layout.document), total.gather(1, layout.document)

@@ -17,7 +17,7 @@ from transformers.utils.generic import ModelOutput
 from unmask.diffusion.attention import token_positions
 from unmask.diffusion.keyed import keyed_hash
 from unmask.generation.config import DiffusionGenerationConfig
-from unmask.generation.policy import most_confident, tokens_at_step
+from unmask.generation.policy import most_confident, share_steps, tokens_at_step
 from unmask.generation.sampling import gumbel_noise, pick, suppress
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -58,6 +58,7 @@ def denoise(
     is_token: Bool[Tensor, "B P"],
     config: DiffusionGenerationConfig,
     streamer: Any | None = None,
+    block_length: int | None = None,
 ) -> DiffusionGenerationOutput:
     """Fill a canvas of `config.max_new_tokens` masks after each prompt.
 
@@ -74,12 +75,21 @@ def denoise(
         config: settings, `mask_token_id` filled in.
         streamer: receives the prompt by `put`, each draft by `put_draft` where it has one, and the
             response by `put`, as transformers' diffusion streamers expect; a batch of one.
+        block_length: fill the canvas block by block of so many tokens, as a block-causal model was trained;
+            all at once by default. The steps are shared out over the blocks.
+
+    Raises:
+        UnmaskError: fewer steps than blocks.
     """
     assert config.mask_token_id is not None
     device = input_ids.device
     batch, length = input_ids.shape
     canvas_length = config.max_new_tokens
     steps = config.steps or canvas_length
+    block_length = min(block_length or canvas_length, canvas_length)
+    steps_of_block = share_steps(steps, canvas_length, block_length)
+    block_of = torch.arange(canvas_length, device=device) // block_length
+    schedule = [(block, step, count) for block, count in enumerate(steps_of_block) for step in range(count)]
     eos = torch.tensor(config.eos_token_ids, dtype=torch.long, device=device)
     pad = config.pad_token_id if config.pad_token_id is not None else (config.eos_token_ids or [0])[0]
     forbidden = {config.mask_token_id, *(config.suppress_tokens or [])} - set(config.eos_token_ids)
@@ -96,12 +106,12 @@ def denoise(
     if streamer is not None:
         streamer.put(input_ids.cpu())
 
-    for step in range(steps):
+    for step, (block, step_in_block, steps_in_block) in enumerate(schedule):
         canvas = ids[:, length:]
-        live = masked & _before_end(canvas, masked, eos)
+        live = masked & _before_end(canvas, masked, eos) & (block_of == block)
         rows = live.any(dim=1).nonzero()[:, 0]
         if len(rows) == 0:
-            break
+            continue
         where = torch.zeros_like(ids[rows], dtype=torch.bool)
         where[:, length:] = live[rows]
         logits = suppress(denoiser(ids[rows], is_token[rows], where), forbidden_ids)
@@ -114,7 +124,8 @@ def denoise(
         proposal, score = canvas[rows].clone(), confidence[rows].clone()
         proposal[live[rows]] = token
         score[live[rows]] = sure.to(score.dtype)
-        chosen = most_confident(score, live[rows], tokens_at_step(step, steps, canvas_length))
+        count = tokens_at_step(step_in_block, steps_in_block, int((block_of == block).sum()))
+        chosen = most_confident(score, live[rows], count)
         ids[rows, length:] = torch.where(chosen, proposal, canvas[rows])
         confidence[rows] = torch.where(chosen, score, confidence[rows])
         commit_step[rows] = torch.where(chosen, step, commit_step[rows])

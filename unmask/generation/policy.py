@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from unmask.errors import UnmaskError
 
 
 def tokens_at_step(step: int, steps: int, canvas: int) -> int:
     """Spread `canvas` tokens evenly over `steps`: how many are committed at `step` (from 0)."""
     return (step + 1) * canvas // steps - step * canvas // steps
+
+
+def share_steps(steps: int, canvas: int, block_length: int) -> list[int]:
+    """Share `steps` out over the blocks of a canvas, in proportion to their tokens, at least one each.
+
+    Raises:
+        UnmaskError: fewer steps than blocks.
+    """
+    blocks = -(-canvas // block_length)
+    if steps < blocks:
+        raise UnmaskError(
+            f"steps must be at least {blocks}, one for each block of {block_length} tokens in a canvas of"
+            f" {canvas}; got {steps}."
+        )
+    ends = [0]
+    for number in range(1, blocks + 1):
+        even = steps * min(number * block_length, canvas) // canvas
+        ends.append(min(max(even, number), steps - (blocks - number)))
+    return [end - start for start, end in pairwise(ends)]
 
 
 def most_confident(

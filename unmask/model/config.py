@@ -1,4 +1,4 @@
-"""Configs of diffusion checkpoints: the stock config, its own `model_type`, and three fields.
+"""Configs of diffusion checkpoints: the stock config, its own `model_type`, and five fields.
 
 A checkpoint saved here says `"model_type": "unmask_qwen3"`, so stock `AutoModelForCausalLM` refuses it
 instead of reading it as an autoregressive model and producing noise; once `unmask` is imported the Auto
@@ -59,14 +59,20 @@ class Qwen3DiffusionConfig(_DiffusionConfig, Qwen3Config):
         mask_token_id: id of the mask token; None until one is known, and then nothing can be masked.
         logit_shift: True for a model adapted from an autoregressive one: the backbone's output at i - 1
             predicts token i. The shift happens inside the model.
-        noise_eps: smallest time t drawn in training, in (0, 1).
-        is_causal: False: every token attends to every other.
+        noise_eps: smallest masking rate t drawn in training, in (0, 1).
+        attention: "bidirectional", every token attends to every other, or "block_causal", to its own block
+            and to earlier ones (see `unmask.diffusion.attention.block_index`): what the model was trained
+            with, which training, likelihood and generation all follow.
+        block_length: tokens of a block; with "block_causal" alone.
+        is_causal: False: attention is never causal token by token.
     """
 
     model_type = "unmask_qwen3"
     mask_token_id: int | None = None
     logit_shift: bool = False
     noise_eps: float = 1e-3
+    attention: str = "bidirectional"
+    block_length: int | None = None
     is_causal: bool = False
 
 
@@ -77,6 +83,8 @@ class Qwen2DiffusionConfig(_DiffusionConfig, Qwen2Config):
     mask_token_id: int | None = None
     logit_shift: bool = False
     noise_eps: float = 1e-3
+    attention: str = "bidirectional"
+    block_length: int | None = None
     is_causal: bool = False
 
 
@@ -87,4 +95,6 @@ class LlamaDiffusionConfig(_DiffusionConfig, LlamaConfig):
     mask_token_id: int | None = None
     logit_shift: bool = False
     noise_eps: float = 1e-3
+    attention: str = "bidirectional"
+    block_length: int | None = None
     is_causal: bool = False

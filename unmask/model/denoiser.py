@@ -15,12 +15,24 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.utils import logging
 
-from unmask.diffusion.attention import previous_token, token_positions
-from unmask.diffusion.loss import diffusion_loss, token_nll
-from unmask.diffusion.noise import sample_t, transition
+from unmask.diffusion.attention import (
+    Layout,
+    attend_annealed,
+    attend_block_causal,
+    attend_two_copies,
+    attend_within_documents,
+    block_index,
+    kernel_mask,
+    predicting_column,
+    row_layout,
+)
+from unmask.diffusion.loss import loss_divisor, loss_weights, token_nll
+from unmask.diffusion.noise import Drawn, draw
+from unmask.diffusion.objective import Objective
 from unmask.errors import UnmaskError
 from unmask.generation.config import DiffusionGenerationConfig
 from unmask.generation.engine import DiffusionGenerationOutput, denoise
+from unmask.model.head import row_nll, weighted_nll
 
 logger = logging.get_logger(__name__)
 
@@ -35,6 +47,18 @@ class DenoiserOutput(NamedTuple):
     """`logits[:, i]` predicts token i; None with `return_logits=False`."""
     loss: Float[Tensor, ""] | None
     """Nats per supervised token; None in eval mode without labels."""
+
+
+class _Given(NamedTuple):
+    """A batch as `forward` was given it."""
+
+    input_ids: Int[Tensor, "B L"]
+    layout: Layout
+    maskable: Bool[Tensor, "B L"]
+    source: Bool[Tensor, "B L"] | None  # source tokens, which a progressive source mask may open
+    block: Int[Tensor, "B L"] | None  # of each token, in a block-causal model
+    padded: bool
+    packed: bool
 
 
 class MaskedDiffusionMixin:
@@ -75,8 +99,11 @@ class MaskedDiffusionMixin:
         src_mask: Tensor | None = None,
         training_mode: str = "pretrain",
         *,
-        noise_seed: Int[Tensor, "B"] | None = None,
-        num_supervised: Int[Tensor, ""] | float | None = None,
+        noise_seed: Int[Tensor, "..."] | None = None,
+        strata: Float[Tensor, "..."] | None = None,
+        objective: Objective | None = None,
+        document_ids: Int[Tensor, "B L"] | None = None,
+        divisor: Tensor | float | None = None,
         return_logits: bool = True,
     ) -> DenoiserOutput:
         """Corrupt the ids, denoise them, and compute the diffusion loss.
@@ -92,11 +119,17 @@ class MaskedDiffusionMixin:
                 never attended, masked or counted.
             src_mask: (B, L), True = instruction or context: never masked. Needed in "sft".
             training_mode: "pretrain" (any token can be masked) or "sft" (the response alone can).
-            noise_seed: one int64 seed a row (B,): the noise is then a pure function of it. Without it
-                torch's generator is used.
-            num_supervised: divisor of the loss; the number of maskable tokens in this batch by default.
-                A trainer passes that of the whole optimizer step.
-            return_logits: False computes logits on masked tokens alone and returns None for them.
+            noise_seed: int64 seeds, one a row (B,) or one a packed document (B, D): the noise is then a pure
+                function of them. Without it torch's generator is used.
+            strata: uniforms in [0, 1) that the masking rates are made of, shaped like `noise_seed`; see
+                `unmask.diffusion.noise.low_discrepancy`.
+            objective: corruptions and loss preset; the plain negative ELBO by default.
+            document_ids: (B, L), equal numbers = one document of a packed row. Documents do not see one
+                another, and each is noised as if it stood alone.
+            divisor: divisor of the loss; what the preset divides this batch by, if None. A trainer passes
+                that of the whole optimizer step, the sum of `loss_divisor` over its micro-batches.
+            return_logits: False computes logits on masked tokens alone and returns None for them. With
+                complementary masks the logits are those of the first of the two.
 
         Returns:
             `(logits, loss)`: logits (B, L, V), where `logits[:, i]` predicts token i, and the loss in nats
@@ -107,58 +140,204 @@ class MaskedDiffusionMixin:
                 shape or with values other than 0 and 1, an id outside the vocabulary, or a model without
                 a mask token where something would have to be masked.
         """
-        is_token, source = check_inputs(
-            input_ids, labels, attention_mask, src_mask, training_mode, self.config.vocab_size
-        )
+        given = self._given(input_ids, labels, attention_mask, src_mask, training_mode, document_ids)
         if labels is None and not self.training:
-            hidden = self._aligned_hidden(input_ids, is_token)
+            hidden = self._aligned(given, input_ids)
             return DenoiserOutput(self.lm_head(hidden) if return_logits else None, None)
+        # 1. The forward process: what may be masked, at which rate, and what is.
+        objective = objective or Objective(eps=self.config.noise_eps)
+        drawn = self._draw(given, objective, noise_seed, strata)
+        draws = [drawn]
+        if objective.complementary:
+            draws.append(drawn.complement(input_ids, self._mask_token_id()))
+        logits, targets, total = None, input_ids if labels is None else labels, 0.0
+        for one in draws:
+            # 2. The model's view of the masked tokens; the head sees no other unless logits are wanted.
+            is_masked = one.noised.is_masked
+            hidden = self._denoised(given, one, objective)
+            # 3. Cross-entropy, weighted by the preset: 1/t by default.
+            dtype = torch.promote_types(hidden.dtype, torch.float32)
+            weights = loss_weights(one, objective, dtype)[is_masked]
+            if return_logits and logits is None:
+                logits = self.lm_head(hidden)
+                nll = token_nll(logits[is_masked], targets[is_masked])
+                total = total + (nll * weights.to(nll.dtype)).sum()
+            else:
+                total = total + weighted_nll(self.lm_head, hidden[is_masked], targets[is_masked], weights)
+        # 4. One divisor: by default the number of supervised tokens.
+        if divisor is None:
+            divisor = loss_divisor(drawn, objective)
+        divisor = torch.as_tensor(divisor, device=input_ids.device).clamp(min=1)
+        return DenoiserOutput(logits, cast(Tensor, total) / (divisor * len(draws)))
 
-        # 1. What may be masked: supervised tokens that are not padding.
-        maskable = torch.ones_like(input_ids, dtype=torch.bool) if is_token is None else is_token
-        if source is not None:
-            maskable = maskable & ~source
-        if labels is not None:
-            maskable = maskable & (labels != IGNORED)
-        # 2. The forward process: draw a time for each row, mask each maskable token with that probability.
-        t = sample_t(
-            len(input_ids),
-            eps=self.config.noise_eps,
-            noise_seed=noise_seed,
-            device=input_ids.device,
-        )
-        noised = transition(
+    def draw_noise(
+        self,
+        input_ids: Int[Tensor, "B L"],
+        labels: Int[Tensor, "B L"] | None = None,
+        attention_mask: Tensor | None = None,
+        src_mask: Tensor | None = None,
+        training_mode: str = "pretrain",
+        *,
+        noise_seed: Int[Tensor, "..."] | None = None,
+        strata: Float[Tensor, "..."] | None = None,
+        objective: Objective | None = None,
+        document_ids: Int[Tensor, "B L"] | None = None,
+    ) -> Drawn:
+        """Draw what `forward` would mask, without running the network; arguments as there.
+
+        A trainer needs it for the divisor of an optimizer step, which comes before its first forward.
+        """
+        given = self._given(input_ids, labels, attention_mask, src_mask, training_mode, document_ids)
+        return self._draw(given, objective or Objective(eps=self.config.noise_eps), noise_seed, strata)
+
+    def masked_nll(
+        self,
+        input_ids: Int[Tensor, "B L"],
+        is_masked: Bool[Tensor, "B L"],
+        attention_mask: Tensor | None = None,
+        src_mask: Tensor | None = None,
+        document_ids: Int[Tensor, "B L"] | None = None,
+    ) -> Float[Tensor, "M"]:
+        """Compute -log p of each masked token given all others, in nats, in row-major order.
+
+        A block-causal model sees the clean earlier blocks and its own block, all blocks in one pass.
+
+        Args:
+            input_ids: clean ids.
+            is_masked: True = the token is hidden from the model and scored.
+            attention_mask, src_mask, document_ids: as in `forward`.
+        """
+        mode = "pretrain" if src_mask is None else "sft"
+        given = self._given(input_ids, None, attention_mask, src_mask, mode, document_ids)
+        x_t = torch.where(is_masked, self._mask_token_id(), input_ids)
+        hidden = self._aligned(given, x_t) if given.block is None else self._two_copies(given, x_t, given)
+        return row_nll(self.lm_head, hidden[is_masked], input_ids[is_masked])
+
+    def _given(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None,
+        attention_mask: Tensor | None,
+        src_mask: Tensor | None,
+        training_mode: str,
+        document_ids: Tensor | None,
+    ) -> _Given:
+        is_token, source = check_inputs(
             input_ids,
-            t,
-            maskable,
-            self._mask_token_id(),
-            noise_seed=noise_seed,
-            positions=None if is_token is None else token_positions(is_token),
+            labels,
+            attention_mask,
+            src_mask,
+            training_mode,
+            self.config.vocab_size,
+            document_ids,
         )
-        # 3. The model's view of the masked tokens; the head sees no other unless logits are wanted.
-        hidden = self._aligned_hidden(noised.x_t, is_token)
-        logits = self.lm_head(hidden) if return_logits else None
-        at_masked = self.lm_head(hidden[noised.is_masked]) if logits is None else logits[noised.is_masked]
-        # 4. Cross-entropy weighted by 1/t, over the number of supervised tokens.
-        targets = input_ids if labels is None else labels
-        nll = token_nll(at_masked, targets[noised.is_masked])
-        if num_supervised is None:
-            num_supervised = maskable.sum()
-        return DenoiserOutput(logits, diffusion_loss(nll, noised.t[noised.is_masked], num_supervised))
+        padded = is_token is not None
+        allowed = is_token = torch.ones_like(input_ids, dtype=torch.bool) if is_token is None else is_token
+        if labels is not None:
+            allowed = allowed & (labels != IGNORED)
+        maskable = allowed if source is None else allowed & ~source
+        layout = row_layout(is_token, document_ids)
+        length = self._block_length()
+        return _Given(
+            input_ids,
+            layout,
+            maskable,
+            None if source is None else source & allowed,
+            None if length is None else block_index(layout, maskable, length),
+            padded,
+            document_ids is not None,
+        )
 
-    def _aligned_hidden(self, ids: Tensor, is_token: Tensor | None) -> Float[Tensor, "B L H"]:
-        """Run the stock backbone so that the output at i predicts token i, wherever padding stands."""
-        hidden = self.model(
-            input_ids=ids,
-            attention_mask=is_token,
-            position_ids=None if is_token is None else token_positions(is_token),
-            use_cache=False,
-        ).last_hidden_state
+    def _draw(
+        self, given: _Given, objective: Objective, noise_seed: Tensor | None, strata: Tensor | None
+    ) -> Drawn:
+        return draw(
+            given.input_ids,
+            given.layout,
+            given.maskable,
+            self._mask_token_id(),
+            objective,
+            source=given.source,
+            noise_seed=noise_seed,
+            strata=strata,
+            block_length=self._block_length(),
+        )
+
+    def _denoised(self, given: _Given, drawn: Drawn, objective: Objective) -> Float[Tensor, "B L H"]:
+        """Run the network on a draw."""
+        if drawn.block is not None:
+            if objective.future_share < 1:
+                raise UnmaskError("block-causal attention cannot be annealed: use future_share = 1.")
+            return self._two_copies(given, drawn.noised.x_t, drawn)
+        given = given._replace(layout=drawn.layout, padded=given.padded or objective.truncate_probability > 0)
+        attend = None
+        if objective.future_share < 1:
+            attend = attend_annealed(drawn.layout, objective.future_share, drawn.seed)
+        return self._aligned(given, drawn.noised.x_t, attend)
+
+    def _aligned(
+        self, given: _Given, ids: Tensor, attend: Bool[Tensor, "B L L"] | None = None
+    ) -> Float[Tensor, "B L H"]:
+        """Run the network on ids as they are, so that the output at i predicts token i."""
+        layout = given.layout
+        if attend is None and given.block is not None:
+            attend = attend_block_causal(layout, given.block)
+        if attend is None and given.packed:
+            attend = attend_within_documents(layout)
+        if attend is not None or given.padded:
+            hidden = self._network(ids, layout.is_token if attend is None else attend, layout.position)
+        else:  # nothing to say: the kernel may be told that every token sees every other
+            hidden = self._network(ids, None, None)
         if not self.config.logit_shift:
             return hidden
-        if is_token is None:
+        if not (given.padded or given.packed):
             return torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
-        return hidden.gather(1, previous_token(is_token)[..., None].expand_as(hidden))
+        return _take(hidden, predicting_column(layout))
+
+    def _two_copies(self, given: _Given, x_t: Tensor, drawn: _Given | Drawn) -> Float[Tensor, "B L H"]:
+        """Run the network on clean and noised ids in one pass, for block diffusion.
+
+        The noised copy holds the columns that may be masked in some row. With the shift, a block's first
+        token is predicted from the clean last token of the block before, as it is in generation.
+        """
+        layout, block, maskable = drawn.layout, cast(Tensor, drawn.block), drawn.maskable
+        length = x_t.shape[1]
+        noised = maskable.any(dim=0).nonzero()[:, 0]
+        ids = torch.cat([given.input_ids, x_t[:, noised]], dim=1)
+        position = torch.cat([layout.position, layout.position[:, noised]], dim=1)
+        raw = self._network(ids, attend_two_copies(layout, block, noised), position)
+        column = torch.arange(length, device=x_t.device)
+        in_noised = column.clone()
+        in_noised[noised] = length + torch.arange(len(noised), device=x_t.device)
+        source = predicting_column(layout) if self.config.logit_shift else column.expand_as(layout.position)
+        same_block = maskable & maskable.gather(1, source) & (block.gather(1, source) == block)
+        return _take(raw, torch.where(same_block, in_noised[source], source))
+
+    def _network(
+        self, ids: Tensor, attend: Tensor | None, position_ids: Tensor | None
+    ) -> Float[Tensor, "B L H"]:
+        """Run the stock backbone; `attend` is None, (B, L) True = token, or (B, L, L) True = may attend."""
+        if attend is not None and attend.dim() == 3:
+            if "sliding_attention" in (getattr(self.config, "layer_types", None) or ()):
+                raise UnmaskError(
+                    "layers with a sliding window cannot do packed rows, block-causal or annealed attention."
+                )
+            attend = kernel_mask(attend, self.config._attn_implementation, self.lm_head.weight.dtype)
+        return self.model(
+            input_ids=ids, attention_mask=attend, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+
+    def _block_length(self) -> int | None:
+        """The config's block length, None for a bidirectional model."""
+        if self.config.attention == "bidirectional":
+            return None
+        length = self.config.block_length
+        if self.config.attention != "block_causal" or not isinstance(length, int) or length < 1:
+            raise UnmaskError(
+                "config.attention must be 'bidirectional', or 'block_causal' with a positive block_length;"
+                f" got {self.config.attention!r} and {length!r}."
+            )
+        return length
 
     @torch.no_grad()
     def generate(
@@ -204,12 +383,19 @@ class MaskedDiffusionMixin:
                 f" the model's {self.config.max_position_embeddings} positions; shorten one of them."
             )
 
+        block_length = self._block_length()
+
         def denoiser(ids: Tensor, is_token: Tensor, where: Tensor) -> Tensor:
-            return self.lm_head(self._aligned_hidden(ids, is_token)[where])
+            layout = row_layout(is_token)
+            canvas = torch.arange(ids.shape[1], device=ids.device) >= input_ids.shape[1]
+            maskable = is_token & canvas
+            block = None if block_length is None else block_index(layout, maskable, block_length)
+            given = _Given(ids, layout, maskable, None, block, padded=True, packed=False)
+            return self.lm_head(self._aligned(given, ids)[where])
 
         if is_token is None:
             is_token = torch.ones_like(input_ids, dtype=torch.bool)
-        output = denoise(denoiser, input_ids, is_token, config, streamer)
+        output = denoise(denoiser, input_ids, is_token, config, streamer, block_length)
         return output if config.return_dict_in_generate else cast(Tensor, output.sequences)
 
     def _mask_token_id(self) -> int:
@@ -226,6 +412,11 @@ class MaskedDiffusionMixin:
         return self.config.mask_token_id
 
 
+def _take(hidden: Float[Tensor, "B K H"], column: Int[Tensor, "B L"]) -> Float[Tensor, "B L H"]:
+    """Take one column's output for each position."""
+    return hidden.gather(1, column[..., None].expand(*column.shape, hidden.shape[-1]))
+
+
 def check_inputs(
     input_ids: Tensor,
     labels: Tensor | None,
@@ -233,6 +424,7 @@ def check_inputs(
     src_mask: Tensor | None,
     training_mode: str,
     vocab_size: int,
+    document_ids: Tensor | None = None,
 ) -> tuple[Bool[Tensor, "B L"] | None, Bool[Tensor, "B L"] | None]:
     """Validate the arguments of `forward`, which says what is refused.
 
@@ -253,6 +445,7 @@ def check_inputs(
         ("labels", labels),
         ("attention_mask", attention_mask),
         ("src_mask", src_mask),
+        ("document_ids", document_ids),
     ):
         if given is not None and tuple(given.shape) != shape:
             raise ValueError(f"{name} must have shape (batch, seq) = {shape}; got {tuple(given.shape)}.")
