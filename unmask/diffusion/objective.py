@@ -82,3 +82,8 @@ class Objective:
             raise UnmaskError(
                 f"complementary masks draw t from [eps, 1 - eps]: eps must be below 0.5; got {self.eps}."
             )
+        if self.complementary and self.loss == "diffullama":
+            raise UnmaskError(
+                "complementary masks contradict loss 'diffullama', which divides by the number of masked"
+                " tokens: the two masks together take every token."
+            )

@@ -13,10 +13,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers.utils import logging
 
 from unmask.diffusion.attention import (
-    Layout,
     attend_annealed,
     attend_block_causal,
     attend_two_copies,
@@ -33,11 +31,7 @@ from unmask.errors import UnmaskError
 from unmask.generation.config import DiffusionGenerationConfig
 from unmask.generation.engine import DiffusionGenerationOutput, denoise
 from unmask.model.head import row_nll, weighted_nll
-
-logger = logging.get_logger(__name__)
-
-TRAINING_MODES = ("pretrain", "sft")
-IGNORED = -100  # label of a position that is never masked and never counted
+from unmask.model.inputs import IGNORED, Given, check_inputs
 
 
 class DenoiserOutput(NamedTuple):
@@ -49,18 +43,6 @@ class DenoiserOutput(NamedTuple):
     """Nats per supervised token; None in eval mode without labels."""
 
 
-class _Given(NamedTuple):
-    """A batch as `forward` was given it."""
-
-    input_ids: Int[Tensor, "B L"]
-    layout: Layout
-    maskable: Bool[Tensor, "B L"]
-    source: Bool[Tensor, "B L"] | None  # source tokens, which a progressive source mask may open
-    block: Int[Tensor, "B L"] | None  # of each token, in a block-causal model
-    padded: bool
-    packed: bool
-
-
 class MaskedDiffusionMixin:
     """Masked diffusion on a stock `...ForCausalLM` of transformers."""
 
@@ -69,6 +51,7 @@ class MaskedDiffusionMixin:
     model: Any
     lm_head: Any
     training: bool
+    dtype: torch.dtype
     generation_config: Any
 
     generation_config_class = DiffusionGenerationConfig
@@ -221,7 +204,7 @@ class MaskedDiffusionMixin:
         src_mask: Tensor | None,
         training_mode: str,
         document_ids: Tensor | None,
-    ) -> _Given:
+    ) -> Given:
         is_token, source = check_inputs(
             input_ids,
             labels,
@@ -238,7 +221,7 @@ class MaskedDiffusionMixin:
         maskable = allowed if source is None else allowed & ~source
         layout = row_layout(is_token, document_ids)
         length = self._block_length()
-        return _Given(
+        return Given(
             input_ids,
             layout,
             maskable,
@@ -249,7 +232,7 @@ class MaskedDiffusionMixin:
         )
 
     def _draw(
-        self, given: _Given, objective: Objective, noise_seed: Tensor | None, strata: Tensor | None
+        self, given: Given, objective: Objective, noise_seed: Tensor | None, strata: Tensor | None
     ) -> Drawn:
         return draw(
             given.input_ids,
@@ -263,7 +246,7 @@ class MaskedDiffusionMixin:
             block_length=self._block_length(),
         )
 
-    def _denoised(self, given: _Given, drawn: Drawn, objective: Objective) -> Float[Tensor, "B L H"]:
+    def _denoised(self, given: Given, drawn: Drawn, objective: Objective) -> Float[Tensor, "B L H"]:
         """Run the network on a draw."""
         if drawn.block is not None:
             if objective.future_share < 1:
@@ -276,7 +259,7 @@ class MaskedDiffusionMixin:
         return self._aligned(given, drawn.noised.x_t, attend)
 
     def _aligned(
-        self, given: _Given, ids: Tensor, attend: Bool[Tensor, "B L L"] | None = None
+        self, given: Given, ids: Tensor, attend: Bool[Tensor, "B L L"] | None = None
     ) -> Float[Tensor, "B L H"]:
         """Run the network on ids as they are, so that the output at i predicts token i."""
         layout = given.layout
@@ -294,7 +277,7 @@ class MaskedDiffusionMixin:
             return torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
         return _take(hidden, predicting_column(layout))
 
-    def _two_copies(self, given: _Given, x_t: Tensor, drawn: _Given | Drawn) -> Float[Tensor, "B L H"]:
+    def _two_copies(self, given: Given, x_t: Tensor, drawn: Given | Drawn) -> Float[Tensor, "B L H"]:
         """Run the network on clean and noised ids in one pass, for block diffusion.
 
         The noised copy holds the columns that may be masked in some row. With the shift, a block's first
@@ -322,7 +305,7 @@ class MaskedDiffusionMixin:
                 raise UnmaskError(
                     "layers with a sliding window cannot do packed rows, block-causal or annealed attention."
                 )
-            attend = kernel_mask(attend, self.config._attn_implementation, self.lm_head.weight.dtype)
+            attend = kernel_mask(attend, self.config._attn_implementation, self.dtype)
         return self.model(
             input_ids=ids, attention_mask=attend, position_ids=position_ids, use_cache=False
         ).last_hidden_state
@@ -390,7 +373,7 @@ class MaskedDiffusionMixin:
             canvas = torch.arange(ids.shape[1], device=ids.device) >= input_ids.shape[1]
             maskable = is_token & canvas
             block = None if block_length is None else block_index(layout, maskable, block_length)
-            given = _Given(ids, layout, maskable, None, block, padded=True, packed=False)
+            given = Given(ids, layout, maskable, None, block, padded=True, packed=False)
             return self.lm_head(self._aligned(given, ids)[where])
 
         if is_token is None:
@@ -415,73 +398,3 @@ class MaskedDiffusionMixin:
 def _take(hidden: Float[Tensor, "B K H"], column: Int[Tensor, "B L"]) -> Float[Tensor, "B L H"]:
     """Take one column's output for each position."""
     return hidden.gather(1, column[..., None].expand(*column.shape, hidden.shape[-1]))
-
-
-def check_inputs(
-    input_ids: Tensor,
-    labels: Tensor | None,
-    attention_mask: Tensor | None,
-    src_mask: Tensor | None,
-    training_mode: str,
-    vocab_size: int,
-    document_ids: Tensor | None = None,
-) -> tuple[Bool[Tensor, "B L"] | None, Bool[Tensor, "B L"] | None]:
-    """Validate the arguments of `forward`, which says what is refused.
-
-    Returns:
-        (is_token, source): True = token, or None when nothing is padding; True = never masked, or None
-        when the mode masks everything.
-    """
-    if training_mode not in TRAINING_MODES:
-        raise ValueError(f"training_mode must be 'pretrain' or 'sft'; got {training_mode!r}.")
-    if training_mode == "sft" and src_mask is None:
-        raise ValueError(
-            "training_mode='sft' needs src_mask (True = instruction, never masked); SFTDataCollator makes it."
-        )
-    shape = tuple(input_ids.shape)
-    if len(shape) != 2:
-        raise ValueError(f"input_ids must have shape (batch, seq); got {shape}.")
-    for name, given in (
-        ("labels", labels),
-        ("attention_mask", attention_mask),
-        ("src_mask", src_mask),
-        ("document_ids", document_ids),
-    ):
-        if given is not None and tuple(given.shape) != shape:
-            raise ValueError(f"{name} must have shape (batch, seq) = {shape}; got {tuple(given.shape)}.")
-    if training_mode == "pretrain" and src_mask is not None:
-        logger.warning_once("src_mask has no effect in training_mode='pretrain': any token can be masked.")
-        src_mask = None
-    is_token = None if attention_mask is None else attention_mask.to(torch.bool)
-    source = None if src_mask is None else src_mask.to(torch.bool)
-    if torch.compiler.is_compiling():  # what follows reads values, which would break the graph
-        return is_token, source
-
-    # What can only be seen in the values, fetched from the device at once.
-    never = torch.zeros((), dtype=torch.bool, device=input_ids.device)
-
-    def not_binary(mask: Tensor | None) -> Tensor:
-        return never if mask is None or mask.dtype == torch.bool else ((mask != 0) & (mask != 1)).any()
-
-    def outside(ids: Tensor) -> Tensor:
-        return ((ids < 0) | (ids >= vocab_size)).any()
-
-    bad_id, bad_label, bad_attention, bad_source, padded = torch.stack(
-        [
-            outside(input_ids),
-            never if labels is None else outside(torch.where(labels == IGNORED, 0, labels)),
-            not_binary(attention_mask),
-            not_binary(src_mask),
-            never if is_token is None else ~is_token.all(),
-        ]
-    ).tolist()
-    if bad_id:
-        low, high = input_ids.min().item(), input_ids.max().item()
-        raise ValueError(f"input_ids must be ids in [0, {vocab_size}); got values from {low} to {high}.")
-    if bad_label:
-        raise ValueError(f"labels must be ids in [0, {vocab_size}) or {IGNORED}.")
-    if bad_attention:
-        raise ValueError("attention_mask must hold 0 and 1 only (1 = token).")
-    if bad_source:
-        raise ValueError("src_mask must hold 0 and 1 only (True = instruction or context).")
-    return (is_token if padded else None), source

@@ -186,5 +186,5 @@ class _WeightedNll(torch.autograd.Function):
         d_hidden, d_weight, nll = ctx.saved_tensors
         if scale.device.type == "cpu" and scale == 1:  # elsewhere the comparison would wait for the device
             return d_hidden, d_weight, None, nll
-        scaled = (None if d is None else d * scale.to(d.dtype) for d in (d_hidden, d_weight))
+        scaled = (None if d is None else d * scale for d in (d_hidden, d_weight))
         return *scaled, None, nll * scale
