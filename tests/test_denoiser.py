@@ -14,7 +14,7 @@ from transformers import Qwen3Config
 from transformers import Qwen3ForCausalLM as StockQwen3
 
 from unmask.diffusion.noise import sample_t, transition
-from unmask.model import denoiser
+from unmask.model import inputs
 
 MASK = 31
 shifted_or_not = pytest.mark.parametrize("shift", [False, True], ids=["unshifted", "shifted"])
@@ -159,7 +159,7 @@ def test_pretrain_masks_any_token_and_sft_the_response_alone() -> None:
 
 def test_pretrain_ignores_src_mask_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(denoiser.logger, "warning_once", said.append)
+    monkeypatch.setattr(inputs.logger, "warning_once", said.append)
     model, ids, seeds = tiny_model(), random_ids(2, 6), torch.arange(2)
     everything = torch.ones(2, 6, dtype=torch.bool)
     with_mask = model(ids, src_mask=everything, noise_seed=seeds)
