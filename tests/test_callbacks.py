@@ -90,7 +90,13 @@ def test_the_curve_holds_what_was_logged(tmp_path: Path, monkeypatch: pytest.Mon
         {"step": 2, "train_loss": 4.5},
     ]
     draw_loss(history, tmp_path / "loss.png")
-    assert drawn == {"training": ([1, 2], [5.0, 4.0]), "held out": ([0, 2], [6.0, 4.5])}
+    assert drawn == {
+        "training, nats per token": ([1, 2], [5.0, 4.0]),
+        "held out, nats per token": ([0, 2], [6.0, 4.5]),
+    }
+    drawn.clear()
+    draw_loss(history, tmp_path / "loss.png", "by preset coda")  # only the held-out loss stays in nats
+    assert list(drawn) == ["training, by preset coda", "held out, nats per token"]
 
 
 def test_the_curve_is_drawn_by_the_main_process_alone(tmp_path: Path) -> None:

@@ -50,11 +50,12 @@ def test_the_card_says_how_the_checkpoint_was_made(tmp_path: Path) -> None:
     assert table["started from"] == "some/base"
     assert table["parameters"] == f"{sum(p.numel() for p in model.parameters()):,}"
     assert table["logit shift"] == "on"
+    assert table["attention"] == "bidirectional"
     assert table["data"] == "train.jsonl"
     assert table["training examples"] == "1,500"
     assert table["optimizer steps"] == "1,200"
     assert table["sequences per step"] == "6"
-    assert table["mean training loss (nats per supervised token)"] == "1.2346"
+    assert table["mean training loss (nats per token)"] == "1.2346"
     assert table["training time (s)"] == "62"
     assert f"unmask {__version__}, torch " in table["made with"]
     assert "held-out" not in text and "exact match" not in text
@@ -77,7 +78,7 @@ def test_its_front_matter_and_its_recipe_can_be_read(tmp_path: Path) -> None:
 def test_measurements_are_listed_where_there_are_any(tmp_path: Path) -> None:
     text, _ = card(tmp_path, held_out_loss=0.5, exact_match=(0.0125, 0.9))
     table = rows(text)
-    assert table["held-out loss (nats per supervised token)"] == "0.5000"
+    assert table["held-out loss (nats per token)"] == "0.5000"
     assert table["exact match on held-out prompts"] == "1.2% before, 90.0% after"
 
 
@@ -94,5 +95,25 @@ def test_the_commands_shown_name_the_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("missing", [{}, {"train_loss": float("nan")}])
 def test_a_card_is_written_also_without_a_loss(tmp_path: Path, missing: dict[str, float]) -> None:
     text, _ = card(tmp_path, metrics=missing)
-    assert rows(text)["mean training loss (nats per supervised token)"] == "nan"
+    assert rows(text)["mean training loss (nats per token)"] == "nan"
     assert "training time" not in text
+
+
+def test_the_card_names_block_causal_attention_and_the_preset_of_the_loss(tmp_path: Path) -> None:
+    recipe = recipe_from_dict(
+        {"model": {"name_or_path": "base", "loss": "coda"}, "data": {"dataset_name": "a.txt"}}
+    )
+    write_card(
+        tmp_path,
+        Path("out/final"),
+        recipe,
+        byte_model(attention="block_causal", block_length=4),
+        TrainerState(global_step=1),
+        {"train_loss": 1.0},
+        RunData([], []),
+        None,
+        None,
+    )
+    table = rows((tmp_path / "README.md").read_text(encoding="utf-8"))
+    assert table["attention"] == "block-causal, blocks of 4 tokens"
+    assert table["mean training loss (by preset coda)"] == "1.0000"

@@ -25,6 +25,9 @@ data:
 """
 
 
+SCRATCH = "model.name_or_path=null model.tokenizer=bytes model.config.hidden_size=8"
+
+
 @pytest.fixture
 def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -202,7 +205,28 @@ def test_unknown_key_in_the_file(recipe_file: Path) -> None:
         ("data.block_size=1", "data.block_size: expected an integer, 2 or more; got 1"),
         ("data.dataset_name=[]", "data.dataset_name: expected a text or a list of texts; got []"),
         ("data.dataset_name=[1]", "data.dataset_name: expected a text or a list of texts; got [1]"),
-        ("model.noise_eps=1", "model.noise_eps: expected a number above 0, below 1; got 1"),
+        ("model.noise_eps=1", "expected a number above 0, below 1 or a list of such numbers; got 1"),
+        ("model.noise_eps=0", "expected a number above 0, below 1 or a list of such numbers; got 0"),
+        ("model.noise_eps=[0.1,0]", "above 0, below 1 or a list of such numbers; got [0.1, 0]"),
+        (
+            "model.prefix_probability=1.5",
+            "model.prefix_probability: expected a number from 0 to 1 or a list of such numbers; got 1.5",
+        ),
+        ("model.truncate_probability=[0.1,-0.1]", "or a list of such numbers; got [0.1, -0.1]"),
+        ("model.block_masking_probability=[]", "or a list of such numbers; got []"),
+        ("model.block_masking_probability=true", "or a list of such numbers; got true"),
+        (
+            "model.mask_block_sizes=[1]",
+            "model.mask_block_sizes: expected a list of sizes of 2 tokens or more, or a list of such lists;"
+            " got [1]",
+        ),
+        ("model.mask_block_sizes=[]", "or a list of such lists; got []"),
+        ("model.mask_block_sizes=[[2],[]]", "or a list of such lists; got [[2], []]"),
+        ("model.mask_block_sizes=[2,[4]]", "or a list of such lists; got [2, [4]]"),
+        ("model.mask_block_sizes=4", "or a list of such lists; got 4"),
+        ("model.loss=elbow", "elbo, llada, coda, diffullama, uniform or cart; got 'elbow'"),
+        ("model.masking_scheduler.source_steps=-1", "expected an integer, 0 or more; got -1"),
+        ("model.masking_scheduler=linear", "expected a group of keys; got 'linear'"),
         ("optimizer.beta2=1", "optimizer.beta2: expected a number from 0, below 1; got 1"),
         ("optimizer.learning_rate=.nan", "expected a number, 0 or more; got nan"),
         ("optimizer=adamw", "optimizer: expected a group of keys; got 'adamw'"),
@@ -251,6 +275,92 @@ def test_missing_key() -> None:
         ("lr_scheduler.type=constant lr_scheduler.warmup_steps=1", "use constant_with_warmup"),
         ("optimizer.type=adafactor optimizer.beta1=0.5", "optimizer.beta1 has no effect with"),
         ("eval_steps=5", "eval_steps has no effect without evaluation data"),
+        (
+            "model.prefix_probability=[0,0.6] model.truncate_probability=[0.1,0.2,0.5]",
+            "model.prefix_probability + model.truncate_probability must be at most 1, since a sequence takes"
+            " at most one of them; got 0.6 + 0.5 in epoch 3",
+        ),
+        (
+            "model.block_masking_probability=1 model.mask_block_sizes=[[2],[2,8],[4]]",
+            "model.mask_block_sizes: phases must go from small sizes to large ones; the largest of phase 3 is"
+            " 4, after 8",
+        ),
+        ("model.mask_block_sizes=[2]", "has no effect with model.block_masking_probability: 0"),
+        (
+            "model.prefix_probability=[0.1] model.masking_scheduler.schedule_type=linear",
+            "model.prefix_probability: a list, one number an epoch, contradicts model.masking_scheduler.",
+        ),
+        ("model.masking_scheduler.schedule_type=linear", "schedule_type: linear has no effect with"),
+        ("model.masking_scheduler.max_schedule_steps=9", "max_schedule_steps has no effect with"),
+        (
+            "model.prefix_probability=1 model.masking_scheduler.max_schedule_steps=9",
+            "max_schedule_steps has no effect with",
+        ),
+        (
+            "max_steps=5 model.prefix_probability=1 model.masking_scheduler.schedule_type=linear"
+            " model.masking_scheduler.max_schedule_steps=6",
+            "model.masking_scheduler.max_schedule_steps must be at most max_steps = 5; got 6",
+        ),
+        (
+            "max_steps=5 model.masking_scheduler.source_steps=6",
+            "model.masking_scheduler.source_steps must be at most max_steps = 5; got 6",
+        ),
+        (
+            "max_steps=5 model.attention_annealing_steps=6",
+            "model.attention_annealing_steps must be at most max_steps = 5; got 6",
+        ),
+        (
+            "max_steps=1 model.block_masking_probability=1 model.mask_block_sizes=[[2],[4]]",
+            "model.mask_block_sizes: more phases than optimizer steps",
+        ),
+        (
+            "training_mode=pretrain model.masking_scheduler.source_steps=2",
+            "model.masking_scheduler.source_steps has no effect with training_mode: pretrain",
+        ),
+        (
+            "global_batch_size=1 model.time_sampling=low_discrepancy",
+            "model.time_sampling: low_discrepancy has no effect with global_batch_size: 1",
+        ),
+        (
+            "model.noise_schedule=cosine model.complementary_masks=true",
+            "model.noise_schedule: cosine contradicts model.complementary_masks",
+        ),
+        (
+            "model.loss=diffullama model.complementary_masks=true",
+            "model.loss: diffullama contradicts model.complementary_masks",
+        ),
+        (
+            "model.noise_eps=[0.5,0.1] model.complementary_masks=true",
+            "model.noise_eps must be below 0.5 with model.complementary_masks",
+        ),
+        ("model.attention=bidirectional model.block_length=4", "model.block_length has no effect with"),
+        (
+            f"{SCRATCH} model.block_length=4",
+            "model.block_length has no effect with bidirectional attention; remove it or set",
+        ),
+        (f"{SCRATCH} model.attention=block_causal", "model.block_length: missing; model.attention: block_"),
+        (
+            "model.attention=block_causal model.attention_annealing_steps=3",
+            "model.attention_annealing_steps contradicts model.attention: block_causal",
+        ),
+        (
+            "model.attention=block_causal model.attn_implementation=flash_attention_2",
+            "model.attn_implementation: flash_attention_2 cannot do model.attention: block_causal; use sdpa",
+        ),
+        (
+            "model.attention_annealing_steps=3 model.attn_implementation=flex_attention",
+            "model.attn_implementation: flex_attention cannot do model.attention_annealing_steps; use sdpa",
+        ),
+        ("model.attention=block_causal model.loss=cart", "model.loss: cart contradicts model.attention:"),
+        (
+            "data.block_size=64 model.attention=block_causal model.block_length=65",
+            "model.block_length must be at most data.block_size = 64, the longest row; got 65",
+        ),
+        (
+            "training_mode=pretrain data.block_size=64 model.attention=block_causal model.block_length=24",
+            "data.block_size must be a multiple of model.block_length = 24, or every row ends in a block that"
+            " generation never meets; got 64",
+        ),
         ("data.eval_size=5 data.eval_dataset_name=x", "data.eval_size has no effect with"),
         ("training_mode=pretrain data.sft.layout=chat", "data.sft.layout has no effect with"),
         ("training_mode=pretrain data.sft.end_fill=2", "remove it or set training_mode: sft"),
@@ -273,6 +383,29 @@ def test_missing_key() -> None:
 def test_settings_that_contradict(recipe_file: Path, overrides: str, message: str) -> None:
     got = failure(recipe_file, *overrides.split())
     assert got.startswith("run.yaml: ") and message in got
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "model.prefix_probability=[0.5,0] model.truncate_probability=[0.5,1]",
+        "model.prefix_probability=0.5 model.truncate_probability=0.5",
+        "model.block_masking_probability=[0,0.1] model.mask_block_sizes=[[2],[2],[4,2]]",
+        "model.block_masking_probability=0.1 model.mask_block_sizes=[[2],[4]]"
+        " model.masking_scheduler.max_schedule_steps=1000",
+        "model.prefix_probability=0.2 model.masking_scheduler.schedule_type=linear"
+        " model.noise_eps=[0.1,0.01]",
+        "model.attention=block_causal model.block_length=24 data.block_size=64",  # "sft"
+        "model.attention=block_causal",  # of the length that the checkpoint says
+        "model.block_length=8",  # for a checkpoint that is block-causal
+        "model.mask_block_sizes=[2,4,8]",
+    ],
+)
+def test_curricula_that_make_sense_round_trip(recipe_file: Path, tmp_path: Path, overrides: str) -> None:
+    recipe = load_recipe(recipe_file, overrides.split())
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe(copy) == recipe
 
 
 def test_sft_defaults_written_out_are_fine_when_pretraining(tmp_path: Path) -> None:

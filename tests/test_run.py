@@ -48,6 +48,20 @@ MODEL = {
 }
 
 
+# Everything that a curriculum can change, in runs of at least four steps of the data below.
+EVERYTHING: dict[str, Any] = {
+    "model__noise_eps": [0.2, 0.05],
+    "model__time_sampling": "low_discrepancy",
+    "model__prefix_probability": [0.2, 0.5],
+    "model__truncate_probability": [0.4],
+    "model__block_masking_probability": 0.5,
+    "model__mask_block_sizes": [[2], [2, 4]],
+    "model__loss": "coda",
+    "model__masking_scheduler__source_steps": 3,
+    "model__attention_annealing_steps": 4,
+}
+
+
 @pytest.fixture(scope="module", autouse=True)
 def quick_collection() -> Iterator[None]:
     """Trainer collects garbage as it starts, which takes 0.4 s for all that the libraries hold."""
@@ -164,8 +178,8 @@ def test_a_run_leaves_everything_it_promises(place: Path) -> None:
     recipe = recipe_from_dict(settings(report_to=["tensorboard"], save_steps=2))
     assert load_recipe(place / "out/recipe.yaml") == load_recipe(final / "recipe.yaml") == recipe
     card = (final / "README.md").read_text(encoding="utf-8")
-    assert f"| held-out loss (nats per supervised token) | {result.held_out_loss:.4f} |" in card
-    assert f"| mean training loss (nats per supervised token) | {result.train_loss:.4f} |" in card
+    assert f"| held-out loss (nats per token) | {result.held_out_loss:.4f} |" in card
+    assert f"| mean training loss (nats per token) | {result.train_loss:.4f} |" in card
     assert "Qwen3ForCausalLM from random weights" in said and "20 examples" in said and "5 held out" in said
     assert "20 records" not in said and "alpaca (25)" in said
     assert f"held-out loss {result.held_out_loss:.4f} nats per token" in said
@@ -331,8 +345,10 @@ def test_the_same_recipe_twice_is_the_same_to_the_bit_and_another_seed_is_not(
         ({"micro_batch_size": 2}, [2, 3, 6]),
         ({"optimizer": {"type": "adafactor"}}, [3]),
         ({"precision": "bf16", "lr_scheduler": {"type": "linear", "warmup_steps": 3}}, [2]),
+        (EVERYTHING, [2, 3, 5]),
+        ({"model__attention": "block_causal", "model__block_length": 4}, [3]),
     ],
-    ids=["adamw", "accumulated", "adafactor", "bf16"],
+    ids=["adamw", "accumulated", "adafactor", "bf16", "curriculum", "blocks"],
 )
 def test_resumed_equals_uninterrupted(
     place: Path, changes: dict[str, Any], points: list[int], trainers: list[DiffusionTrainer]
@@ -548,6 +564,51 @@ def test_without_held_out_data_there_is_no_held_out_loss() -> None:
     assert "held-out loss" not in said + (result.checkpoint / "README.md").read_text(encoding="utf-8")
 
 
+# The curriculum and the attention of the recipe.
+
+
+def test_the_curriculum_reaches_the_trainer_and_the_checkpoint(trainers: list[DiffusionTrainer]) -> None:
+    result, said = train(**EVERYTHING, max_steps=4)
+    [trainer] = trainers
+    assert trainer.time_sampling == "low_discrepancy"
+    first, last = trainer.curriculum.at(0, 0), trainer.curriculum.at(3, 1)
+    assert (first.eps, first.prefix_probability, first.mask_block_sizes) == (0.2, 0.2, (2,))
+    assert (first.source_share, first.future_share, first.loss) == (0.0, 0.0, "coda")
+    assert (last.eps, last.prefix_probability, last.mask_block_sizes) == (0.05, 0.5, (2, 4))
+    assert (last.source_share, last.future_share) == (1.0, 0.75)
+    assert read_config(str(result.checkpoint))["noise_eps"] == 0.05
+    assert said.count("loss coda is no bound on the likelihood") == 1
+
+
+def test_the_held_out_loss_does_not_depend_on_what_is_trained(plain: Any) -> None:
+    changes = {**EVERYTHING, "model__noise_eps": [0.2, 1e-3], "model__loss": "uniform"}
+    still = {"optimizer__learning_rate": 0.0, "max_steps": 4}
+    assert train("a", **still, **changes)[0].held_out_loss == train("b", **still)[0].held_out_loss
+
+
+def test_attention_is_saved_and_taken_from_the_checkpoint(place: Path) -> None:
+    blocks = {"model__attention": "block_causal", "model__block_length": 4}
+    first, _ = train("first", **blocks, max_steps=2)
+    config = read_config(str(first.checkpoint))
+    assert (config["attention"], config["block_length"]) == ("block_causal", 4)
+    start = {"model__name_or_path": str(first.checkpoint), "max_steps": 1}
+    for name, changes, expected in (
+        ("same", {}, ("block_causal", 4)),
+        ("longer", {"model__block_length": 8}, ("block_causal", 8)),
+        ("both", {"model__attention": "bidirectional"}, ("bidirectional", None)),
+    ):
+        config = read_config(str(train(name, **start, **changes)[0].checkpoint))
+        assert (config["attention"], config.get("block_length")) == expected
+    with pytest.raises(UnmaskError, match=r"^model.attention_annealing_steps contradicts .*first/final"):
+        train("annealed", **start, model__attention_annealing_steps=1)
+    base = autoregressive_folder(place / "base")
+    from_base = {"model__name_or_path": str(base), "max_steps": 1}
+    config = read_config(str(train("adapted", **from_base, **blocks)[0].checkpoint))
+    assert (config["attention"], config["block_length"]) == ("block_causal", 4)
+    with pytest.raises(UnmaskError, match=r"^model.block_length has no effect: .*base has bidirectional"):
+        train("other", **from_base, model__block_length=4)
+
+
 # What cannot be run is said before the first step.
 
 
@@ -563,6 +624,10 @@ def test_without_held_out_data_there_is_no_held_out_loss() -> None:
         ({"checkpoint_save_dir": "data.jsonl"}, "checkpoint_save_dir: data.jsonl cannot be made"),
         ({"data__dataset_name": "datta.jsonl"}, "datta.jsonl: no such file; did you mean data.jsonl"),
         ({"report_to": ["tensorbored"]}, "report_to: .*tensorbored"),
+        (
+            {"model__block_masking_probability": 0.1, "model__mask_block_sizes": [2, 16]},
+            "model.mask_block_sizes: blocks of 16 tokens are longer than any response .* has 7;",
+        ),
     ],
 )
 def test_what_cannot_be_run_is_said_in_one_line(place: Path, changes: dict[str, Any], message: str) -> None:
@@ -641,12 +706,14 @@ def test_a_full_disk_at_the_end_leaves_no_half_a_checkpoint(
 # Two processes.
 
 
-def test_two_processes_equal_one(place: Path) -> None:
+@pytest.mark.parametrize("changes", [{}, EVERYTHING], ids=["plain", "curriculum"])
+def test_two_processes_equal_one(place: Path, changes: dict[str, Any]) -> None:
     """18 training and 7 held-out examples: the third step of an epoch has two examples, so that one process
     has only repetitions, and the last evaluation batch is short."""
-    one, _ = train("one", data__eval_size=7, save_steps=5)
+    changes = {"data__eval_size": 7, "save_steps": 5, **changes}
+    one, _ = train("one", **changes)
     assert one.held_out_loss is not None
-    two = settings("two", data__eval_size=7, save_steps=5, micro_batch_size=2)
+    two = settings("two", micro_batch_size=2, **changes)
     (place / "recipe.yaml").write_text(recipe_from_dict(two).to_yaml(), encoding="utf-8")
     launch = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2".split()
     done = subprocess.run(
@@ -657,6 +724,7 @@ def test_two_processes_equal_one(place: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "(2 x 2 x 2)" in done.stdout and done.stdout.count("step 5/5  loss") == 1
+    assert done.stdout.count("is no bound on the likelihood") == ("model__loss" in changes)
     assert history(place / "two") == pytest.approx(history(place / "one"), rel=1e-5)
     assert_close(saved(place / "two/final"), saved(one.checkpoint), atol=2e-5)
     found = re.findall(r"held-out loss ([\d.]+)", done.stdout)

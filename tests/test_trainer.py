@@ -12,15 +12,19 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_model
+from torch.utils.data import SequentialSampler
 from transformers import TrainingArguments
 
 from unmask.data.collate import collate
 from unmask.data.encode import Example
+from unmask.diffusion.curriculum import Curriculum
 from unmask.diffusion.keyed import STREAM_MASK, keyed_uniform
-from unmask.diffusion.noise import example_seeds, sample_t
+from unmask.diffusion.loss import PRESETS
+from unmask.diffusion.noise import example_seeds, low_discrepancy, sample_t
+from unmask.diffusion.objective import Objective
 from unmask.errors import UnmaskError
 from unmask.training.dataset import ExampleDataset
-from unmask.training.trainer import EVALUATION_EPOCH, DiffusionTrainer, count_supervised
+from unmask.training.trainer import EVALUATION_EPOCH, DiffusionTrainer
 
 SEED = 11
 
@@ -66,6 +70,8 @@ def make_trainer(
     accumulate: int = 1,
     steps: int = 5,
     collation: dict[str, Any] | None = None,
+    curriculum: Curriculum | None = None,
+    time_sampling: Any = "independent",
     **arguments: Any,
 ) -> Recorded:
     args = TrainingArguments(
@@ -89,6 +95,8 @@ def make_trainer(
         model=model or tiny_model(),
         args=args,
         training_mode=mode,
+        curriculum=curriculum,
+        time_sampling=time_sampling,
         train_dataset=ExampleDataset(make_examples(train)),
         eval_dataset=ExampleDataset(make_examples(held_out, first=1000)),
         data_collator=partial(collate, pad_token_id=0, **(collation or {})),
@@ -214,15 +222,6 @@ def test_examples_without_anything_to_learn_count_for_nothing(tmp_path: Path) ->
     assert alone.evaluate(ExampleDataset(sources))["eval_loss"] == 0.0  # never NaN
 
 
-def test_supervised_tokens_are_neither_source_nor_padding() -> None:
-    batch = collate([Example([2, 3, 4], [True, False, False]), Example([5], [False])], pad_token_id=0)
-    batch["labels"] = batch["input_ids"]
-    assert count_supervised(batch, "sft").item() == 3
-    assert count_supervised(batch, "pretrain").item() == 4
-    batch["labels"] = torch.tensor([[2, 3, 4], [-100, 0, 0]])
-    assert count_supervised(batch, "sft").item() == 2
-
-
 @pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize("examples", [1, 2, 5, 6, 7, 12, 18])
 def test_rows_repeated_to_make_processes_even_are_not_learnt(
@@ -243,9 +242,179 @@ def test_rows_repeated_to_make_processes_even_are_not_learnt(
             )
             monkeypatch.setattr(trainer, "accelerator", accelerator)
             batch = {"input_ids": torch.tensor([[row] for row in rows[start : start + 2]])}
-            labels = trainer._labelled(batch)["labels"]
+            labels = trainer._labelled(batch, trainer._repeated(len(batch["input_ids"])))["labels"]
             learnt += labels[labels != -100].tolist()
     assert sorted(learnt) == list(range(examples))
+
+
+# What the curriculum adds.
+
+EVERYTHING: dict[str, Any] = {
+    "noise_eps": (0.2, 0.05),
+    "prefix_probability": (0.2, 0.5),
+    "truncate_probability": (0.4,),
+    "block_masking_probability": (0.3, 0.6),
+    "mask_block_sizes": ((2,), (2, 4)),
+    "schedule_steps": 4,
+    "source_steps": 3,
+    "attention_annealing_steps": 4,
+}
+
+
+def with_everything(**objective: Any) -> Curriculum:
+    return Curriculum(objective=Objective(**objective), **EVERYTHING)
+
+
+@pytest.mark.parametrize("time_sampling", ["independent", "low_discrepancy"])
+def test_each_step_has_the_loss_of_its_objective(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, time_sampling: str
+) -> None:
+    """With a learning rate of 0 the model stays; every step is an epoch."""
+    model = tiny_model(max_position_embeddings=32)
+    trainer = make_trainer(
+        tmp_path,
+        model=model,
+        train=8,
+        micro=2,
+        accumulate=4,
+        learning_rate=0.0,
+        curriculum=with_everything(),
+        time_sampling=time_sampling,
+    )
+    # The order of the samples, which low discrepancy depends on, is the same in every epoch.
+    monkeypatch.setattr(trainer, "_get_train_sampler", lambda *_: SequentialSampler(range(8)))
+    trainer.train()
+    batch = collate(make_examples(8), pad_token_id=0)
+    expected = []
+    for step in range(5):
+        with torch.no_grad():
+            spread = low_discrepancy(SEED, step, torch.arange(8), total=8)
+            loss = model.train()(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                src_mask=batch["src_mask"],
+                training_mode="sft",
+                noise_seed=example_seeds(SEED, batch["sample_ids"], epoch=step),
+                strata=spread if time_sampling == "low_discrepancy" else None,
+                objective=trainer.curriculum.at(step, epoch=step),
+            ).loss
+        expected.append(loss.item())
+    assert trainer.losses == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("objective", "settings"),
+    [
+        ({}, {}),
+        ({}, {"time_sampling": "low_discrepancy"}),
+        ({"schedule": "cosine"}, {"time_sampling": "low_discrepancy", "mode": "pretrain"}),
+        ({"complementary": True}, {}),
+        *[({"loss": loss}, {}) for loss in PRESETS if loss != "elbo"],
+    ],
+    ids=str,
+)
+def test_accumulated_equals_one_large_batch_whatever_is_trained(
+    tmp_path: Path, objective: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    """13 examples leave a last step of five, in three micro-batches."""
+    settings = {"train": 13, "curriculum": with_everything(**objective), **settings}
+    whole = make_trainer(tmp_path / "a", **settings)
+    whole.train()
+    padding = {"padding_side": "left", "pad_to_multiple_of": 5}
+    trainer = make_trainer(tmp_path / "b", micro=2, accumulate=4, collation=padding, **settings)
+    trainer.train()
+    assert len(set(whole.losses)) == 5
+    assert trainer.losses == pytest.approx(whole.losses, rel=1e-6)
+    assert torch.allclose(weights(trainer), weights(whole), rtol=1e-7, atol=1e-7)
+    plain = make_trainer(tmp_path / "c", train=13, mode=settings.get("mode", "sft"))
+    plain.train()
+    assert all(
+        one != pytest.approx(other, rel=1e-3) for one, other in zip(plain.losses, whole.losses, strict=True)
+    )
+
+
+def test_low_discrepancy_spreads_the_rates_of_a_step_also_of_the_short_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[torch.Tensor] = []
+    real = DiffusionTrainer._arguments
+
+    def seen(self: Any, batch: Any, objective: Any) -> dict[str, Any]:
+        arguments = real(self, batch, objective)
+        rates.append(arguments["strata"])
+        return arguments
+
+    monkeypatch.setattr(DiffusionTrainer, "_arguments", seen)
+    make_trainer(
+        tmp_path,
+        train=13,
+        micro=3,
+        accumulate=3,
+        steps=2,
+        time_sampling="low_discrepancy",
+    ).train()
+    # For the divisor and again for the loss: 9 samples, then the 4 that are left.
+    assert [len(one) for one in rates] == [3, 3, 3, 3, 3, 3, 3, 1, 3, 1]
+    for total, step in ((9, rates[:3]), (4, rates[6:8])):
+        gaps = torch.cat(step).sort().values.diff()
+        assert gaps.tolist() == pytest.approx([1 / total] * (total - 1), rel=1e-5)
+    for divisor, loss in ((rates[:3], rates[3:6]), (rates[6:8], rates[8:])):
+        assert torch.equal(torch.cat(divisor), torch.cat(loss))
+
+
+@pytest.mark.parametrize("settings", [{}, {"time_sampling": "low_discrepancy"}], ids=str)
+def test_the_held_out_loss_is_the_plain_bound_whatever_is_trained(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    model = tiny_model()
+    curriculum = with_everything(loss="coda", complementary=True)
+    trainer = make_trainer(
+        tmp_path, model=model, curriculum=curriculum, steps=1, learning_rate=0.0, **settings
+    )
+    expected = plain_loss(model, make_examples(7, 1000), EVALUATION_EPOCH, "sft")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_step_and_epoch_do_not_change_within_an_optimizer_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Divisor and losses of a step ask the curriculum for the same, also after a resume and at the ends of
+    epochs: 13 examples are 2 steps an epoch."""
+    asked: list[tuple[int, int]] = []
+
+    class Asked(Curriculum):
+        def at(self, step: int, epoch: int) -> Objective:
+            asked.append((step, epoch))
+            return super().at(step, epoch)
+
+    curriculum = Asked()
+    asked.clear()
+    settings = {"train": 13, "micro": 4, "accumulate": 2, "curriculum": curriculum, "steps": 6}
+    make_trainer(tmp_path, save_strategy="steps", save_steps=1, **settings).train()
+    expected = [(step, step // 2) for step in range(6)]
+    assert sorted(set(asked)) == expected and sorted(asked) == asked
+    assert all(asked.count(pair) > 2 for pair in expected)
+    for start in (1, 2, 5):
+        asked.clear()
+        make_trainer(tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{start}"))
+        assert sorted(set(asked)) == expected[start:]
+
+
+@pytest.mark.parametrize("loss", PRESETS)
+def test_repeated_rows_add_nothing_to_the_divisor(tmp_path: Path, loss: Any) -> None:
+    trainer = make_trainer(tmp_path, curriculum=Curriculum(objective=Objective(loss=loss)))
+    batch: dict[str, Any] = collate(make_examples(5), pad_token_id=0)
+    rows = {name: torch.cat([value, value[:3]]) for name, value in batch.items()}
+
+    def divisor(batch: dict[str, Any], repeated: int) -> float:
+        labels = batch["input_ids"].clone()
+        labels[len(labels) - repeated :] = -100
+        seeds = example_seeds(SEED, batch["sample_ids"], 0)
+        return trainer._divisor({**batch, "labels": labels, "noise_seed": seeds}, trainer._objective).item()
+
+    assert divisor(rows, repeated=3) == divisor(batch, repeated=0) != divisor(rows, repeated=0)
 
 
 def test_other_runtime_errors_of_saving_are_not_hidden(

@@ -13,8 +13,9 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeGuard, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeGuard, Union, cast, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -52,6 +53,13 @@ Amount = Annotated[float, _NUMBER, Field(ge=0), _Says("a number, 0 or more")]
 PositiveFloat = Annotated[float, _NUMBER, Field(gt=0), _Says("a number above 0")]
 Decay = Annotated[float, _NUMBER, Field(ge=0, lt=1), _Says("a number from 0, below 1")]
 OpenUnit = Annotated[float, _NUMBER, Field(gt=0, lt=1), _Says("a number above 0, below 1")]
+Probability = Annotated[float, _NUMBER, Field(ge=0, le=1), _Says("a number from 0 to 1")]
+_LIST = _Says("a list of such numbers")
+Probabilities = Probability | Annotated[list[Probability], Field(min_length=1), _LIST]
+Rates = OpenUnit | Annotated[list[OpenUnit], Field(min_length=1), _LIST]
+Size = Annotated[int, _NUMBER, Field(ge=2)]
+Sizes = Annotated[list[Size], Field(min_length=1)]
+Phases = Annotated[list[Sizes], Field(min_length=1)]
 Texts = Annotated[list[str], Field(min_length=1), _Says("a list of texts")]
 
 ModelType = Literal["qwen3", "qwen2", "llama"]
@@ -84,6 +92,21 @@ def _is_section(annotation: Any) -> TypeGuard[type[_Section]]:
     return isinstance(annotation, type) and issubclass(annotation, _Section)
 
 
+class MaskingSchedulerRecipe(_Section):
+    """How the masking changes over the run; `unmask data RECIPE --curriculum out.png` shows it."""
+
+    schedule_type: Literal["constant", "linear"] = "constant"
+    """linear = the three probabilities rise from 0 at the first step to their value at
+    `max_schedule_steps`, and stay"""
+    max_schedule_steps: Positive | None = None
+    """length of the rise and of the phases of `model.mask_block_sizes`, in optimizer steps; null =
+    `max_steps`"""
+    source_steps: Count = 0
+    """optimizer steps over which the leading share of the instruction that is never masked grows from 0
+    to all of it; the rest is learnt like the response; 0 = all of it from the start;
+    `training_mode: sft` only"""
+
+
 class ModelRecipe(_Section):
     """What is trained: exactly one of `name_or_path` and `config`."""
 
@@ -104,8 +127,45 @@ class ModelRecipe(_Section):
     """whether position i of the network predicts token i + 1, as autoregressive weights do; null =
     true for an autoregressive base, false from random weights, and what a diffusion
     checkpoint says"""
-    noise_eps: OpenUnit = 1e-3
-    """smallest masking rate t that training draws, of (0, 1]"""
+    attention: Literal["bidirectional", "block_causal"] | None = None
+    """bidirectional = every token attends to every other; block_causal = to its own block and to
+    earlier ones (block diffusion); null = what the checkpoint says, bidirectional for an
+    autoregressive base and from random weights"""
+    block_length: Positive | None = None
+    """tokens of a block of block-causal attention; null = what the checkpoint says"""
+    attention_annealing_steps: Count = 0
+    """optimizer steps over which attention opens from causal to bidirectional: the share of the later
+    tokens that each token sees grows from 0 to 1; 0 = all from the start"""
+    loss: Literal["elbo", "llada", "coda", "diffullama", "uniform", "cart"] = "elbo"
+    """what is minimised, see docs/math.md: elbo = a bound on the negative log-likelihood per
+    supervised token, with the weight 1/t; the others are published conventions. The held-out loss
+    is always elbo"""
+    noise_schedule: Literal["linear", "cosine"] = "linear"
+    """how often each masking rate t is drawn: linear = all alike; cosine = high rates more often"""
+    noise_eps: Rates = 1e-3
+    """smallest masking rate t that training draws, of (0, 1]; a list has one an epoch, and its last
+    one stays"""
+    time_sampling: Literal["independent", "low_discrepancy"] = "independent"
+    """how the rates t of one optimizer step are drawn: each by itself, or spread evenly over the
+    step's sequences, which makes the loss less noisy"""
+    complementary_masks: bool = False
+    """whether every sequence is denoised twice in a step, the second time with the other tokens
+    masked; doubles the computation"""
+    prefix_probability: Probabilities = 0.0
+    """share of the sequences in which a random number of the first tokens that could be masked becomes
+    context; a list has one an epoch, and its last one stays"""
+    truncate_probability: Probabilities = 0.0
+    """share of the sequences that are cut after a random number of tokens that could be masked; a list
+    has one an epoch, and its last one stays"""
+    block_masking_probability: Probabilities = 0.0
+    """share of the sequences that are masked in cells of several tokens; a list has one an epoch, and
+    its last one stays"""
+    mask_block_sizes: Annotated[
+        Sizes | Phases, _Says("a list of sizes of 2 tokens or more, or a list of such lists")
+    ] = Field(default_factory=lambda: [2, 4, 8])
+    """sizes of these cells, in tokens; each such sequence draws one of them. [[2], [2, 4], [2, 4, 8]] =
+    phases: equal parts of `model.masking_scheduler.max_schedule_steps`, and the last one stays"""
+    masking_scheduler: MaskingSchedulerRecipe = MaskingSchedulerRecipe()
 
     @field_validator("config")
     @classmethod
@@ -130,7 +190,93 @@ class ModelRecipe(_Section):
                 raise ValueError(
                     'model.tokenizer: missing; with model.config give a folder, a hub name, or "bytes"'
                 )
+        self._check_attention()
+        self._check_masking()
         return self
+
+    def _check_attention(self) -> None:
+        scratch = self.config is not None
+        if self.attention == "block_causal":
+            if self.block_length is None and scratch:
+                raise ValueError("model.block_length: missing; model.attention: block_causal needs it")
+            if self.attention_annealing_steps:
+                raise ValueError(
+                    "model.attention_annealing_steps contradicts model.attention: block_causal, which never"
+                    " becomes bidirectional; remove one of them"
+                )
+        elif self.block_length is not None and (scratch or self.attention is not None):
+            raise ValueError(
+                "model.block_length has no effect with bidirectional attention; remove it or set"
+                " model.attention: block_causal"
+            )
+        masked = "attention_annealing_steps" if self.attention_annealing_steps else "attention: block_causal"
+        if self.attention == "block_causal" or self.attention_annealing_steps:
+            if self.attn_implementation not in ("sdpa", "eager"):
+                raise ValueError(
+                    f"model.attn_implementation: {self.attn_implementation} cannot do model.{masked};"
+                    " use sdpa"
+                )
+            if self.loss == "cart":
+                raise ValueError(
+                    f"model.loss: cart contradicts model.{masked}: it weighs a token by the context on both"
+                    " sides, of which the later part is hidden; use elbo"
+                )
+
+    def _check_masking(self) -> None:
+        scheduler = self.masking_scheduler
+        names = ("prefix_probability", "truncate_probability", "block_masking_probability")
+        tables = {name: _table(getattr(self, name)) for name in names}
+        prefix, truncate, blocks = tables.values()
+        for epoch in range(max(len(prefix), len(truncate))):
+            pair = prefix[min(epoch, len(prefix) - 1)], truncate[min(epoch, len(truncate) - 1)]
+            if sum(pair) > 1:
+                raise ValueError(
+                    "model.prefix_probability + model.truncate_probability must be at most 1, since a"
+                    f" sequence takes at most one of them; got {pair[0]:g} + {pair[1]:g} in epoch {epoch + 1}"
+                )
+        phases = _phases(self.mask_block_sizes)
+        for number, (before, after) in enumerate(pairwise(phases), 2):
+            if max(after) < max(before):
+                raise ValueError(
+                    "model.mask_block_sizes: phases must go from small sizes to large ones; the largest"
+                    f" of phase {number} is {max(after)}, after {max(before)}"
+                )
+        if "mask_block_sizes" in self._changed() and not any(blocks):
+            raise ValueError("model.mask_block_sizes has no effect with model.block_masking_probability: 0")
+        if scheduler.schedule_type == "linear":
+            for name in names:
+                if isinstance(getattr(self, name), list):
+                    raise ValueError(
+                        f"model.{name}: a list, one number an epoch, contradicts model.masking_scheduler."
+                        "schedule_type: linear; give one number, or set schedule_type: constant"
+                    )
+            if not any(map(any, tables.values())):
+                raise ValueError(
+                    "model.masking_scheduler.schedule_type: linear has no effect with"
+                    " model.prefix_probability, model.truncate_probability and"
+                    " model.block_masking_probability all 0"
+                )
+        elif scheduler.max_schedule_steps is not None and len(phases) == 1:
+            raise ValueError(
+                "model.masking_scheduler.max_schedule_steps has no effect with schedule_type: constant and"
+                " model.mask_block_sizes without phases; remove it"
+            )
+        if self.complementary_masks:
+            if self.noise_schedule != "linear":
+                raise ValueError(
+                    f"model.noise_schedule: {self.noise_schedule} contradicts model.complementary_masks: the"
+                    " other tokens are masked at rate 1 - t, which must be drawn as often as t; use linear"
+                )
+            if self.loss == "diffullama":
+                raise ValueError(
+                    "model.loss: diffullama contradicts model.complementary_masks: it divides by the number"
+                    " of masked tokens, and the two masks together take every token; use elbo"
+                )
+            if max(_table(self.noise_eps)) >= 0.5:
+                raise ValueError(
+                    "model.noise_eps must be below 0.5 with model.complementary_masks, which draw t from"
+                    f" [eps, 1 - eps]; got {max(_table(self.noise_eps)):g}"
+                )
 
 
 class CustomFormat(_Section):
@@ -323,6 +469,7 @@ class Recipe(_Section):
                 f"lr_scheduler.warmup_steps must be at most max_steps = {self.max_steps}; "
                 f"got {self.lr_scheduler.warmup_steps}"
             )
+        self._check_schedule()
         if self.eval_steps and not (self.data.eval_size or self.data.eval_dataset_name):
             raise ValueError(
                 "eval_steps has no effect without evaluation data; "
@@ -335,7 +482,44 @@ class Recipe(_Section):
                 _refuse(f"data.sft.{name}", "pretrain", "sft")
             if self.evaluation.prompts is not None:
                 _refuse("evaluation.prompts", "pretrain", "sft")
+            if self.model.masking_scheduler.source_steps:
+                _refuse("model.masking_scheduler.source_steps", "pretrain", "sft")
         return self
+
+    def _check_schedule(self) -> None:
+        model, block_size = self.model, self.data.block_size
+        lengths = {
+            "masking_scheduler.max_schedule_steps": model.masking_scheduler.max_schedule_steps,
+            "masking_scheduler.source_steps": model.masking_scheduler.source_steps,
+            "attention_annealing_steps": model.attention_annealing_steps,
+        }
+        for name, steps in lengths.items():
+            if steps and steps > self.max_steps:
+                raise ValueError(f"model.{name} must be at most max_steps = {self.max_steps}; got {steps}")
+        if len(_phases(model.mask_block_sizes)) > (
+            lengths["masking_scheduler.max_schedule_steps"] or self.max_steps
+        ):
+            raise ValueError("model.mask_block_sizes: more phases than optimizer steps to take them in")
+        if model.time_sampling == "low_discrepancy" and self.global_batch_size == 1:
+            raise ValueError(
+                "model.time_sampling: low_discrepancy has no effect with global_batch_size: 1: there is"
+                " nothing to spread the rates over"
+            )
+        if model.block_length is not None and model.block_length > block_size:
+            raise ValueError(
+                f"model.block_length must be at most data.block_size = {block_size}, the longest row;"
+                f" got {model.block_length}"
+            )
+        # In "sft" blocks start at each response, wherever it ends; here every row would end in a part of one.
+        if (
+            model.block_length is not None
+            and self.training_mode == "pretrain"
+            and block_size % model.block_length
+        ):
+            raise ValueError(
+                f"data.block_size must be a multiple of model.block_length = {model.block_length}, or every"
+                f" row ends in a block that generation never meets; got {block_size}"
+            )
 
     def to_yaml(self) -> str:
         """Write every key, defaults included; `load_recipe` reads the same recipe back."""
@@ -506,6 +690,16 @@ def _expected(field: FieldInfo) -> str:
         return [{str: "a text", bool: "true or false", type(None): "null"}[kind]]
 
     return _either(words(field.annotation, field.metadata))
+
+
+def _table(value: float | list[float]) -> list[float]:
+    """One value an epoch."""
+    return value if isinstance(value, list) else [value]
+
+
+def _phases(sizes: list[int] | list[list[int]]) -> list[list[int]]:
+    """The block sizes of each phase."""
+    return [phase for phase in sizes if isinstance(phase, list)] or [cast(list[int], sizes)]
 
 
 def _refuse(key: str, mode: str, other: str) -> None:

@@ -12,10 +12,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class ConsoleProgress(TrainerCallback):
-    """A progress bar, and above it one line for each logged loss."""
+    """A progress bar, and above it one line for each logged loss.
 
-    def __init__(self, console: Console):
+    Args:
+        unit: of the training loss; the held-out loss is always in nats per token.
+    """
+
+    def __init__(self, console: Console, unit: str = "nats per token"):
         self.console = console
+        self.unit = unit
         self.progress: Progress | None = None
         self.started = time.monotonic()
         self.leading = False  # whether this process is the one that speaks
@@ -62,7 +67,7 @@ class ConsoleProgress(TrainerCallback):
             self.console.print(f"{step}  held-out loss {logs['eval_loss']:.4f} nats per token  {seconds}")
         elif "loss" in logs:
             self.console.print(
-                f"{step}  loss {float(logs['loss']):.4f} nats per token"
+                f"{step}  loss {float(logs['loss']):.4f} {self.unit}"
                 f"  learning rate {float(logs['learning_rate']):.2e}{seconds}",
                 highlight=False,
             )
@@ -80,7 +85,14 @@ class ConsoleProgress(TrainerCallback):
 
 
 class LossCurve(TrainerCallback):
-    """Draw `loss.png` into the run's folder at every evaluation and at the end."""
+    """Draw `loss.png` into the run's folder at every evaluation and at the end.
+
+    Args:
+        unit: of the training loss; the held-out loss is always in nats per token.
+    """
+
+    def __init__(self, unit: str = "nats per token"):
+        self.unit = unit
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -91,24 +103,27 @@ class LossCurve(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if state.is_world_process_zero and args.output_dir is not None:
-            draw_loss(state.log_history, Path(args.output_dir) / "loss.png")
+            draw_loss(state.log_history, Path(args.output_dir) / "loss.png", self.unit)
 
 
-def draw_loss(log_history: list[dict[str, float]], file: Path) -> None:
-    """Plot training and held-out loss (nats per supervised token) against the step."""
+def draw_loss(log_history: list[dict[str, float]], file: Path, unit: str = "nats per token") -> None:
+    """Plot training and held-out loss against the step."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
+    for key, label, style in (
+        ("loss", f"training, {unit}", "-"),
+        ("eval_loss", "held out, nats per token", "o-"),
+    ):
         points = [(log["step"], log[key]) for log in log_history if key in log]
         if points:
             steps, losses = zip(*points, strict=True)
             axes.plot(steps, losses, style, label=label, linewidth=1.5, markersize=4)
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats per supervised token)")
+    axes.set_ylabel("loss")
     drawn = [log[key] for log in log_history for key in ("loss", "eval_loss") if key in log]
     if drawn and min(drawn) > 0 and max(drawn) > 20 * min(drawn):
         axes.set_yscale("log")  # or all of a run's second half would look like zero

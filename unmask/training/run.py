@@ -31,6 +31,13 @@ from unmask.training.callbacks import ConsoleProgress, LossCurve
 from unmask.training.card import write_card
 from unmask.training.dataset import ExampleDataset, custom_fields, load_data, run_tokenizer
 from unmask.training.report import answer_prompts, say_what_runs, show_answers
+from unmask.training.schedule import (
+    check_attention,
+    check_block_sizes,
+    loss_unit,
+    make_curriculum,
+    schedule_notes,
+)
 from unmask.training.trainer import DiffusionTrainer
 
 _TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
@@ -71,24 +78,29 @@ def train(recipe: Recipe, console: Console | None = None) -> TrainResult:
 
     tokenizer = run_tokenizer(recipe)
     data = load_data(recipe, tokenizer)
+    check_block_sizes(recipe, data.train)
     prompts = _exact_match_prompts(recipe, data.encoder)
     torch.manual_seed(recipe.seed)
     model = build_model(recipe, tokenizer, data.encoder)
     if prompts:  # the canvas a model is measured on is the one it is used with, unless told otherwise
         cast(Any, model.generation_config).set(max_new_tokens=recipe.evaluation.max_new_tokens)
     say_what_runs(console, recipe, model, data, args)
+    for note in schedule_notes(recipe, data.train, model.config.block_length):
+        console.print(note)
 
-    progress = ConsoleProgress(console)
+    progress = ConsoleProgress(console, loss_unit(recipe))
     with _tensorboard_folder(out / "tensorboard"):
         trainer = DiffusionTrainer(
             model=model,
             args=args,
             training_mode=recipe.training_mode,
+            curriculum=make_curriculum(recipe),
+            time_sampling=recipe.model.time_sampling,
             train_dataset=ExampleDataset(data.train),
             eval_dataset=ExampleDataset(data.held_out) if data.held_out else None,
             data_collator=partial(collate, pad_token_id=cast(int, tokenizer.pad_token_id)),
             processing_class=tokenizer,
-            callbacks=[progress, LossCurve()],
+            callbacks=[progress, LossCurve(loss_unit(recipe))],
         )
     trainer.remove_callback(PrinterCallback)
     main = trainer.is_world_process_zero()
@@ -141,13 +153,18 @@ def build_model(
     """Make the model to train: from random weights, an autoregressive base or a diffusion checkpoint.
 
     Raises:
-        UnmaskError: an unknown field of `model.config`, or a checkpoint that cannot be loaded.
+        UnmaskError: an unknown field of `model.config`, a checkpoint that cannot be loaded, or settings
+            that contradict what the checkpoint says.
     """
     settings = recipe.model
     dtype = getattr(torch, settings.dtype)
-    overrides: dict[str, Any] = {"noise_eps": settings.noise_eps}
-    if settings.logit_shift is not None:
-        overrides["logit_shift"] = settings.logit_shift
+    eps = settings.noise_eps
+    overrides: dict[str, Any] = {"noise_eps": eps[-1] if isinstance(eps, list) else eps}
+    for name in ("logit_shift", "attention", "block_length"):
+        if (value := getattr(settings, name)) is not None:
+            overrides[name] = value
+    if settings.attention == "bidirectional":
+        overrides["block_length"] = None  # that of a block-causal checkpoint
     if settings.name_or_path is not None:
         model = load_model(
             settings.name_or_path,
@@ -163,6 +180,7 @@ def build_model(
             model.set_attn_implementation(settings.attn_implementation)
         except (ImportError, ValueError) as error:
             raise UnmaskError(f"model.attn_implementation: {first_line(error)}; use sdpa.") from error
+    check_attention(recipe, model.config)
     fit_to_tokenizer(model, tokenizer)
     if encoder is not None:
         tokenizer.chat_template = encoder.chat_template  # generation lays prompts out as training did
