@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from unmask.data.encode import Example as Example
     from unmask.data.tokenizer import byte_tokenizer as byte_tokenizer
     from unmask.data.tokenizer import load_tokenizer as load_tokenizer
+    from unmask.diffusion.likelihood import Likelihood as Likelihood
+    from unmask.diffusion.likelihood import likelihood as likelihood
     from unmask.diffusion.noise import Noised as Noised
     from unmask.diffusion.noise import sample_t as sample_t
     from unmask.diffusion.noise import transition as transition
@@ -47,6 +49,8 @@ _MODULE_OF = {
     "Example": "data.encode",
     "byte_tokenizer": "data.tokenizer",
     "load_tokenizer": "data.tokenizer",
+    "Likelihood": "diffusion.likelihood",
+    "likelihood": "diffusion.likelihood",
     "Noised": "diffusion.noise",
     "sample_t": "diffusion.noise",
     "transition": "diffusion.noise",

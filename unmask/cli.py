@@ -77,22 +77,45 @@ def data(
     recipe: RecipeFile,
     overrides: Overrides = None,
     show: Annotated[int, typer.Option(min=0, help="Sequences to print.")] = 3,
+    curriculum: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Picture to write (.png, .pdf, .svg): what every step uses."),
+    ] = None,
 ) -> None:
-    """Show what training will see: sequences in colour, lengths, what was dropped and why."""
+    """Show what training will see: sequences in colour, lengths, what was dropped and why.
+
+    With --curriculum also how masking and attention change over the run.
+    """
     from unmask.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides or [])  # before the imports that take seconds
     _quiet()
     from unmask.data.preview import show_examples, show_report
+    from unmask.training.curriculum_plot import check_picture, draw_curriculum
     from unmask.training.dataset import load_data, run_tokenizer
+    from unmask.training.schedule import (
+        check_block_sizes,
+        make_curriculum,
+        schedule_notes,
+        steps_per_epoch,
+    )
 
+    if curriculum is not None:
+        check_picture(curriculum)
     tokenizer = run_tokenizer(settings)
     loaded = load_data(settings, tokenizer)
+    check_block_sizes(settings, loaded.train)
     console = Console()
     show_examples(loaded.train, tokenizer, limit=show, console=console)
     show_report(loaded.train, loaded.report, block_size=settings.data.block_size, console=console)
     if loaded.held_out:
         console.print(f"held out: {len(loaded.held_out):,} sequences", highlight=False)
+    for note in schedule_notes(settings, loaded.train, settings.model.block_length):
+        console.print(note, highlight=False)
+    if curriculum is not None:
+        epoch = steps_per_epoch(settings, loaded.train)
+        draw_curriculum(make_curriculum(settings), settings.max_steps, epoch, curriculum)
+        console.print(f"curriculum: {curriculum}", highlight=False)
 
 
 @app.command()
@@ -163,6 +186,67 @@ def generate(
         for line in trace_lines(answer.ids, answer.commit_step, tokenizer):
             console.print(line)
     print(answer.text)
+
+
+@app.command()
+def score(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Diffusion checkpoint: folder or hub name.")],
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="Conversations or plain text: file, folder or hub name.")
+    ],
+    estimator: Annotated[
+        str, typer.Option(help="exact_k, continuous (what training estimates) or chain (short texts).")
+    ] = "exact_k",
+    samples: Annotated[
+        int, typer.Option(min=2, help="Draws a record, an even number; more lower the standard error.")
+    ] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of the masks.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences in one forward.")] = 16,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score the first N records or blocks.")] = None,
+    format: Annotated[
+        str,
+        typer.Option(help="auto, alpaca, sharegpt, messages, prompt_completion or custom."),
+    ] = "auto",
+    end_fill: Annotated[
+        int,
+        typer.Option(min=1, help="End tokens fill a response to a multiple of N, as in training."),
+    ] = 1,
+    raw: Annotated[bool, typer.Option("--raw", help="Plain text: in records the field text.")] = False,
+    block_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Longest sequence in tokens; plain text is cut into such blocks."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write one JSON line a record to this file.")] = None,
+    per_token: Annotated[bool, typer.Option("--per-token", help="With --out: each token, too.")] = False,
+    show: Annotated[int, typer.Option(min=0, help="Records to print with their tokens in colour.")] = 0,
+) -> None:
+    """Bound the likelihood of a file: nats, perplexity and bits per byte, with standard errors.
+
+    Of a conversation the last response is scored, given all before it; plain
+    text is scored block by block. The figures are upper bounds of -log p.
+    """
+    _quiet()
+    from unmask.evaluation.score import score_file, show_records, show_total
+
+    console = Console()
+    scored = score_file(
+        model,
+        file,
+        raw=raw,
+        format=format,
+        end_fill=end_fill,
+        block_size=block_size,
+        limit=limit,
+        estimator=estimator,
+        num_samples=samples,
+        seed=seed,
+        batch_size=batch_size,
+        out=out,
+        per_token=per_token,
+        console=console,
+    )
+    show_records(scored, show, console)
+    show_total(scored, console)
 
 
 def _quiet() -> None:
