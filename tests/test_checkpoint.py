@@ -52,6 +52,32 @@ def test_round_trip_to_the_bit(family: str, tmp_path: Path, tokenizer: PreTraine
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / file).read_bytes()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_model_stays_one(family: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = byte_model(family, attention="block_causal", block_length=4).eval()
+    save_checkpoint(model, tokenizer, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["attention"], config["block_length"]) == ("block_causal", 4)
+    ids = random_ids(2, 9, vocab=256)
+    settings = {"max_new_tokens": 8, "steps": 4, "return_trace": True}
+    expected = model.generate(ids, **settings)
+    for load in (load_model, type(model).from_pretrained, AutoModelForCausalLM.from_pretrained):
+        again: Any = load(str(tmp_path))
+        assert type(again) is type(model)
+        assert (again.config.attention, again.config.block_length) == ("block_causal", 4)
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        found = again.generate(ids, **settings)
+        assert torch.equal(found.sequences, expected.sequences)
+        assert torch.equal(found.commit_step, expected.commit_step)
+    # A bidirectional checkpoint says so too, and the same weights may be read either way.
+    both = load_model(str(tmp_path), attention="bidirectional", block_length=None)
+    assert not torch.equal(both(ids).logits, model(ids).logits)
+    both.save_pretrained(tmp_path / "both")
+    back = load_model(str(tmp_path / "both"), attention="block_causal", block_length=4)
+    assert load_model(str(tmp_path / "both")).config.attention == "bidirectional"
+    assert torch.equal(back(ids).logits, model(ids).logits)
+
+
 def test_what_the_folder_says(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     save_checkpoint(byte_model(), tokenizer, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -155,6 +181,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
                     r"incomplete: 11 weights are missing, first model\.layers\.2\."),
     "nonsense": (lambda f: edit_config(f, hidden_size="big"),
                  r"no model can be made from its config\.json: .*field 'hidden_size'"),
+    "unknown attention": (lambda f: edit_config(f, attention="blocks"),
+                          r"config\.attention must be 'bidirectional', or .*; got 'blocks' and None"),
+    "no block length": (lambda f: edit_config(f, attention="block_causal"),
+                        "'block_causal' with a positive block_length; got 'block_causal' and None"),
+    "a bad block length": (lambda f: edit_config(f, attention="block_causal", block_length=0),
+                           "with a positive block_length; got 'block_causal' and 0"),
+    "block length as text": (lambda f: edit_config(f, attention="block_causal", block_length="4"),
+                             "with a positive block_length; got 'block_causal' and '4'"),
     "unknown activation": (lambda f: edit_config(f, hidden_act="foo"), r"its config\.json: KeyError: 'foo'"),
     "unknown type": (lambda f: edit_config(f, dtype="foo"), r"its config\.json: AttributeError.*'foo'"),
 }  # fmt: skip
@@ -177,6 +211,15 @@ def test_damaged_checkpoints_are_refused_in_one_line(damage: str, whole: Path, t
         load_model(str(folder))
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
+
+
+def test_the_auto_classes_refuse_an_unknown_attention_too(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    edit_config(tmp_path, attention="block_causal", block_length=-1)
+    with pytest.raises(
+        UnmaskError, match=rf"^{re.escape(str(tmp_path))}: config\.attention must be .* and -1"
+    ):
+        AutoModelForCausalLM.from_pretrained(str(tmp_path))
 
 
 def test_a_file_and_a_path_that_is_not_there(tmp_path: Path) -> None:

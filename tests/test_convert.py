@@ -88,6 +88,25 @@ def test_it_is_the_base_model_but_for_the_attention_and_the_shift(tmp_path: Path
     torch.testing.assert_close(found[:, 0], expected[:, 0], rtol=0, atol=1e-5)
 
 
+def test_in_blocks_of_one_token_it_is_the_base_model(tmp_path: Path) -> None:
+    base, out = autoregressive_folder(tmp_path / "base"), tmp_path / "out"
+    model, _ = convert(str(base), out)
+    assert (model.config.attention, model.config.block_length) == ("bidirectional", None)
+    blocks = load(out, attention="block_causal", block_length=1)
+    stock: Any = AutoModelForCausalLM.from_pretrained(base)
+    ids, first = random_ids(2, 12, vocab=256), torch.arange(12).expand(2, -1) < 1
+    log_p = stock(input_ids=ids).logits[:, :-1].log_softmax(dim=-1)
+    expected = -log_p.gather(2, ids[:, 1:, None]).flatten()
+    torch.testing.assert_close(blocks.masked_nll(ids, ~first, None, first), expected, rtol=0, atol=1e-4)
+    greedy = blocks.generate(ids, max_new_tokens=6, eos_token_id=[], suppress_tokens=[]).sequences[:, 12:]
+    text = ids
+    for _ in range(6):
+        logits = stock(input_ids=text).logits[:, -1]
+        logits[:, 259] = -torch.inf  # the mask token, which is never generated
+        text = torch.cat([text, logits.argmax(dim=-1, keepdim=True)], dim=1)
+    assert torch.equal(greedy, text[:, 12:])
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_full_embedding_grows_by_one_mean_row(tied: bool, tmp_path: Path) -> None:
     base, out = tmp_path / "base", tmp_path / "out"

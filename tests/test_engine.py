@@ -21,8 +21,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextDiffusio
 
 from unmask import DiffusionGenerationConfig, Qwen3ForCausalLM
 from unmask.errors import UnmaskError
+from unmask.generation.complete import complete
 from unmask.generation.engine import DiffusionGenerationOutput, denoise
-from unmask.generation.policy import tokens_at_step
+from unmask.generation.policy import share_steps, tokens_at_step
 
 PAD, END, MASK = 0, 1, 31
 
@@ -512,3 +513,238 @@ def test_the_diffusion_streamer_of_transformers_works(
     assert printed.count("\033[33m") == 3  # one draft a forward
     assert printed.rsplit("\033[J", 1)[1].strip() == answer
     assert "<|mask|>" in printed and "<|mask|>" not in answer
+
+
+# Block by block, from a block-causal model.
+
+
+def block_model(block_length: int = 4, **fields: Any) -> Any:
+    return tiny_model(attention="block_causal", block_length=block_length, **fields).eval()
+
+
+def plain_blocks(
+    model: Any, prompt: list[int], canvas: int, steps: int, ends: set[int], forbidden: set[int]
+) -> tuple[list[int], list[int], int]:
+    """Temperature 0, one block after another; each sees a text that ends with it, as in evaluation."""
+    length = model.config.block_length
+    response: list[int] = []
+    committed: list[int] = []
+    forwards, step = 0, 0
+    counts = share_steps(steps, canvas, min(length, canvas))
+    for number, count in enumerate(counts):
+        size = min(length, canvas - number * length)
+        own: list[int | None] = [None] * size
+        own_steps = [-1] * size
+        for step_in_block in range(count):
+            first_end = next((i for i in range(size) if own[i] in ends), size)
+            live = [i for i in range(first_end) if own[i] is None]
+            if live and not any(token in ends for token in response):
+                ids = prompt + response + [MASK if token is None else token for token in own]
+                source = torch.arange(len(ids))[None] < len(prompt)
+                logits, _ = model(torch.tensor([ids]), src_mask=source, training_mode="sft")
+                logits = logits[0, -size:].detach().clone()
+                forwards += 1
+                logits[:, sorted(forbidden - ends)] = -torch.inf
+                p, best = torch.softmax(logits, dim=-1).max(dim=-1)
+                live.sort(key=lambda i: -p[i].item())
+                for i in live[: tokens_at_step(step_in_block, count, size)]:
+                    own[i], own_steps[i] = int(best[i]), step
+            step += 1
+        response += [MASK if token is None else token for token in own]
+        committed += own_steps
+    first_end = next((i for i in range(canvas) if response[i] in ends), canvas)
+    kept = [i <= first_end and response[i] != MASK for i in range(canvas)]
+    ids = [token if keep else PAD for token, keep in zip(response, kept, strict=True)]
+    return ids, [s if keep else -1 for s, keep in zip(committed, kept, strict=True)], forwards
+
+
+BLOCK_SETTINGS = [(12, 12, 4), (12, 5, 4), (12, 3, 4), (10, 7, 4), (5, 5, 1), (9, 4, 3), (3, 2, 8), (1, 1, 4)]
+
+
+@pytest.mark.parametrize("shift", [False, True], ids=["unshifted", "shifted"])
+@pytest.mark.parametrize(("canvas", "steps", "block_length"), BLOCK_SETTINGS)
+@pytest.mark.parametrize("ends", [[], [3, 7, 12, 20]], ids=["endless", "ends"])
+def test_blocks_equal_a_plain_loop(
+    canvas: int, steps: int, block_length: int, ends: list[int], shift: bool
+) -> None:
+    model = block_model(block_length, logit_shift=shift)
+    for seed in range(4):
+        prompt = random_ids(1, 3 * seed, seed=seed)
+        out = model.generate(
+            prompt,
+            max_new_tokens=canvas,
+            steps=steps,
+            eos_token_id=ends,
+            suppress_tokens=[PAD, 5],
+            pad_token_id=PAD,
+            return_trace=True,
+        )
+        ids, committed, forwards = plain_blocks(
+            model, prompt[0].tolist(), canvas, steps, set(ends), {MASK, PAD, 5}
+        )
+        assert out.sequences[0].tolist() == prompt[0].tolist() + ids
+        assert out.commit_step[0].tolist() == committed
+        assert out.num_forwards.tolist() == [forwards]
+
+
+def test_some_of_these_end_in_an_early_block() -> None:
+    """Or the comparison above would say nothing about later blocks."""
+    model = block_model(4)
+    runs = [
+        plain_blocks(model, random_ids(1, 3 * n, seed=n)[0].tolist(), 12, 12, {3, 7, 12, 20}, {MASK, PAD, 5})
+        for n in range(4)
+    ]
+    assert any(forwards <= 4 for _, _, forwards in runs)
+    assert any(forwards > 4 for _, _, forwards in runs)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("shift", [False, True], ids=["unshifted", "shifted"])
+def test_an_answer_in_blocks_does_not_depend_on_its_batch(shift: bool, temperature: float) -> None:
+    model = block_model(4, logit_shift=shift)
+    settings = {
+        "max_new_tokens": 10,
+        "steps": 6,
+        "temperature": temperature,
+        "seed": 3,
+        "eos_token_id": list(range(2, 30, 4)),
+        "pad_token_id": PAD,
+        "return_trace": True,
+    }
+    rows = [random_ids(1, length, seed=length)[0].tolist() for length in (1, 3, 4, 7, 2)]
+
+    def answers(rows: list[list[int]], side: str, extra: int = 0) -> list[tuple[Any, ...]]:
+        ids, mask = padded(rows, side, extra)
+        out = model.generate(ids, mask, **settings)
+        columns = (out.sequences[:, ids.shape[1] :], out.commit_step, out.num_forwards)
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+
+    alone = [answers([row], "left")[0] for row in rows]
+    assert len({forwards for _, _, forwards in alone}) > 1, "no row finishes before the others"
+    for order in ([0, 1, 2, 3, 4], [3, 2, 0]):
+        for side in ("left", "right", "middle"):
+            batch = answers([rows[i] for i in order], side, extra=2)
+            assert batch == [alone[i] for i in order]
+
+
+@pytest.mark.parametrize("shift", [False, True], ids=["unshifted", "shifted"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_one_block_without_a_prompt_is_the_bidirectional_sampler(temperature: float, shift: bool) -> None:
+    blocks, whole = block_model(10, logit_shift=shift), tiny_model(logit_shift=shift).eval()
+    none = torch.zeros(1, 0, dtype=torch.long)
+    for seed in range(3):
+        settings = {"max_new_tokens": 10, "steps": 4, "temperature": temperature, "seed": seed}
+        one, two = (model.generate(none, return_trace=True, **settings) for model in (blocks, whole))
+        for name in ("sequences", "commit_step", "num_forwards"):
+            assert torch.equal(one[name], two[name])
+        torch.testing.assert_close(one.confidence, two.confidence)
+
+
+def run_blocks(
+    batch: int, steps: int, block_length: int, **settings: Any
+) -> tuple[DiffusionGenerationOutput, Recorder]:
+    config = DiffusionGenerationConfig(
+        mask_token_id=MASK, max_new_tokens=10, pad_token_id=PAD, return_trace=True, steps=steps, **settings
+    )
+    recorder = Recorder(random_logits)
+    ids = random_ids(batch, 2, seed=batch)
+    return denoise(recorder, ids, ids == ids, config, block_length=block_length), recorder
+
+
+@pytest.mark.parametrize("steps", [10, 7, 4])
+def test_blocks_are_filled_in_order_and_what_is_committed_stays(steps: int) -> None:
+    out, recorder = run_blocks(1, steps, 3, temperature=1.0)
+    assert out.sequences is not None and out.commit_step is not None
+    assert len(recorder.seen) == steps
+    states = [ids[0] for ids in recorder.seen]
+    shares = share_steps(steps, 10, 3)
+    block_of_step = [block for block, count in enumerate(shares) for _ in range(count)]
+    for step, (ids, block) in enumerate(zip(states, block_of_step, strict=True)):
+        start, stop = 2 + 3 * block, 2 + min(3 * block + 3, 10)
+        assert len(ids) == stop  # nothing is computed for later blocks
+        assert (ids[:start] != MASK).all() and (ids[start:] == MASK).any()
+        later = states[step + 1] if step + 1 < steps else out.sequences[0]
+        kept = ids != MASK
+        assert torch.equal(ids[kept], later[: len(ids)][kept])
+        assert (later[: len(ids)] == MASK).sum() < (ids == MASK).sum()  # every forward commits
+    assert [block_of_step[s] for s in out.commit_step[0].tolist()] == [i // 3 for i in range(10)]
+
+
+def test_an_end_token_stops_the_later_blocks() -> None:
+    ends = [6, 11, 19, 23]
+    out, recorder = run_blocks(30, 10, 3, eos_token_id=ends, suppress_tokens=[PAD])
+    assert out.sequences is not None and out.commit_step is not None and out.num_forwards is not None
+    blocks_used = set()
+    for row in range(30):
+        response, commit = out.sequences[row, 2:].tolist(), out.commit_step[row].tolist()
+        end = next((i for i, token in enumerate(response) if token in ends), None)
+        length = 10 if end is None else end + 1
+        blocks_used.add(-(-length // 3))
+        assert response[length:] == [PAD] * (10 - length)
+        assert MASK not in response[:length] and min(commit[:length]) >= 0
+        assert set(commit[length:]) <= {-1}
+        assert int(out.num_forwards[row]) <= 3 * -(-length // 3)
+        assert int(out.num_forwards[row]) == max(commit[:length]) + 1
+    assert {1, 2, 4} <= blocks_used
+    # Rows that have ended are in no batch, and when all have there is none.
+    assert sum(len(ids) for ids in recorder.seen) == int(out.num_forwards.sum())
+    assert len(recorder.seen) == int(out.num_forwards.max())
+
+
+def test_each_forward_sees_the_block_as_training_does() -> None:
+    """The logits of the current block are those of the whole canvas, whose later blocks it cannot see."""
+    model = block_model(3, logit_shift=True)
+    prompt, mask = padded([random_ids(1, n, seed=n)[0].tolist() for n in (4, 2)], "left")
+    seen: list[tuple[Tensor, Tensor]] = []
+    hook = model.lm_head.register_forward_hook(lambda _, given, output: seen.append((given[0], output)))
+    shown: list[Tensor] = []
+    network = model.model.register_forward_pre_hook(
+        lambda _, __, given: shown.append(given["input_ids"].clone()), with_kwargs=True
+    )
+    model.generate(prompt, mask, max_new_tokens=8, steps=5, eos_token_id=[])
+    hook.remove()
+    network.remove()
+    assert [ids.shape[1] - 4 for ids in shown] == [3, 6, 6, 8, 8]
+    for ids, (_, logits) in zip(shown, seen, strict=True):
+        whole = torch.cat([ids, torch.full((2, 12 - ids.shape[1]), MASK)], dim=1)
+        is_token = torch.cat([mask, torch.ones(2, 8, dtype=torch.long)], dim=1)
+        source = (torch.arange(12) < 4).expand(2, -1)
+        full, _ = model(whole, attention_mask=is_token, src_mask=source, training_mode="sft")
+        hidden = (ids == MASK) & is_token[:, : ids.shape[1]].bool()
+        torch.testing.assert_close(logits, full[:, : ids.shape[1]][hidden], rtol=0, atol=1e-10)
+
+
+def test_fewer_steps_than_blocks_are_refused() -> None:
+    model = block_model(4)
+    with pytest.raises(UnmaskError) as caught:
+        model.generate(random_ids(1, 3), max_new_tokens=10, steps=2)
+    assert str(caught.value) == (
+        "steps must be at least 3, one for each block of 4 tokens in a canvas of 10; got 2."
+    )
+    assert model.generate(random_ids(1, 3), max_new_tokens=10, steps=3, eos_token_id=[]).num_forwards == 3
+
+
+def test_a_streamer_hears_a_block_model_too() -> None:
+    streamer = Spoken()
+    prompt = random_ids(1, 3)
+    out = block_model(4).generate(
+        prompt, max_new_tokens=10, steps=6, eos_token_id=[], streamer=streamer, return_trace=True
+    )
+    assert [kind for kind, _ in streamer.heard] == ["put", *["draft"] * 6, "put", "end"]
+    steps = out.commit_step[0]
+    for step, [draft] in enumerate(value for kind, value in streamer.heard if kind == "draft"):
+        assert torch.equal(torch.tensor(draft) != MASK, steps <= step)
+    assert streamer.heard[-2][1] == out.sequences[0, 3:].tolist()
+
+
+def test_complete_fills_block_by_block(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = byte_model(attention="block_causal", block_length=4).eval()
+    prompts = [list(b"ab"), list(b"a longer prompt"), list(b"c")]
+    odd = list(range(256, 260))
+    settings = {"max_new_tokens": 10, "steps": 5, "eos_token_id": [], "suppress_tokens": odd}
+    together = complete(model, tokenizer, prompts, **settings)
+    for prompt, completion in zip(prompts, together, strict=True):
+        out = model.generate(torch.tensor([prompt]), return_trace=True, **settings)
+        assert completion.ids == out.sequences[0, len(prompt) :].tolist()
+        assert completion.commit_step == out.commit_step[0].tolist()
+        assert completion.commit_step[3] < completion.commit_step[4]

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unmask.generation.policy import most_confident, tokens_at_step
+from unmask.errors import UnmaskError
+from unmask.generation.policy import most_confident, share_steps, tokens_at_step
 
 
 @given(canvas=st.integers(1, 300), data=st.data())
@@ -21,6 +22,29 @@ def test_tokens_are_spread_evenly_over_the_steps(canvas: int, data: st.DataObjec
 def test_one_token_a_step_and_all_at_once() -> None:
     assert [tokens_at_step(step, 5, 5) for step in range(5)] == [1] * 5
     assert [tokens_at_step(step, 1, 5) for step in range(1)] == [5]
+
+
+@given(canvas=st.integers(1, 200), data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_steps_are_shared_out_over_the_blocks(canvas: int, data: st.DataObject) -> None:
+    block_length = data.draw(st.integers(1, canvas))
+    sizes = [min(block_length, canvas - start) for start in range(0, canvas, block_length)]
+    steps = data.draw(st.integers(len(sizes), canvas))
+    shares = share_steps(steps, canvas, block_length)
+    assert len(shares) == len(sizes) and sum(shares) == steps
+    for share, size in zip(shares, sizes, strict=True):
+        assert 1 <= share <= size  # every step of a block has a token to commit
+    for share, size in zip(shares, sizes, strict=True):
+        assert abs(share - steps * size / canvas) < 1  # in proportion
+
+
+def test_shares_of_steps() -> None:
+    assert share_steps(12, 12, 4) == [4, 4, 4]
+    assert share_steps(6, 12, 4) == [2, 2, 2]
+    assert share_steps(5, 10, 10) == [5]
+    assert share_steps(3, 9, 4) == [1, 1, 1]
+    with pytest.raises(UnmaskError, match="steps must be at least 3, one for each block of 4 tokens"):
+        share_steps(2, 9, 4)
 
 
 @given(

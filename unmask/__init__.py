@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from unmask.diffusion.noise import Noised as Noised
     from unmask.diffusion.noise import sample_t as sample_t
     from unmask.diffusion.noise import transition as transition
+    from unmask.diffusion.objective import Objective as Objective
     from unmask.errors import UnmaskError as UnmaskError
     from unmask.generation.config import DiffusionGenerationConfig as DiffusionGenerationConfig
     from unmask.model.checkpoint import load_model as load_model
@@ -54,6 +55,7 @@ _MODULE_OF = {
     "Noised": "diffusion.noise",
     "sample_t": "diffusion.noise",
     "transition": "diffusion.noise",
+    "Objective": "diffusion.objective",
     "UnmaskError": "errors",
     "DiffusionGenerationConfig": "generation.config",
     "load_model": "model.checkpoint",

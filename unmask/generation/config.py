@@ -20,7 +20,9 @@ class DiffusionGenerationConfig(GenerationConfig):
     Args:
         max_new_tokens: length of the canvas, in tokens.
         steps: forwards spent on the canvas at most; None commits one token a forward. Tokens are spread
-            evenly over the steps, so `max_new_tokens / steps` of them are committed at a time.
+            evenly over the steps, so `max_new_tokens / steps` of them are committed at a time. A
+            block-causal model fills the canvas block by block (`config.block_length` tokens each): its
+            steps are shared out over the blocks, at least one each.
         temperature: 0 commits the most likely token; 1 samples from the model's own distribution.
         seed: makes sampling at a temperature above 0 reproducible; each row of a batch draws as if it
             were alone.

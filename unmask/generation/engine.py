@@ -68,6 +68,9 @@ def denoise(
     is masked, and then leaves the batch. A row's answer does not depend on the rest of the batch: its
     noise is keyed by (seed, position, step).
 
+    With blocks the same happens to one block after another, and the model is shown the canvas up to the
+    end of the current one.
+
     Args:
         denoiser: the model, see `Denoiser`.
         input_ids: prompts, padded on any side.
@@ -76,7 +79,7 @@ def denoise(
         streamer: receives the prompt by `put`, each draft by `put_draft` where it has one, and the
             response by `put`, as transformers' diffusion streamers expect; a batch of one.
         block_length: fill the canvas block by block of so many tokens, as a block-causal model was trained;
-            all at once by default. The steps are shared out over the blocks.
+            all at once by default. The steps are shared out over the blocks in proportion to their tokens.
 
     Raises:
         UnmaskError: fewer steps than blocks.
@@ -110,21 +113,23 @@ def denoise(
         canvas = ids[:, length:]
         live = masked & _before_end(canvas, masked, eos) & (block_of == block)
         rows = live.any(dim=1).nonzero()[:, 0]
-        if len(rows) == 0:
-            continue
-        where = torch.zeros_like(ids[rows], dtype=torch.bool)
-        where[:, length:] = live[rows]
-        logits = suppress(denoiser(ids[rows], is_token[rows], where), forbidden_ids)
+        if len(rows) == 0:  # every row has ended: in one that has not, each step leaves some to the next
+            break
+        in_block = min(block_length, canvas_length - block * block_length)
+        stop = length + block * block_length + in_block  # no block sees a later one
+        where = torch.zeros_like(ids[rows, :stop], dtype=torch.bool)
+        where[:, length:] = live[rows, : stop - length]
+        logits = suppress(denoiser(ids[rows, :stop], is_token[rows, :stop], where), forbidden_ids)
         noise = None
         if config.temperature > 0:
             row_seed = seed[rows][:, None].expand(where.shape)[where]
-            noise = gumbel_noise(row_seed, positions[rows][where], step, logits.shape[-1])
+            noise = gumbel_noise(row_seed, positions[rows, :stop][where], step, logits.shape[-1])
         token, sure = pick(logits, config.temperature, noise)
 
         proposal, score = canvas[rows].clone(), confidence[rows].clone()
         proposal[live[rows]] = token
         score[live[rows]] = sure.to(score.dtype)
-        count = tokens_at_step(step_in_block, steps_in_block, int((block_of == block).sum()))
+        count = tokens_at_step(step_in_block, steps_in_block, in_block)
         chosen = most_confident(score, live[rows], count)
         ids[rows, length:] = torch.where(chosen, proposal, canvas[rows])
         confidence[rows] = torch.where(chosen, score, confidence[rows])

@@ -28,10 +28,8 @@ def share_steps(steps: int, canvas: int, block_length: int) -> list[int]:
             f"steps must be at least {blocks}, one for each block of {block_length} tokens in a canvas of"
             f" {canvas}; got {steps}."
         )
-    ends = [0]
-    for number in range(1, blocks + 1):
-        even = steps * min(number * block_length, canvas) // canvas
-        ends.append(min(max(even, number), steps - (blocks - number)))
+    # A full block has at least canvas / blocks tokens and the last one is rounded up: no share is 0.
+    ends = [steps * min(number * block_length, canvas) // canvas for number in range(blocks + 1)]
     return [end - start for start, end in pairwise(ends)]
 
 

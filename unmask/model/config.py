@@ -52,6 +52,23 @@ def diffusion_values(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def block_length_of(config: Any, name: str = "config") -> int | None:
+    """Read the block length of a block-causal model from its config; None for a bidirectional one.
+
+    Raises:
+        UnmaskError: another attention, or a block length that is no positive integer.
+    """
+    attention, length = config.attention, config.block_length
+    if attention == "bidirectional":
+        return None
+    if attention != "block_causal" or type(length) is not int or length < 1:
+        raise UnmaskError(
+            f"{name}.attention must be 'bidirectional', or 'block_causal' with a positive block_length;"
+            f" got {attention!r} and {length!r}."
+        )
+    return length
+
+
 class Qwen3DiffusionConfig(_DiffusionConfig, Qwen3Config):
     """Config of `unmask.Qwen3ForCausalLM`: that of stock Qwen3 and the fields below.
 

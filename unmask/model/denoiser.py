@@ -30,6 +30,7 @@ from unmask.diffusion.objective import Objective
 from unmask.errors import UnmaskError
 from unmask.generation.config import DiffusionGenerationConfig
 from unmask.generation.engine import DiffusionGenerationOutput, denoise
+from unmask.model.config import block_length_of
 from unmask.model.head import row_nll, weighted_nll
 from unmask.model.inputs import IGNORED, Given, check_inputs
 
@@ -66,10 +67,13 @@ class MaskedDiffusionMixin:
         what the checkpoint's config says. A model made from an autoregressive checkpoint is shifted.
 
         Raises:
-            UnmaskError: the checkpoint is of another family.
+            UnmaskError: the checkpoint is of another family, or its config names no attention there is.
         """
         loaded = cast(Any, super()).from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if "attention" not in kwargs:  # which the caller may not be done with; `forward` looks again
+            name = args[0] if args else kwargs.get("pretrained_model_name_or_path", "the checkpoint")
+            block_length_of(model.config, f"{name}: config")
         # An autoregressive folder's temperature and top-p were tuned for another sampler.
         model.generation_config = DiffusionGenerationConfig.from_generic(model.generation_config)
         return loaded
@@ -92,7 +96,8 @@ class MaskedDiffusionMixin:
         """Corrupt the ids, denoise them, and compute the diffusion loss.
 
         In eval mode without labels nothing is corrupted: the given ids, mask tokens included, are
-        denoised as they are and the loss is None.
+        denoised as they are and the loss is None. A block-causal model then too needs `src_mask` and "sft"
+        to know where a response, and with it a block, starts.
 
         Args:
             input_ids: token ids (B, L).
@@ -187,11 +192,16 @@ class MaskedDiffusionMixin:
 
         Args:
             input_ids: clean ids.
-            is_masked: True = the token is hidden from the model and scored.
+            is_masked: True = the token is hidden from the model and scored; never padding or source.
             attention_mask, src_mask, document_ids: as in `forward`.
+
+        Raises:
+            ValueError: as `forward`, and for a masked position that cannot be masked.
         """
         mode = "pretrain" if src_mask is None else "sft"
         given = self._given(input_ids, None, attention_mask, src_mask, mode, document_ids)
+        if (is_masked & ~given.maskable).any():  # a block model's clean copy would show the token
+            raise ValueError("is_masked must be False at padding and where src_mask is True.")
         x_t = torch.where(is_masked, self._mask_token_id(), input_ids)
         hidden = self._aligned(given, x_t) if given.block is None else self._two_copies(given, x_t, given)
         return row_nll(self.lm_head, hidden[is_masked], input_ids[is_masked])
@@ -220,7 +230,7 @@ class MaskedDiffusionMixin:
             allowed = allowed & (labels != IGNORED)
         maskable = allowed if source is None else allowed & ~source
         layout = row_layout(is_token, document_ids)
-        length = self._block_length()
+        length = block_length_of(self.config)
         return Given(
             input_ids,
             layout,
@@ -243,7 +253,7 @@ class MaskedDiffusionMixin:
             source=given.source,
             noise_seed=noise_seed,
             strata=strata,
-            block_length=self._block_length(),
+            block_length=block_length_of(self.config),
         )
 
     def _denoised(self, given: Given, drawn: Drawn, objective: Objective) -> Float[Tensor, "B L H"]:
@@ -310,18 +320,6 @@ class MaskedDiffusionMixin:
             input_ids=ids, attention_mask=attend, position_ids=position_ids, use_cache=False
         ).last_hidden_state
 
-    def _block_length(self) -> int | None:
-        """The config's block length, None for a bidirectional model."""
-        if self.config.attention == "bidirectional":
-            return None
-        length = self.config.block_length
-        if self.config.attention != "block_causal" or not isinstance(length, int) or length < 1:
-            raise UnmaskError(
-                "config.attention must be 'bidirectional', or 'block_causal' with a positive block_length;"
-                f" got {self.config.attention!r} and {length!r}."
-            )
-        return length
-
     @torch.no_grad()
     def generate(
         self,
@@ -332,6 +330,8 @@ class MaskedDiffusionMixin:
         **settings: Any,
     ) -> DiffusionGenerationOutput | Int[Tensor, "B L"]:
         """Fill a canvas of masks after each prompt, the most confident tokens first.
+
+        A block-causal model fills it block by block, the first block starting after the prompt.
 
         Args:
             input_ids: prompts (B, P), padded on any side; P = 0 generates without a prompt. A mask token
@@ -345,8 +345,8 @@ class MaskedDiffusionMixin:
             `DiffusionGenerationOutput`, or its `sequences` with `return_dict_in_generate=False`.
 
         Raises:
-            UnmaskError: an unknown setting or one out of range, or prompt and canvas longer than the
-                model's positions.
+            UnmaskError: an unknown setting or one out of range, prompt and canvas longer than the
+                model's positions, or fewer steps than blocks.
             ValueError: a prompt or a mask that `forward` refuses too.
 
         >>> model.generate(prompt_ids, max_new_tokens=32, steps=16).sequences  # doctest: +SKIP
@@ -366,7 +366,7 @@ class MaskedDiffusionMixin:
                 f" the model's {self.config.max_position_embeddings} positions; shorten one of them."
             )
 
-        block_length = self._block_length()
+        block_length = block_length_of(self.config)
 
         def denoiser(ids: Tensor, is_token: Tensor, where: Tensor) -> Tensor:
             layout = row_layout(is_token)

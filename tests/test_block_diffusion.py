@@ -1,0 +1,765 @@
+"""Block diffusion: one pass over a clean and a noised copy, against one stock forward a block.
+
+The oracle knows nothing of two copies: it strips the padding, cuts each document into blocks with a plain
+loop, and runs stock transformers on the clean earlier blocks followed by the noised one.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations, product
+from math import factorial, prod
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from tiny import FAMILIES, STOCK, assert_rate, random_ids, tiny_model, tiny_stock_model
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+from unmask.diffusion.keyed import STREAM_TIME, keyed_uniform
+from unmask.diffusion.noise import Drawn
+from unmask.diffusion.objective import Objective
+from unmask.errors import UnmaskError
+
+MASK = 31
+WIDTH = 26
+shifted_or_not = pytest.mark.parametrize("shift", [False, True], ids=["unshifted", "shifted"])
+
+
+def block_model(block_length: int = 3, **fields: Any) -> Any:
+    return tiny_model(attention="block_causal", block_length=block_length, **fields)
+
+
+@pytest.fixture(autouse=True)
+def _norms_in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock norms compute in float32, so gradients summed in another order would agree to 1e-7 alone."""
+
+    def forward(self: Any, hidden: Tensor) -> Tensor:
+        wide = hidden.to(torch.float64)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(hidden.dtype)
+
+    for norm in (Qwen3RMSNorm, Qwen2RMSNorm, LlamaRMSNorm):
+        monkeypatch.setattr(norm, "forward", forward)
+
+
+def assert_same(first: Any, second: Any, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(first, second, rtol=0, atol=tolerance)
+
+
+def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    named = dict(model.named_parameters())
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(p) if g is None else g
+        for (name, p), g in zip(named.items(), grads, strict=True)
+    }
+
+
+def assert_same_gradients(model: Any, loss: Tensor, other: Any, expected: Tensor, tolerance: float) -> None:
+    found, wanted = gradients(model, loss), gradients(other, expected)
+    assert found.keys() == wanted.keys()
+    assert max(g.abs().max() for g in wanted.values()) > 0.01
+    for name, gradient in found.items():
+        assert_same(gradient, wanted[name], tolerance)
+
+
+# The oracle
+
+
+def plain_blocks(maskable: list[bool], block_length: int) -> list[int]:
+    """Number the blocks of one document: a new one where a run starts and after `block_length` tokens."""
+    blocks: list[int] = []
+    size = 0
+    for i, flag in enumerate(maskable):
+        starts = i == 0 or flag != maskable[i - 1] or size == block_length
+        blocks.append(len(set(blocks)) if starts else blocks[-1])
+        size = 1 if starts else size + 1
+    return blocks
+
+
+def bidirectional_twin(model: Any) -> Any:
+    """Stock transformers that attends as its mask says, with the weights of a diffusion model."""
+    family = model.config.model_type.removeprefix("unmask_")
+    config_class, model_class = STOCK[family]
+    twin = model_class(config_class(**{**model.config.to_dict(), "model_type": family})).to(model.dtype)
+    twin.load_state_dict(model.state_dict())
+    return twin.eval()
+
+
+def stock_log_p(twin: Any, ids: list[int], blocks: list[int], shift: bool) -> Tensor:
+    """log p (L, V) of each token of one document, alone, under block-causal attention."""
+    attend = [[key <= query for key in blocks] for query in blocks]
+    raw = twin(
+        input_ids=torch.tensor([ids]),
+        attention_mask=torch.tensor([[attend]]),
+        position_ids=torch.arange(len(ids))[None],
+    ).logits[0]
+    aligned = torch.cat([raw[:1], raw[:-1]]) if shift else raw
+    return aligned.log_softmax(dim=-1)
+
+
+def documents_of(is_token: Tensor, document_ids: Tensor | None) -> list[tuple[int, list[int]]]:
+    """(row, columns) of every document of a batch."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for row, column in is_token.nonzero().tolist():
+        number = 0 if document_ids is None else int(document_ids[row, column])
+        found.setdefault((row, number), []).append(column)
+    return [(row, columns) for (row, _), columns in found.items()]
+
+
+def separate_nll(
+    twin: Any,
+    config: Any,
+    input_ids: Tensor,
+    targets: Tensor,
+    is_token: Tensor,
+    document_ids: Tensor | None,
+    maskable: Tensor,
+    is_masked: Tensor,
+) -> Tensor:
+    """-log p of each masked token (B, L), 0 elsewhere: one stock forward for every block."""
+    nll: dict[tuple[int, int], Tensor] = {}
+    for row, columns in documents_of(is_token, document_ids):
+        blocks = plain_blocks(maskable[row, columns].tolist(), config.block_length)
+        for block in sorted(set(blocks)):
+            hidden = [i for i, b in enumerate(blocks) if b == block and is_masked[row, columns[i]]]
+            seen = [i for i, b in enumerate(blocks) if b <= block]
+            if not hidden:
+                continue
+            ids = [MASK if i in hidden else int(input_ids[row, columns[i]]) for i in seen]
+            log_p = stock_log_p(twin, ids, blocks[: len(seen)], config.logit_shift)
+            for i in hidden:
+                nll[row, columns[i]] = -log_p[i, targets[row, columns[i]]]
+    zero = torch.zeros((), dtype=torch.float64)
+    return torch.stack(
+        [
+            torch.stack([nll.get((row, column), zero) for column in range(input_ids.shape[1])])
+            for row in range(len(input_ids))
+        ]
+    )
+
+
+def separate_loss(twin: Any, config: Any, batch: Batch, drawn: Drawn, is_masked: Tensor, t: Tensor) -> Tensor:
+    """The loss of one draw, block by block."""
+    nll = separate_nll(
+        twin,
+        config,
+        batch.input_ids,
+        batch.labels.clamp(min=0),
+        drawn.layout.is_token,
+        batch.document_ids,
+        drawn.maskable,
+        is_masked,
+    )
+    return (nll / t.double()).sum() / drawn.maskable.sum()
+
+
+class Batch(NamedTuple):
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor
+    src_mask: Tensor
+    document_ids: Tensor
+    noise_seed: Tensor
+
+    def given(self) -> dict[str, Any]:
+        return {"training_mode": "sft", **self._asdict()}
+
+
+class Document(NamedTuple):
+    ids: Tensor
+    labels: Tensor
+    source: Tensor
+    seed: int
+
+
+def conversation(length: int, seed: int) -> Document:
+    """A document of several turns, targets that differ from the input in places, and ignored labels."""
+    generator = torch.Generator().manual_seed(seed)
+    turns = torch.randint(1, 6, (length,), generator=generator)
+    source = torch.cat([torch.full((int(n),), i % 2 == 0) for i, n in enumerate(turns)])[:length]
+    ids, other = torch.randint(0, 32, (2, length), generator=generator)  # literal mask tokens too
+    coin = torch.rand(2, length, generator=generator)
+    labels = torch.where(coin[0] < 0.2, other, ids).masked_fill(coin[1] < 0.08, -100)
+    return Document(ids, labels, source, int(torch.randint(2**62, (), generator=generator)))
+
+
+def pack(rows: list[list[Document]], place: str, garbage: int = 0) -> Batch:
+    """Lay documents out in rows of `WIDTH` columns; padding holds garbage."""
+    generator = torch.Generator().manual_seed(garbage)
+    shape = (len(rows), WIDTH)
+    batch = Batch(
+        torch.randint(0, 32, shape, generator=generator),
+        torch.randint(0, 32, shape, generator=generator),
+        torch.zeros(shape, dtype=torch.long),
+        torch.rand(shape, generator=generator) < 0.5,
+        torch.randint(0, 3, shape, generator=generator),
+        torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long),
+    )
+    for row, documents in enumerate(rows):
+        length = sum(len(document.ids) for document in documents)
+        columns = {
+            "right": torch.arange(length),
+            "left": torch.arange(WIDTH - length, WIDTH),
+            "middle": torch.randperm(WIDTH, generator=generator)[:length].sort().values,
+        }[place]
+        parts = columns.split([len(document.ids) for document in documents])
+        for number, (document, part) in enumerate(zip(documents, parts, strict=True)):
+            batch.input_ids[row, part] = document.ids
+            batch.labels[row, part] = document.labels
+            batch.attention_mask[row, part] = 1
+            batch.src_mask[row, part] = document.source
+            batch.document_ids[row, part] = 7 * number + row
+            batch.noise_seed[row, number] = document.seed
+    return batch
+
+
+ROWS = [
+    [conversation(9, 1), conversation(6, 2), conversation(1, 3)],
+    [conversation(17, 4)],
+    [conversation(4, 5), conversation(12, 6)],
+]
+OBJECTIVES = {
+    "plain": Objective(),
+    "S1": Objective(prefix_probability=1.0, eps=0.1),
+    "S2": Objective(truncate_probability=1.0, eps=0.1),
+    "S3": Objective(block_masking_probability=1.0, mask_block_sizes=(2, 4), eps=0.1),
+    "all": Objective(
+        prefix_probability=0.4,
+        truncate_probability=0.4,
+        block_masking_probability=0.5,
+        mask_block_sizes=(2, 3),
+        source_share=0.5,
+        schedule="linear",
+        complementary=True,
+        eps=0.1,
+    ),
+    "complementary": Objective(complementary=True, eps=0.1),
+}
+
+
+# 1. One pass equals separate forwards
+
+
+@shifted_or_not
+@pytest.mark.parametrize("place", ["right", "left", "middle"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_one_pass_equals_one_forward_a_block(objective: str, place: str, shift: bool) -> None:
+    model = block_model(3, logit_shift=shift)
+    batch = pack(ROWS, place, garbage=len(objective))
+    chosen = OBJECTIVES[objective]
+    drawn = model.draw_noise(**batch.given(), objective=chosen)
+    twin = bidirectional_twin(model)
+    noised = drawn.noised
+    assert noised.is_masked.sum() >= 4
+    expected = separate_loss(twin, model.config, batch, drawn, noised.is_masked, noised.t)
+    if chosen.complementary:
+        other = drawn.maskable & ~noised.is_masked
+        expected = (expected + separate_loss(twin, model.config, batch, drawn, other, 1 - noised.t)) / 2
+    loss = model(**batch.given(), objective=chosen, return_logits=False).loss
+    assert_same(loss, expected, 1e-9)  # the weight 1/t is made of a float32 t
+    assert_same_gradients(model, loss, twin, expected, 1e-9)
+
+
+@shifted_or_not
+@pytest.mark.parametrize("block_length", [1, 2, 5, 64])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_block_length_and_family(family: str, block_length: int, shift: bool) -> None:
+    model = block_model(block_length, family=family, logit_shift=shift, seed=block_length)
+    batch = pack(ROWS[:2], "right")
+    drawn = model.draw_noise(**batch.given())
+    twin = bidirectional_twin(model)
+    expected = separate_loss(twin, model.config, batch, drawn, drawn.noised.is_masked, drawn.noised.t)
+    loss = model(**batch.given()).loss
+    assert_same(loss, expected, 1e-9)
+    assert_same_gradients(model, loss, twin, expected, 1e-9)
+
+
+@shifted_or_not
+def test_eager_attention(shift: bool) -> None:
+    # Stock eager attention takes its softmax in float32, whatever the weights.
+    model = block_model(3, logit_shift=shift)
+    batch = pack(ROWS, "middle")
+    expected = model(**batch.given()).loss
+    model.set_attn_implementation("eager")
+    loss = model(**batch.given()).loss
+    assert_same(loss, expected, 1e-4)
+    twin = bidirectional_twin(model)
+    assert twin.config._attn_implementation == "sdpa"
+    drawn = model.draw_noise(**batch.given())
+    told = separate_loss(twin, model.config, batch, drawn, drawn.noised.is_masked, drawn.noised.t)
+    assert_same_gradients(model, loss, twin, told, 1e-3)
+
+
+@shifted_or_not
+def test_masked_nll_equals_separate_forwards(shift: bool) -> None:
+    model = block_model(4, logit_shift=shift)
+    batch = pack(ROWS, "middle")
+    maskable = batch.attention_mask.bool() & ~batch.src_mask
+    is_masked = maskable & (torch.rand(maskable.shape) < 0.7)
+    ids, is_token = batch.input_ids, batch.attention_mask.bool()
+    twin = bidirectional_twin(model)
+    expected = separate_nll(twin, model.config, ids, ids, is_token, batch.document_ids, maskable, is_masked)
+    found = model.masked_nll(ids, is_masked, is_token, batch.src_mask, batch.document_ids)
+    assert_same(found, expected[is_masked])
+    assert_same_gradients(model, found.sum(), twin, expected.sum(), 1e-9)
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "block_causal"])
+@pytest.mark.parametrize("where", ["source", "padding"])
+def test_masked_nll_refuses_to_hide_context(attention: str, where: str) -> None:
+    """A block model would be asked for a token that its clean copy shows."""
+    model = tiny_model(attention=attention, block_length=2)
+    source = torch.tensor([[1, 1, 0, 0, 0]]).bool()
+    is_token = torch.tensor([[1, 1, 1, 1, 0]])
+    is_masked = torch.zeros(1, 5, dtype=torch.bool)
+    is_masked[0, 1 if where == "source" else 4] = True
+    with pytest.raises(ValueError, match="is_masked must be False at padding and where src_mask is True"):
+        model.masked_nll(random_ids(1, 5), is_masked, is_token, source)
+
+
+# 2. Block length 1, and one block
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_block_length_1_with_the_shift_is_the_autoregressive_likelihood(family: str) -> None:
+    stock = tiny_stock_model(family, seed=3)  # causal, as transformers ships it
+    model = block_model(1, family=family, logit_shift=True)
+    model.load_state_dict(stock.state_dict())
+    texts = [random_ids(length, vocab=32, seed=length) for length in (7, 3, 12, 5)]
+
+    def stock_nll(ids: Tensor) -> Tensor:
+        """-log p of each token but the first, given those before."""
+        log_p = stock(input_ids=ids[None]).logits[0].log_softmax(dim=-1)
+        return torch.stack([-log_p[i - 1, ids[i]] for i in range(1, len(ids))])
+
+    exact = torch.cat([stock_nll(ids) for ids in texts])
+    alone = torch.cat(
+        [
+            model.masked_nll(
+                ids[None],
+                torch.arange(len(ids))[None] >= 1,
+                None,
+                torch.arange(len(ids))[None] < 1,
+            )
+            for ids in texts
+        ]
+    )
+    assert_same(alone, exact)
+    assert_same_gradients(model, alone.sum(), stock, exact.sum(), 1e-9)
+    for place in ("left", "right", "middle"):
+        documents = [Document(ids, ids, torch.arange(len(ids)) < 1, seed) for seed, ids in enumerate(texts)]
+        for rows in ([documents[:3], documents[3:]], [[document] for document in documents]):
+            batch = pack(rows, place)
+            hidden = batch.attention_mask.bool() & ~batch.src_mask
+            found = model.masked_nll(
+                batch.input_ids, hidden, batch.attention_mask, batch.src_mask, batch.document_ids
+            )
+            assert_same(found, exact)
+            # ... and the loss is it, token by token: a masked token counts 1/t times.
+            drawn = model.draw_noise(**batch.given())
+            nll = torch.zeros(hidden.shape, dtype=torch.float64).masked_scatter(hidden, exact)
+            told = (nll / drawn.noised.t)[drawn.noised.is_masked].sum() / hidden.sum()
+            assert_same(model(**batch.given()).loss, told, 1e-9)
+
+
+def test_block_length_1_without_the_shift_predicts_from_a_mask_at_the_end() -> None:
+    stock = tiny_stock_model(seed=3)
+    model = block_model(1)
+    model.load_state_dict(stock.state_dict())
+    ids = random_ids(8)
+    exact = []
+    for i in range(8):  # without a prompt: the first token too
+        seen = torch.cat([ids[:i], torch.tensor([MASK])])
+        exact.append(-stock(input_ids=seen[None]).logits[0, i].log_softmax(dim=-1)[ids[i]])
+    found = model.masked_nll(ids[None], torch.ones(1, 8, dtype=torch.bool))
+    assert_same(found, torch.stack(exact))
+
+
+@shifted_or_not
+@pytest.mark.parametrize("place", ["left", "right", "middle"])
+def test_one_block_without_a_prompt_is_the_bidirectional_model(place: str, shift: bool) -> None:
+    """Loss, gradient and logits for the same masks; the two differ in how t is drawn, of a block or a row."""
+    blocks = block_model(64, logit_shift=shift)
+    whole = tiny_model(logit_shift=shift)
+    whole.load_state_dict(blocks.state_dict())
+    given = pack(ROWS, place).given()
+    del given["src_mask"], given["labels"]
+    given["training_mode"] = "pretrain"
+    block_0 = keyed_uniform(given["noise_seed"], STREAM_TIME, 0)
+    for strata in (torch.rand(given["noise_seed"].shape), block_0):
+        one = whole(**given, strata=strata)
+        two = blocks(**given, strata=None if strata is block_0 else strata)
+        assert_same(one.loss, two.loss)
+        assert_same_gradients(blocks, two.loss, whole, one.loss, 1e-10)
+        kept = given["attention_mask"].bool()
+        assert_same(one.logits[kept], two.logits[kept])
+
+
+def test_with_a_prompt_one_block_is_a_prefix_model() -> None:
+    """The prompt is a block before the response, so it does not see it: no longer the bidirectional model."""
+    blocks, whole = block_model(64), tiny_model()
+    whole.load_state_dict(blocks.state_dict())
+    ids, source = random_ids(1, 8), torch.arange(8)[None] < 3
+    hidden = torch.arange(8)[None] >= 5
+    found = blocks.masked_nll(ids, hidden, None, source)
+    attend = torch.ones(8, 8, dtype=torch.bool)
+    attend[:3, 3:] = False
+    x_t = torch.where(hidden, MASK, ids)
+    logits = bidirectional_twin(blocks)(input_ids=x_t, attention_mask=attend[None, None]).logits[0]
+    assert_same(found, -logits.log_softmax(dim=-1)[torch.arange(5, 8), ids[0, 5:]])
+    assert (found - whole.masked_nll(ids, hidden, None, source)).abs().max() > 0.01
+
+
+# 3. The noise
+
+
+def test_each_block_draws_its_own_rate() -> None:
+    model = block_model(3)
+    batch = pack(ROWS, "middle")
+    for objective in (Objective(eps=0.05), OBJECTIVES["S1"], OBJECTIVES["S2"]):
+        drawn = model.draw_noise(**batch.given(), objective=objective)
+        seen = set()
+        for row, columns in documents_of(drawn.layout.is_token, batch.document_ids):
+            number = (int(batch.document_ids[row, columns[0]]) - row) // 7
+            blocks = plain_blocks(drawn.maskable[row, columns].tolist(), 3)
+            assert drawn.block is not None and drawn.block[row, columns].tolist() == blocks
+            for i, block in zip(columns, blocks, strict=True):
+                u = keyed_uniform(int(batch.noise_seed[row, number]), STREAM_TIME, block).item()
+                t = drawn.noised.t[row, i].item()
+                assert t == pytest.approx(objective.eps + (1 - objective.eps) * u, rel=1e-6)
+                seen.add(t)
+        assert len(seen) > 15
+
+
+def test_a_stratum_moves_by_the_golden_ratio_from_block_to_block() -> None:
+    model, golden = block_model(2, noise_eps=0.1), (5**0.5 - 1) / 2
+    strata = torch.tensor([0.0, 0.3, 0.999])
+    seeds = torch.arange(3)
+    drawn = model.draw_noise(random_ids(3, 40), noise_seed=seeds, strata=strata)
+    for row, u in enumerate(strata.tolist()):
+        for column in range(40):
+            expected = 0.1 + 0.9 * ((u + column // 2 * golden) % 1)
+            assert drawn.noised.t[row, column].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_blocks_are_masked_independently_and_at_the_rate_of_their_t() -> None:
+    model, rows = block_model(2, noise_eps=0.2), 20_000
+    ids = random_ids(1, 6).expand(rows, -1)
+    source = (torch.arange(6) < 1).expand(rows, -1)
+    given = {"src_mask": source, "training_mode": "sft", "noise_seed": torch.arange(rows)}
+    drawn = model.draw_noise(ids, **given)
+    hit = drawn.noised.is_masked
+    assert not hit[:, 0].any()
+    assert_rate(hit[:, 1:], 0.6)  # the mean of t, uniform on [0.2, 1]
+    mean_square = 0.6**2 + 0.8**2 / 12
+    assert_rate(hit[:, [1, 2]].all(dim=1), mean_square)  # tokens 1 and 2, 3 and 4 are blocks
+    assert_rate(hit[:, [3, 4]].all(dim=1), mean_square)
+    for pair in ([1, 3], [2, 3], [2, 4], [1, 5], [4, 5]):
+        assert_rate(hit[:, pair].all(dim=1), 0.6**2)
+    # Given its t, a token is masked with exactly this probability.
+    uniform = torch.rand(rows, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    fixed = model.draw_noise(ids, **given, strata=torch.full((rows,), 0.25, dtype=torch.float64))
+    for column in range(1, 6):
+        t = fixed.noised.t[:, column]
+        assert len(t.unique()) == 1
+        assert_rate(fixed.noised.is_masked[:, column], t[0].item())
+    assert len(fixed.noised.t[0, 1:].unique()) == 3
+    # A stratum keeps every block's t uniform.
+    spread = model.draw_noise(ids, **given, strata=uniform).noised.t
+    for column in (1, 3, 5):
+        assert_rate(spread[:, column] < 0.6, 0.5)
+
+
+def test_a_response_starts_a_block_wherever_its_prompt_ends() -> None:
+    model = block_model(4)
+    for prompt in range(7):
+        source = torch.arange(14)[None] < prompt
+        drawn = model.draw_noise(
+            random_ids(1, 14), src_mask=source, training_mode="sft", noise_seed=torch.tensor([5])
+        )
+        blocks = drawn.block[0].tolist()
+        assert blocks[:prompt] == [i // 4 for i in range(prompt)]
+        first = -(-prompt // 4)
+        assert blocks[prompt:] == [first + i // 4 for i in range(14 - prompt)]
+
+
+# 4. The loss is what it says
+
+
+def tiny_text() -> tuple[Any, Tensor, Tensor, list[list[int]]]:
+    """A model, a text of one prompt token and three response tokens in two blocks, and these blocks."""
+    model = block_model(2, vocab_size=7, seed=5)
+    return model, torch.tensor([[3, 1, 5, 2]]), torch.tensor([[1, 0, 0, 0]]).bool(), [[1, 2], [3]]
+
+
+def subset_nll(twin: Any, ids: Tensor, source: Tensor, block: list[int]) -> dict[tuple[int, ...], Tensor]:
+    """The nll of every set of masked tokens of a block, by separate stock forwards."""
+    end = max(block) + 1
+    numbers = plain_blocks((~source[0, :end]).tolist(), 2)
+    sets = {}
+    for size in range(1, len(block) + 1):
+        for hidden in combinations(block, size):
+            x_t = [6 if i in hidden else int(ids[0, i]) for i in range(end)]
+            log_p = stock_log_p(twin, x_t, numbers, shift=False)
+            sets[hidden] = torch.stack([-log_p[i, ids[0, i]] for i in hidden]).sum()
+    return sets
+
+
+def test_mean_loss_is_the_sum_of_the_bounds_of_the_blocks() -> None:
+    model, ids, source, blocks = tiny_text()
+    eps = 0.02
+    nodes, node_weights = np.polynomial.legendre.leggauss(6)
+    t = torch.tensor(eps + (1 - eps) * (nodes + 1) / 2)
+    bound = 0.0
+    for block in blocks:
+        for hidden, nll in subset_nll(bidirectional_twin(model), ids, source, block).items():
+            k, n = len(hidden), len(block)
+            integral = (torch.tensor(node_weights) / 2 * t ** (k - 1) * (1 - t) ** (n - k)).sum()
+            beta = factorial(k - 1) * factorial(n - k) / factorial(n)
+            assert integral.item() == pytest.approx(beta, abs=0.05)  # what it is without eps
+            bound += (integral * nll).item()
+
+    def losses(rows: int) -> tuple[Tensor, Tensor]:
+        """The loss of each of so many draws, summed over the tokens, and the mean that forward computes."""
+        given = {"src_mask": source.expand(rows, -1), "training_mode": "sft"}
+        given["noise_seed"] = torch.arange(rows)
+        objective = Objective(eps=eps)
+        noised = model.draw_noise(ids.expand(rows, -1), **given, objective=objective).noised
+        masks, which = noised.is_masked.unique(dim=0, return_inverse=True)
+        nll = torch.zeros(masks.shape, dtype=torch.float64)
+        nll[masks] = model.masked_nll(ids.expand(masks.shape), masks, None, source.expand(masks.shape))
+        each = (nll[which] / noised.t).sum(dim=1)
+        few = {name: value[:2000] if isinstance(value, Tensor) else value for name, value in given.items()}
+        return each, model(ids.expand(2000, -1), **few, objective=objective).loss
+
+    with torch.no_grad():
+        each, mean_of_first = losses(400_000)
+    assert_same(mean_of_first, each[:2000].mean() / 3, 1e-6)
+    error = each.std().item() / len(each) ** 0.5
+    assert error < 0.003 * bound
+    assert abs(each.mean().item() - bound) < 5 * error
+
+
+def test_mean_over_all_masks_is_exact_with_its_gradient() -> None:
+    """At given rates: sum over all masks of P(mask) * loss(mask), against each block by itself."""
+    model, ids, source, blocks = tiny_text()
+    strata = torch.tensor([0.3], dtype=torch.float64)
+    given = {"src_mask": source, "training_mode": "sft"}
+    seed_of: dict[tuple[bool, ...], int] = {}
+    many = torch.arange(4000)
+    drawn = model.draw_noise(
+        ids.expand(4000, -1),
+        src_mask=source.expand(4000, -1),
+        training_mode="sft",
+        noise_seed=many,
+        strata=strata.expand(4000),
+    )
+    for seed, mask in enumerate(drawn.noised.is_masked[:, 1:].tolist()):
+        seed_of.setdefault(tuple(mask), seed)
+    assert len(seed_of) == 8
+    t = drawn.noised.t[0, 1:].double()
+    assert t[0] == t[1] != t[2]
+    mean = torch.zeros((), dtype=torch.float64)
+    for mask in product([False, True], repeat=3):
+        probability = prod(float(t[i] if hidden else 1 - t[i]) for i, hidden in enumerate(mask))
+        loss = model(ids, **given, noise_seed=torch.tensor([seed_of[mask]]), strata=strata).loss
+        mean = mean + probability * loss
+    twin = bidirectional_twin(model)
+    exact = torch.zeros((), dtype=torch.float64)
+    for block, rate in zip(blocks, (t[0], t[2]), strict=True):
+        for hidden, nll in subset_nll(twin, ids, source, block).items():
+            chance = rate ** len(hidden) * (1 - rate) ** (len(block) - len(hidden))
+            exact = exact + chance * nll / rate / 3
+    assert_same(mean, exact, 1e-7)  # the weights are float32's 1/t
+    assert_same_gradients(model, mean, twin, exact, 1e-7)
+
+
+@shifted_or_not
+def test_loss_and_gradient_do_not_depend_on_batch_padding_packing_or_order(shift: bool) -> None:
+    model = block_model(3, logit_shift=shift)
+    documents = [document for row in ROWS for document in row]
+    objective = OBJECTIVES["all"]
+    divisor = 40
+    reference: Tensor | None = None
+    layouts = [
+        ([[document] for document in documents], "right"),  # a row each
+        ([[document] for document in reversed(documents)], "middle"),
+        (ROWS, "right"),
+        (ROWS, "left"),
+        ([[documents[i] for i in row] for row in ([4, 3], [5, 0], [2, 1])], "middle"),
+    ]
+    for number, (rows, place) in enumerate(layouts):
+        batches = [pack(rows, place, garbage=number)]
+        if number % 2:  # and in micro-batches
+            batches = [pack([row], place, garbage=number) for row in rows]
+        settings = {"objective": objective, "divisor": divisor, "return_logits": number == 2}
+        loss = torch.stack([model(**batch.given(), **settings).loss for batch in batches]).sum()
+        found = gradients(model, loss)
+        if reference is None:
+            reference, expected = loss, found
+            assert loss > 1
+        assert_same(loss, reference)
+        for name, gradient in found.items():
+            assert_same(gradient, expected[name])
+
+
+# 5. Who sees what
+
+
+@shifted_or_not
+def test_no_block_sees_the_clean_tokens_of_itself_or_of_later_blocks(shift: bool) -> None:
+    """The gradient of each block's loss with respect to the embeddings of both copies."""
+    model = block_model(3, logit_shift=shift)
+    ids, source = random_ids(1, 16), torch.tensor([[1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0]]).bool()
+    blocks = torch.tensor(plain_blocks((~source[0]).tolist(), 3))
+    assert blocks.tolist() == [0, 0, 0, 1, 2, 2, 2, 3, 3, 3, 4, 5, 5, 6, 6, 6]
+    seen: list[Tensor] = []
+    hook = model.model.embed_tokens.register_forward_hook(
+        lambda _, __, output: seen.append(output.detach().requires_grad_()) or seen[-1]
+    )
+    hidden = ~source & (torch.arange(16)[None] % 3 != 1)
+    nll = model.masked_nll(ids, hidden, None, source)
+    hook.remove()
+    (embedded,) = seen
+    noised = (~source[0]).nonzero()[:, 0]
+    assert embedded.shape[1] == 16 + len(noised)
+    clean_block, noised_block = blocks, blocks[noised]
+    first_of_document = 0
+    for at, value in zip(hidden[0].nonzero()[:, 0].tolist(), nll, strict=True):
+        (gradient,) = torch.autograd.grad(value, embedded, retain_graph=True)
+        used = gradient[0].abs().sum(dim=1) > 0
+        block = int(blocks[at])
+        starts = at == first_of_document or blocks[at - 1] != blocks[at]
+        from_before = shift and starts  # predicted by the clean end of the block before: sees no noise
+        assert torch.equal(used[:16], clean_block < block)
+        assert torch.equal(used[16:], (noised_block == block) & (not from_before))
+
+
+def test_documents_and_padding_are_not_seen() -> None:
+    model = block_model(3, logit_shift=True)
+    losses = set()
+    for garbage in range(4):
+        batch = pack(ROWS, "left", garbage)
+        losses.add(model(**batch.given(), divisor=30).loss.item())
+    assert len(losses) == 1
+    changed = [*ROWS[:1], [conversation(17, 40)], ROWS[2]]
+    base, other = (model(**pack(rows, "left").given()) for rows in (ROWS, changed))
+    for row in (0, 2):
+        assert_same(base.logits[row], other.logits[row])
+
+
+@shifted_or_not
+def test_evaluation_sees_a_block_as_training_does(shift: bool) -> None:
+    """In eval mode a text that ends in a noised block gives the logits that training gives this block."""
+    model = block_model(3, logit_shift=shift)
+    ids, source = random_ids(1, 12), torch.arange(12)[None] < 4
+    given = {"src_mask": source, "training_mode": "sft"}
+    trained = model(ids, **given, noise_seed=torch.tensor([11]))
+    drawn = model.draw_noise(ids, **given, noise_seed=torch.tensor([11]))
+    blocks = drawn.block[0]
+    model.eval()
+    for block in range(int(blocks.max()) + 1):
+        end = int((blocks <= block).sum())
+        own = blocks[:end] == block
+        shown = torch.where(own, drawn.noised.x_t[:, :end], ids[:, :end])
+        logits, loss = model(shown, src_mask=source[:, :end], training_mode="sft")
+        assert loss is None
+        assert_same(logits[:, own], trained.logits[:, :end][:, own])
+
+
+# 6. The contract
+
+
+@shifted_or_not
+def test_loss_with_and_without_logits(shift: bool) -> None:
+    model = block_model(3, logit_shift=shift)
+    batch = pack(ROWS, "middle")
+    for name in ("plain", "all"):
+        output = model(**batch.given(), objective=OBJECTIVES[name])
+        logits, loss = output
+        assert logits.shape == (3, WIDTH, 32) and loss.shape == ()
+        headless = model(**batch.given(), objective=OBJECTIVES[name], return_logits=False)
+        assert headless.logits is None
+        assert_same(headless.loss, loss)
+        assert_same_gradients(model, headless.loss, model, loss, 1e-10)
+    drawn = model.draw_noise(**batch.given())
+    logits, loss = model(**batch.given())
+    at = drawn.noised.is_masked
+    nll = -logits.log_softmax(dim=-1)[at].gather(1, batch.labels[at][:, None])[:, 0]
+    assert_same(loss, (nll / drawn.noised.t[at]).sum() / drawn.maskable.sum(), 1e-9)
+
+
+def test_examples_of_the_contract() -> None:
+    model, ids, attention_mask = block_model(4), random_ids(2, 8), torch.ones(2, 8)
+    logits, loss = model(input_ids=ids, attention_mask=attention_mask)
+    assert logits.shape == (2, 8, 32) and loss.isfinite()
+    src_mask = torch.zeros(2, 8, dtype=torch.bool)
+    src_mask[0, :4] = True
+    src_mask[1, :6] = True
+    logits, loss = model(input_ids=ids, attention_mask=attention_mask, src_mask=src_mask, training_mode="sft")
+    assert logits.shape == (2, 8, 32) and loss.isfinite()
+    loss.backward()
+    logits, loss = model.eval()(ids)
+    assert logits.shape == (2, 8, 32) and loss is None
+
+
+@pytest.mark.parametrize("return_logits", [True, False])
+@pytest.mark.parametrize("case", ["source", "padding", "labels"])
+def test_nothing_maskable_gives_zero_and_a_zero_gradient(case: str, return_logits: bool) -> None:
+    model, ids = block_model(2), random_ids(2, 5)
+    every = torch.ones(2, 5, dtype=torch.bool)
+    given: dict[str, Any] = {
+        "source": {"src_mask": every, "training_mode": "sft"},
+        "padding": {"attention_mask": ~every},
+        "labels": {"labels": torch.full((2, 5), -100)},
+    }[case]
+    loss = model(ids, return_logits=return_logits, **given).loss
+    assert loss.item() == 0
+    loss.backward()
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_gradient_checkpointing_and_bfloat16() -> None:
+    model, batch = block_model(3), pack(ROWS, "left")
+    loss = model(**batch.given()).loss
+    expected = gradients(model, loss)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for name, gradient in gradients(model, model(**batch.given()).loss).items():
+        assert_same(gradient, expected[name])
+    small = block_model(3, dtype=torch.bfloat16)(**batch.given()).loss
+    assert small.dtype == torch.float32
+    assert small.item() == pytest.approx(loss.item(), rel=0.05)
+
+
+def test_annealed_attention_is_refused() -> None:
+    with pytest.raises(UnmaskError, match="block-causal attention cannot be annealed"):
+        block_model(2)(random_ids(1, 4), objective=Objective(future_share=0.5))
+
+
+@pytest.mark.parametrize(
+    ("fields", "got"),
+    [
+        ({"attention": "blocks"}, "'blocks' and None"),
+        ({"attention": None}, "None and None"),
+        ({"attention": "block_causal"}, "'block_causal' and None"),
+        ({"attention": "block_causal", "block_length": 0}, "'block_causal' and 0"),
+        ({"attention": "block_causal", "block_length": 2.0}, "'block_causal' and 2.0"),
+        ({"attention": "block_causal", "block_length": True}, "'block_causal' and True"),
+        ({"attention": "block_causal", "block_length": "4"}, "'block_causal' and '4'"),
+    ],
+)
+def test_bad_attention_is_refused(fields: dict[str, Any], got: str) -> None:
+    model = tiny_model()
+    for name, value in fields.items():
+        setattr(model.config, name, value)  # a strict dataclass would refuse some of these by itself
+    with pytest.raises(
+        UnmaskError, match=rf"'block_causal' with a positive block_length; got {got}\."
+    ) as caught:
+        model(random_ids(1, 4))
+    assert "\n" not in str(caught.value)
