@@ -102,11 +102,11 @@ def stock_log_p(twin: Any, ids: list[int], blocks: list[int], shift: bool) -> Te
     return aligned.log_softmax(dim=-1)
 
 
-def documents_of(is_token: Tensor, document_ids: Tensor | None) -> list[tuple[int, list[int]]]:
+def documents_of(is_token: Tensor, segment_ids: Tensor | None) -> list[tuple[int, list[int]]]:
     """(row, columns) of every document of a batch."""
     found: dict[tuple[int, int], list[int]] = {}
     for row, column in is_token.nonzero().tolist():
-        number = 0 if document_ids is None else int(document_ids[row, column])
+        number = 0 if segment_ids is None else int(segment_ids[row, column])
         found.setdefault((row, number), []).append(column)
     return [(row, columns) for (row, _), columns in found.items()]
 
@@ -117,13 +117,13 @@ def separate_nll(
     input_ids: Tensor,
     targets: Tensor,
     is_token: Tensor,
-    document_ids: Tensor | None,
+    segment_ids: Tensor | None,
     maskable: Tensor,
     is_masked: Tensor,
 ) -> Tensor:
     """-log p of each masked token (B, L), 0 elsewhere: one stock forward for every block."""
     nll: dict[tuple[int, int], Tensor] = {}
-    for row, columns in documents_of(is_token, document_ids):
+    for row, columns in documents_of(is_token, segment_ids):
         blocks = plain_blocks(maskable[row, columns].tolist(), config.block_length)
         for block in sorted(set(blocks)):
             hidden = [i for i, b in enumerate(blocks) if b == block and is_masked[row, columns[i]]]
@@ -151,7 +151,7 @@ def separate_loss(twin: Any, config: Any, batch: Batch, drawn: Drawn, is_masked:
         batch.input_ids,
         batch.labels.clamp(min=0),
         drawn.layout.is_token,
-        batch.document_ids,
+        batch.segment_ids,
         drawn.maskable,
         is_masked,
     )
@@ -163,7 +163,7 @@ class Batch(NamedTuple):
     labels: Tensor
     attention_mask: Tensor
     src_mask: Tensor
-    document_ids: Tensor
+    segment_ids: Tensor
     noise_seed: Tensor
 
     def given(self) -> dict[str, Any]:
@@ -213,7 +213,7 @@ def pack(rows: list[list[Document]], place: str, garbage: int = 0) -> Batch:
             batch.labels[row, part] = document.labels
             batch.attention_mask[row, part] = 1
             batch.src_mask[row, part] = document.source
-            batch.document_ids[row, part] = 7 * number + row
+            batch.segment_ids[row, part] = 7 * number + row
             batch.noise_seed[row, number] = document.seed
     return batch
 
@@ -303,8 +303,8 @@ def test_masked_nll_equals_separate_forwards(shift: bool) -> None:
     is_masked = maskable & (torch.rand(maskable.shape) < 0.7)
     ids, is_token = batch.input_ids, batch.attention_mask.bool()
     twin = bidirectional_twin(model)
-    expected = separate_nll(twin, model.config, ids, ids, is_token, batch.document_ids, maskable, is_masked)
-    found = model.masked_nll(ids, is_masked, is_token, batch.src_mask, batch.document_ids)
+    expected = separate_nll(twin, model.config, ids, ids, is_token, batch.segment_ids, maskable, is_masked)
+    found = model.masked_nll(ids, is_masked, is_token, batch.src_mask, batch.segment_ids)
     assert_same(found, expected[is_masked])
     assert_same_gradients(model, found.sum(), twin, expected.sum(), 1e-9)
 
@@ -357,7 +357,7 @@ def test_block_length_1_with_the_shift_is_the_autoregressive_likelihood(family: 
             batch = pack(rows, place)
             hidden = batch.attention_mask.bool() & ~batch.src_mask
             found = model.masked_nll(
-                batch.input_ids, hidden, batch.attention_mask, batch.src_mask, batch.document_ids
+                batch.input_ids, hidden, batch.attention_mask, batch.src_mask, batch.segment_ids
             )
             assert_same(found, exact)
             # ... and the loss is it, token by token: a masked token counts 1/t times.
@@ -424,8 +424,8 @@ def test_each_block_draws_its_own_rate() -> None:
     for objective in (Objective(eps=0.05), OBJECTIVES["S1"], OBJECTIVES["S2"]):
         drawn = model.draw_noise(**batch.given(), objective=objective)
         seen = set()
-        for row, columns in documents_of(drawn.layout.is_token, batch.document_ids):
-            number = (int(batch.document_ids[row, columns[0]]) - row) // 7
+        for row, columns in documents_of(drawn.layout.is_token, batch.segment_ids):
+            number = (int(batch.segment_ids[row, columns[0]]) - row) // 7
             blocks = plain_blocks(drawn.maskable[row, columns].tolist(), 3)
             assert drawn.block is not None and drawn.block[row, columns].tolist() == blocks
             for i, block in zip(columns, blocks, strict=True):

@@ -115,5 +115,5 @@ def test_the_card_names_block_causal_attention_and_the_preset_of_the_loss(tmp_pa
         None,
     )
     table = rows((tmp_path / "README.md").read_text(encoding="utf-8"))
-    assert table["attention"] == "block-causal, blocks of 4 tokens"
+    assert table["attention"] == "block-causal (blocks of 4 tokens)"
     assert table["mean training loss (by preset coda)"] == "1.0000"

@@ -603,7 +603,7 @@ def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None
             {"input_ids": random_ids(2, 3), "src_mask": torch.zeros(2, 4)},
             r"src_mask must have shape \(records, columns\) = \(2, 3\); got \(2, 4\)",
         ),
-        ({"input_ids": random_ids(1, 3), "document_ids": torch.zeros(1, 3)}, "packed rows"),
+        ({"input_ids": random_ids(1, 3), "segment_ids": torch.zeros(1, 3)}, "packed rows"),
     ],
 )
 def test_batches_that_cannot_be(batch: dict[str, Any], message: str) -> None:

@@ -36,17 +36,17 @@ def token_positions(is_token: Bool[Tensor, "B L"]) -> Int[Tensor, "B L"]:
     return (is_token.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
-def row_layout(is_token: Bool[Tensor, "B L"], document_ids: Int[Tensor, "B L"] | None = None) -> Layout:
+def row_layout(is_token: Bool[Tensor, "B L"], segment_ids: Int[Tensor, "B L"] | None = None) -> Layout:
     """Index documents and the tokens within them.
 
     Args:
         is_token: True = token, False = padding.
-        document_ids: equal numbers = one document; its tokens stand together. One document a row by default.
+        segment_ids: equal numbers = one document; its tokens stand together. One document a row by default.
     """
-    if document_ids is None:
+    if segment_ids is None:
         return Layout(is_token, torch.zeros_like(is_token, dtype=torch.long), token_positions(is_token))
     index = token_positions(is_token)
-    starts = _run_starts(is_token, document_ids)
+    starts = _run_starts(is_token, segment_ids)
     document = (starts.long().cumsum(dim=1) - 1).clamp(min=0)
     return Layout(is_token, document, (index - _latest(index, starts)).clamp(min=0))
 

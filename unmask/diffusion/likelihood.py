@@ -222,8 +222,8 @@ def _read_batch(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     ids = batch["input_ids"].cpu()
     if ids.dim() != 2:
         raise ValueError(f"input_ids must have shape (records, columns); got {tuple(ids.shape)}.")
-    if batch.get("document_ids") is not None:
-        raise ValueError("likelihood scores one record a row; got packed rows (document_ids).")
+    if batch.get("segment_ids") is not None:
+        raise ValueError("likelihood scores one record a row; got packed rows (segment_ids).")
     masks = []
     for name, default in (("attention_mask", 1), ("src_mask", 0)):
         mask = batch.get(name)

@@ -89,7 +89,7 @@ class MaskedDiffusionMixin:
         noise_seed: Int[Tensor, "..."] | None = None,
         strata: Float[Tensor, "..."] | None = None,
         objective: Objective | None = None,
-        document_ids: Int[Tensor, "B L"] | None = None,
+        segment_ids: Int[Tensor, "B L"] | None = None,
         divisor: Tensor | float | None = None,
         return_logits: bool = True,
     ) -> DenoiserOutput:
@@ -112,7 +112,7 @@ class MaskedDiffusionMixin:
             strata: uniforms in [0, 1) that the masking rates are made of, shaped like `noise_seed`; see
                 `unmask.diffusion.noise.low_discrepancy`.
             objective: corruptions and loss preset; the plain negative ELBO by default.
-            document_ids: (B, L), equal numbers = one document of a packed row. Documents do not see one
+            segment_ids: (B, L), equal numbers = one document of a packed row. Documents do not see one
                 another, and each is noised as if it stood alone.
             divisor: divisor of the loss; what the preset divides this batch by, if None. A trainer passes
                 that of the whole optimizer step, the sum of `loss_divisor` over its micro-batches.
@@ -128,7 +128,7 @@ class MaskedDiffusionMixin:
                 shape or with values other than 0 and 1, an id outside the vocabulary, or a model without
                 a mask token where something would have to be masked.
         """
-        given = self._given(input_ids, labels, attention_mask, src_mask, training_mode, document_ids)
+        given = self._given(input_ids, labels, attention_mask, src_mask, training_mode, segment_ids)
         if labels is None and not self.training:
             hidden = self._aligned(given, input_ids)
             return DenoiserOutput(self.lm_head(hidden) if return_logits else None, None)
@@ -169,13 +169,13 @@ class MaskedDiffusionMixin:
         noise_seed: Int[Tensor, "..."] | None = None,
         strata: Float[Tensor, "..."] | None = None,
         objective: Objective | None = None,
-        document_ids: Int[Tensor, "B L"] | None = None,
+        segment_ids: Int[Tensor, "B L"] | None = None,
     ) -> Drawn:
         """Draw what `forward` would mask, without running the network; arguments as there.
 
         A trainer needs it for the divisor of an optimizer step, which comes before its first forward.
         """
-        given = self._given(input_ids, labels, attention_mask, src_mask, training_mode, document_ids)
+        given = self._given(input_ids, labels, attention_mask, src_mask, training_mode, segment_ids)
         return self._draw(given, objective or Objective(eps=self.config.noise_eps), noise_seed, strata)
 
     def masked_nll(
@@ -184,7 +184,7 @@ class MaskedDiffusionMixin:
         is_masked: Bool[Tensor, "B L"],
         attention_mask: Tensor | None = None,
         src_mask: Tensor | None = None,
-        document_ids: Int[Tensor, "B L"] | None = None,
+        segment_ids: Int[Tensor, "B L"] | None = None,
     ) -> Float[Tensor, "M"]:
         """Compute -log p of each masked token given all others, in nats, in row-major order.
 
@@ -193,13 +193,13 @@ class MaskedDiffusionMixin:
         Args:
             input_ids: clean ids.
             is_masked: True = the token is hidden from the model and scored; never padding or source.
-            attention_mask, src_mask, document_ids: as in `forward`.
+            attention_mask, src_mask, segment_ids: as in `forward`.
 
         Raises:
             ValueError: as `forward`, and for a masked position that cannot be masked.
         """
         mode = "pretrain" if src_mask is None else "sft"
-        given = self._given(input_ids, None, attention_mask, src_mask, mode, document_ids)
+        given = self._given(input_ids, None, attention_mask, src_mask, mode, segment_ids)
         if (is_masked & ~given.maskable).any():  # a block model's clean copy would show the token
             raise ValueError("is_masked must be False at padding and where src_mask is True.")
         x_t = torch.where(is_masked, self._mask_token_id(), input_ids)
@@ -213,7 +213,7 @@ class MaskedDiffusionMixin:
         attention_mask: Tensor | None,
         src_mask: Tensor | None,
         training_mode: str,
-        document_ids: Tensor | None,
+        segment_ids: Tensor | None,
     ) -> Given:
         is_token, source = check_inputs(
             input_ids,
@@ -222,14 +222,14 @@ class MaskedDiffusionMixin:
             src_mask,
             training_mode,
             self.config.vocab_size,
-            document_ids,
+            segment_ids,
         )
         padded = is_token is not None
         allowed = is_token = torch.ones_like(input_ids, dtype=torch.bool) if is_token is None else is_token
         if labels is not None:
             allowed = allowed & (labels != IGNORED)
         maskable = allowed if source is None else allowed & ~source
-        layout = row_layout(is_token, document_ids)
+        layout = row_layout(is_token, segment_ids)
         length = block_length_of(self.config)
         return Given(
             input_ids,
@@ -238,7 +238,7 @@ class MaskedDiffusionMixin:
             None if source is None else source & allowed,
             None if length is None else block_index(layout, maskable, length),
             padded,
-            document_ids is not None,
+            segment_ids is not None,
         )
 
     def _draw(

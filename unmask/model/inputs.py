@@ -36,7 +36,7 @@ def check_inputs(
     src_mask: Tensor | None,
     training_mode: str,
     vocab_size: int,
-    document_ids: Tensor | None = None,
+    segment_ids: Tensor | None = None,
 ) -> tuple[Bool[Tensor, "B L"] | None, Bool[Tensor, "B L"] | None]:
     """Validate the arguments of `forward`, which says what is refused.
 
@@ -57,7 +57,7 @@ def check_inputs(
         ("labels", labels),
         ("attention_mask", attention_mask),
         ("src_mask", src_mask),
-        ("document_ids", document_ids),
+        ("segment_ids", segment_ids),
     ):
         if given is not None and tuple(given.shape) != shape:
             raise ValueError(f"{name} must have shape (batch, seq) = {shape}; got {tuple(given.shape)}.")

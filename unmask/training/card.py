@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, TrainerState
 import unmask
 from unmask.recipe import Recipe
 from unmask.training.dataset import RunData
+from unmask.training.report import attention_of
 from unmask.training.schedule import loss_unit
 
 
@@ -32,7 +33,7 @@ def write_card(
         "started from": recipe.model.name_or_path or "random weights",
         "parameters": f"{model.num_parameters():,}",
         "logit shift": "on" if model.config.logit_shift else "off",
-        "attention": _attention(model.config),
+        "attention": attention_of(model.config),
         "data": recipe.data.dataset_name
         if isinstance(recipe.data.dataset_name, str)
         else ", ".join(recipe.data.dataset_name),
@@ -82,9 +83,3 @@ model = unmask.load_model("{folder}")
 """
     (aside / "README.md").write_text(text, encoding="utf-8")
     (aside / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-
-
-def _attention(config: Any) -> str:
-    if config.attention == "block_causal":
-        return f"block-causal, blocks of {config.block_length} tokens"
-    return "bidirectional"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
@@ -61,6 +63,13 @@ def show_answers(
     console.print()
 
 
+def attention_of(config: Any) -> str:
+    """Name a model's attention."""
+    if config.attention == "block_causal":
+        return f"block-causal (blocks of {config.block_length} tokens)"
+    return "bidirectional"
+
+
 def say_what_runs(
     console: Console, recipe: Recipe, model: PreTrainedModel, data: RunData, args: TrainingArguments
 ) -> None:
@@ -69,7 +78,8 @@ def say_what_runs(
     origin = recipe.model.name_or_path or "random weights"
     console.print(
         f"{type(model).__name__} from {origin}: {model.num_parameters():,} parameters,"
-        f" logit shift {'on' if model.config.logit_shift else 'off'}, {args.device}, {recipe.precision}"
+        f" logit shift {'on' if model.config.logit_shift else 'off'}, {attention_of(model.config)} attention,"
+        f" {args.device}, {recipe.precision}"
     )
     console.print(
         f"data: {len(data.train):,} examples, {tokens:,} tokens, {supervised / tokens:.0%} supervised,"
