@@ -68,6 +68,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Path("no_field.jsonl").write_text(lines(RECORD, {"instruction": "a", "outptu": "b"}))
         Path("empty.json").write_text(json.dumps([RECORD, {"instruction": "a", "output": " \n"}]))
         Path("no_text.jsonl").write_text(lines({"text": "fine"}, {"body": "a"}))
+        user, assistant = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+        Path("order.jsonl").write_text(
+            lines({"messages": [user, assistant]}, {"messages": [assistant, user]})
+        )
+        Path("alone.jsonl").write_text(lines({"messages": [user, assistant]}, {"messages": [user]}))
+        Path("type.jsonl").write_text(lines(RECORD, {"instruction": "a", "output": {"text": "b"}}))
+        Path("mixed.jsonl").write_text(
+            lines(RECORD, {"instruction": "a", "output": ""}) + "{\n" + lines(*[RECORD] * 8) + "[\n"
+        )
         for token in ("pad_token", "eos_token"):
             shutil.copytree("base", f"no_{token}")
             without(place / f"no_{token}", token)
@@ -137,6 +146,37 @@ CASES = {
     "empty response": Case(
         "train recipe.yaml data.dataset_name=empty.json checkpoint_save_dir=new",
         ("empty.json record 2: field 'output' is empty", "a response needs text"),
+    ),
+    "field of the wrong type": Case(
+        "train recipe.yaml data.dataset_name=type.jsonl checkpoint_save_dir=new",
+        ("type.jsonl line 2: field 'output' must be text; got an object",),
+    ),
+    "turns out of order": Case(
+        "data recipe.yaml data.dataset_name=order.jsonl",
+        (
+            "order.jsonl line 2: turns out of order: the first assistant turn has no user turn before it",
+            "expected system (if any), user, assistant",
+            "turns: assistant, user",
+        ),
+    ),
+    "instruction alone": Case(
+        "train recipe.yaml data.dataset_name=alone.jsonl checkpoint_save_dir=new",
+        ("alone.jsonl line 2: there is no assistant turn, so nothing to train on; turns: user",),
+    ),
+    "page in a missing folder, named before the data are read": Case(
+        "data recipe.yaml data.dataset_name=none.jsonl --html none/page.html",
+        ("--html: none/page.html: there is no folder none", "make it first"),
+    ),
+    "page that is a folder": Case(
+        "data recipe.yaml --html folder", ("--html: folder is a folder; name a file",)
+    ),
+    "bad records that are neither stopped at nor skipped": Case(
+        "data recipe.yaml data.on_bad_record=ignore",
+        ("data.on_bad_record: expected stop or skip; got 'ignore'",),
+    ),
+    "nothing but bad records": Case(
+        "train recipe.yaml data.dataset_name=no_text.jsonl data.on_bad_record=skip checkpoint_save_dir=new",
+        ("no_text.jsonl: no record can be used: 2 skipped: no known format", "(first: no_text.jsonl line 1)"),
     ),
     "data set name without network": Case(
         "data recipe.yaml data.dataset_name=some/data",
@@ -217,6 +257,30 @@ def test_one_line_exit_code_2_and_nothing_harmed(place: Path, name: str) -> None
     for words in CASES[name].words:
         assert words in said.err
     assert tree_of(place) == before
+
+
+def test_skipped_records_are_counted_wherever_a_run_is_described(place: Path) -> None:
+    skip = ("data.dataset_name=mixed.jsonl", "data.on_bad_record=skip")
+    reasons = (
+        "1 skipped: field 'output' is empty (first: mixed.jsonl line 2)",
+        "2 skipped: not valid JSON (first: mixed.jsonl line 3)",
+    )
+    skip = (*skip, "data.eval_size=0", "data.eval_dataset_name=mixed.jsonl")
+    looked = run_cli("data", "recipe.yaml", *skip)
+    said = " ".join(looked.out.split())
+    assert looked.code == 0
+    assert "skipped 1 field 'output' is empty; first: mixed.jsonl line 2" in said
+    assert "skipped 2 not valid JSON; first: mixed.jsonl line 3" in said
+    for reason in reasons:
+        assert f"of the evaluation data {reason}" in said
+    trained = run_cli("train", "recipe.yaml", *skip, "checkpoint_save_dir=new")
+    assert trained.code == 0
+    card = (place / "new/final/README.md").read_text(encoding="utf-8")
+    assert "data: 9 examples" in trained.out and "| training examples | 9 |" in card
+    said = " ".join(trained.out.split())
+    for reason in reasons:
+        assert reason in said and reason in card
+        assert f"of the evaluation data {reason}" in said and f"of the evaluation data {reason}" in card
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,26 @@ def test_several_data_sets_are_listed(tmp_path: Path) -> None:
     assert rows(card(tmp_path, dataset_name=["a.jsonl", "b.jsonl"])[0])["data"] == "a.jsonl, b.jsonl"
 
 
+def test_a_mixture_is_listed_with_its_weights(tmp_path: Path) -> None:
+    sources = [{"dataset_name": "a|b.jsonl", "weight": 3}, {"dataset_name": "c.jsonl", "weight": 0.5}]
+    recipe = recipe_from_dict({"model": {"name_or_path": "base"}, "data": {"sources": sources}})
+    values = (byte_model(), TrainerState(), {}, RunData([], []), None, None)
+    write_card(tmp_path, Path("out/final"), recipe, *values)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "| data | a\\|b.jsonl (weight 3), c.jsonl (weight 0.5) |" in text
+
+
+def test_records_left_out_are_listed_where_there_are_any(tmp_path: Path) -> None:
+    assert "records left out" not in card(tmp_path)[0]
+    text, _ = card(
+        tmp_path, left_out=["2 skipped: not valid JSON (first: a|b.jsonl line 4)", "1 dropped: long"]
+    )
+    assert (
+        "| records left out | 2 skipped: not valid JSON (first: a\\|b.jsonl line 4); 1 dropped: long |"
+        in text
+    )
+
+
 def test_the_commands_shown_name_the_folder(tmp_path: Path) -> None:
     text, _ = card(tmp_path)
     assert "unmask generate 'runs/a b/final' --prompt" in text

@@ -111,6 +111,34 @@ def test_data_shows_what_training_will_see(chain: Chain) -> None:
     assert not (chain.folder / "other").exists()  # it looks and leaves nothing
 
 
+def test_data_says_how_full_batches_are_and_what_is_there_twice(chain: Chain) -> None:
+    said = " ".join(chain.said["data"].out.split())
+    for words in (
+        "tokens per source: data.json ",
+        "padded to block_size 64 ",
+        "padded to the longest of 4 in random order ",
+        "packed into rows of 64 ",
+        "whole sequence 0",
+        "prompt (all before the first response) 0",
+        "held-out prompt that is trained on, too 0",
+    ):
+        assert words in said
+
+
+def test_data_writes_a_page(chain: Chain, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    said = run_cli("data", chain.folder / "recipe.yaml", "--show", "0", "--html", page)
+    assert (said.code, said.err) == (0, "")
+    assert f"page: {page} (8 of 8 rows)" in said.out.replace("\n", " ")
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<article>") == 8 and "data.json" in text
+    packing = ("data.packing=true", "data.row_length=64")
+    packed = run_cli("data", chain.folder / "recipe.yaml", *packing, "--show", "0", "--html", page)
+    assert packed.code == 0
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<article>") == 4 and text.count("<section") == 8 and "padding ×" in text
+
+
 def test_train_shows_losses_and_leaves_a_checkpoint(chain: Chain) -> None:
     said = chain.said["train"]
     assert (said.code, said.err) == (0, "")

@@ -4,7 +4,15 @@ from typing import Any
 
 import pytest
 
-from unmask.data.conversation import CustomFields, Turn, detect_format, to_conversation
+from unmask.data.conversation import (
+    BadRecord,
+    CustomFields,
+    RecordError,
+    Turn,
+    call_text,
+    detect_format,
+    to_conversation,
+)
 from unmask.errors import UnmaskError
 
 WHERE = "x.jsonl line 4"
@@ -118,6 +126,59 @@ def test_train_flag_of_a_message() -> None:
     assert flags == [True, False, True]
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"weight": 0}, False),
+        ({"weight": 1}, True),
+        ({"weight": 0.0}, False),  # as a table of numbers has it
+        ({"weight": None}, True),
+        ({"train": True, "weight": 1}, True),
+        ({"train": False, "weight": 0}, False),
+    ],
+)
+@pytest.mark.parametrize(
+    "keys", [("from", "value", "human", "gpt"), ("role", "content", "user", "assistant")]
+)
+def test_weight_of_a_message(keys: tuple[str, ...], flags: dict[str, Any], expected: bool) -> None:
+    role, text, user, assistant = keys
+    messages = [{role: user, text: "q"}, {role: assistant, text: "a", **flags}]
+    field = "conversations" if role == "from" else "messages"
+    assert [turn.train for turn in to_conversation({field: messages}, where=WHERE).turns] == [True, expected]
+
+
+def test_tool_calls_in_openais_shape_and_flat() -> None:
+    nested = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": [1, "é"]}'}}
+    flat = {"name": "add", "arguments": {"a": [1, "é"]}}
+    record = {
+        "messages": [
+            USER,
+            message("assistant", None, tool_calls=[nested]),
+            message("tool", "3", tool_call_id="1"),
+            message("assistant", "Let me see.", tool_calls=[flat, flat]),
+            message("function", "4"),
+            message("assistant", "4", tool_calls=[]),
+        ],
+        "tools": '[{"name": "add"}]',
+    }
+    conversation = to_conversation(record, where=WHERE)
+    calls = [turn.tool_calls for turn in conversation.turns]
+    assert calls == [(), (flat,), (), (flat, flat), (), ()]
+    roles = ["user", "assistant", "tool", "assistant", "tool", "assistant"]
+    assert [turn.role for turn in conversation.turns] == roles
+    assert conversation.tools == ({"name": "add"},)
+    written = '<tool_call>\n{"name": "add", "arguments": {"a": [1, "é"]}}\n</tool_call>'
+    assert call_text(conversation.turns[1]) == written
+    assert call_text(conversation.turns[3]) == f"Let me see.\n{written}\n{written}"
+    assert call_text(conversation.turns[5]) == "4"
+
+
+@pytest.mark.parametrize("tools", [None, [], "", " ", "[]"])
+def test_no_tools(tools: Any) -> None:
+    record = {"messages": [USER, message("assistant", "a")], "tools": tools}
+    assert to_conversation(record, where=WHERE).tools == ()
+
+
 def message(role: Any, content: Any, **more: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **more}
 
@@ -163,12 +224,83 @@ USER = message("user", "q")
             {"messages": [USER, message("robot", "a")]},
             "messages 2: unknown role 'robot'",
         ),
-        ("messages", {"messages": [message("assistant", "a")]}, "no user turn before it"),
+        (
+            "messages",
+            {"messages": [message("assistant", "a"), USER]},
+            "x.jsonl line 4: turns out of order: the first assistant turn has no user turn before it; "
+            "expected system (if any), user, assistant, ...; turns: assistant, user.",
+        ),
+        (
+            "messages",
+            {"messages": [USER, message("tool", "1"), message("assistant", "a")]},
+            "turns out of order: a tool turn stands before any assistant turn; expected it after the "
+            "assistant turn that calls the tool; turns: user, tool, assistant.",
+        ),
+        (
+            "messages",
+            {"messages": [message(["user"], "q")]},
+            "messages 1: unknown role \"['user']\"; expected",
+        ),
         ("messages", {"messages": [USER, message("assistant", "")]}, "2: field 'content' is empty"),
         (
             "messages",
             {"messages": [USER, message("assistant", None, tool_calls=[{}])]},
-            "messages 2: 'tool_calls' cannot be trained on",
+            "messages 2, tool_calls 1: no field 'name' (a tool call needs name, arguments)",
+        ),
+        (
+            "messages",
+            {"messages": [USER, message("assistant", "a", tool_calls=[{"name": "f", "arguments": "{"}])]},
+            "messages 2, tool_calls 1: field 'arguments' is not valid JSON",
+        ),
+        (
+            "messages",
+            {"messages": [USER, message("assistant", "a", tool_calls=[{"name": "f", "arguments": "[1]"}])]},
+            "tool_calls 1: field 'arguments' must be an object; got a list",
+        ),
+        (
+            "messages",
+            {"messages": [USER, message("assistant", "a", tool_calls="f()")]},
+            "messages 2: field 'tool_calls' must be a list; got text",
+        ),
+        (
+            "messages",
+            {"messages": [message("user", "q", tool_calls=[{"name": "f", "arguments": {}}])]},
+            "messages 1: only an assistant turn may have 'tool_calls'; this one is of user",
+        ),
+        (
+            "messages",
+            {"messages": [USER, message("assistant", None)]},
+            "messages 2: field 'content' is null (a message needs role, content)",
+        ),
+        (
+            "messages",
+            {"messages": [USER, message("assistant", "a")], "tools": "{"},
+            "line 4: field 'tools' is not valid JSON",
+        ),
+        (
+            "messages",
+            {"messages": [USER, message("assistant", "a")], "tools": ["add"]},
+            "line 4: field 'tools' must be a list of objects; got a list",
+        ),
+        (
+            "messages",
+            {"messages": [USER, message("assistant", "a", weight=0.5)]},
+            "messages 2: field 'weight' must be 0 or 1; got the number 0.5",
+        ),
+        (
+            "messages",
+            {"messages": [USER, message("assistant", "a", weight=True)]},
+            "field 'weight' must be 0 or 1; got true",
+        ),
+        (
+            "messages",
+            {"messages": [USER, message("assistant", "a", weight=1, train=False)]},
+            "messages 2: fields 'train' and 'weight' contradict one another; remove one",
+        ),
+        (
+            "alpaca",
+            {f"column {n}\n": 1 for n in range(99)},
+            "column 7, column 8, column 9, column 10, column 11 and 87 more.",
         ),
         (
             "messages",
@@ -190,3 +322,32 @@ def test_bad_records(format: str, record: dict[str, Any], error: str) -> None:
         turns(record, format)
     assert error in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert format == "yaml" or isinstance(caught.value, RecordError)
+
+
+def test_reasons_are_few() -> None:
+    """What differs from record to record is not in the reason, or every skipped record had its own."""
+    bad: list[dict[str, Any]] = []
+    for n in range(20):
+        bad += [
+            {"instruction": "q", "output": n},
+            {f"column{n}": 1, "instruction": "q"},
+            {"messages": [USER] * n + [message(f"robot{n}", "a")]},
+            {"messages": [USER] * n + [message("user", "q", train="no" * n)]},
+            {"messages": [USER] * (n + 1)},
+            {"messages": [USER], "conversation": "\ud800"},
+            {"instruction": "q", "output": "a" * n + "\udfff"},
+        ]
+    reasons = set()
+    for record in bad:
+        with pytest.raises(RecordError) as caught:
+            to_conversation(record, where=WHERE)
+        assert str(caught.value).startswith(f"{caught.value.where}: {caught.value.reason}")
+        reasons.add(caught.value.reason)
+    assert len(reasons) == 6
+
+
+def test_a_record_that_could_not_be_read_says_why() -> None:
+    error = BadRecord("not valid JSON", " (Expecting value, column 3)").error(WHERE)
+    assert str(error) == "x.jsonl line 4: not valid JSON (Expecting value, column 3)."
+    assert (error.where, error.reason) == (WHERE, "not valid JSON")

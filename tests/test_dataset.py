@@ -79,7 +79,8 @@ def test_pretraining_data_is_packed_text(tokenizer: PreTrainedTokenizerBase) -> 
     loaded = load_data(recipe(dataset_name=["one.txt", "two.txt"], block_size=16, eval_size=2), tokenizer)
     whole = list(pack_text(["abcdefghij" * 5, "0123456789" * 3], tokenizer, 16))
     assert [*loaded.train, *loaded.held_out] == whole
-    assert len(loaded.held_out) == 2 and loaded.report is None and loaded.encoder is None
+    assert len(loaded.held_out) == 2 and loaded.encoder is None
+    assert loaded.report is not None and loaded.report.formats == {"text": 2}
     ids = [i for example in whole for i in example.input_ids]
     assert tokenizer.decode(ids) == "abcdefghij" * 5 + "<|im_end|>" + "0123456789" * 3
 

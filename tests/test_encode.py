@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
@@ -10,14 +11,18 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from unmask.data.conversation import Conversation, CustomFields, Turn
+from unmask.data.conversation import BadRecord, Conversation, CustomFields, RecordError, Turn
 from unmask.data.encode import (
     DropRecord,
     Encoder,
+    EncodeReport,
     Example,
+    encode_each,
     encode_records,
     pack_text,
     separator_template,
+    split_documents,
+    usable_documents,
 )
 from unmask.data.tokenizer import CHATML_TEMPLATE, byte_tokenizer
 from unmask.errors import UnmaskError
@@ -485,7 +490,71 @@ def test_bad_record_stops_with_its_place() -> None:
         encode_records(records, ENCODERS["chatml"])
 
 
+def test_bad_records_are_skipped_with_their_reasons() -> None:
+    good: dict[str, Any] = {"instruction": "q", "output": "a"}
+    records: list[tuple[Any, str]] = [
+        (good, "x line 1"),
+        (BadRecord("not valid JSON", " (column 3)"), "x line 2"),
+        ({**good, "output": 1}, "x line 3"),
+        (good, "x line 4"),
+        (BadRecord("not valid JSON", " (column 9)"), "x line 5"),
+        ({"instruction": "q" * 99, "output": "a"}, "x line 6"),
+    ]
+    encoder = encoder_of("chatml", block_size=60)
+    examples, report = encode_records(records, encoder, on_bad_record="skip", source=3)
+    assert [row.sample_id for row in examples] == [3 << 40, 3 << 40 | 3]
+    assert [row.source for row in examples] == [3, 3]
+    assert report.skipped == {
+        "not valid JSON": (2, "x line 2"),
+        "field 'output' must be text": (1, "x line 3"),
+    }
+    assert list(report.dropped.values()) == [(1, "x line 6")]
+    assert (report.records, report.kept, report.formats) == (6, 2, {"alpaca": 3})
+    with pytest.raises(RecordError, match=r"^x line 2: not valid JSON \(column 3\)\.$"):
+        encode_records(records, encoder)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 256])
+def test_a_stream_is_encoded_as_it_is_read(batch: int) -> None:
+    records = [({"instruction": f"q{i}", "output": f"a{i}"}, f"line {i}") for i in range(10)]
+    read: list[int] = []
+
+    def items() -> Iterator[tuple[dict[str, Any], str, int]]:
+        for number, (record, where) in enumerate(records):
+            read.append(number)
+            yield record, where, 7 * number
+
+    report = EncodeReport()
+    stream = encode_each(items(), ENCODERS["chatml"], batch=batch, report=report)
+    first = next(stream)
+    assert len(read) == min(batch, 10) and report.records == len(read)
+    whole, _ = encode_records(records, ENCODERS["chatml"])
+    rows = [first, *stream]
+    assert [row.input_ids for row in rows] == [row.input_ids for row in whole]
+    assert [row.sample_id for row in rows] == list(range(0, 70, 7))
+    assert (report.records, report.kept) == (10, 10)
+
+
 # Pre-training
+
+
+def test_usable_documents() -> None:
+    documents: list[tuple[Any, str]] = [
+        ("fine", "x line 1"),
+        (BadRecord("field 'text' is missing", "; fields here: a"), "x line 2"),
+        ("<|im_end|>", "x line 3"),
+        ("\ud800", "x line 4"),
+    ]
+    report = EncodeReport()
+    texts = list(usable_documents(documents, byte_tokenizer(), report, "skip"))
+    assert texts == ["fine", "<|im_end|>"]
+    assert report.skipped == {
+        "field 'text' is missing": (1, "x line 2"),
+        "field 'text' holds half a surrogate pair": (1, "x line 4"),
+    }
+    assert (report.records, report.kept, report.with_special_strings) == (4, 2, 1)
+    with pytest.raises(RecordError, match=r"^x line 2: field 'text' is missing; fields here: a\.$"):
+        list(usable_documents(documents, byte_tokenizer(), EncodeReport()))
 
 
 def test_pack_text() -> None:
@@ -508,3 +577,53 @@ def test_pack_text_errors() -> None:
     tokenizer.eos_token = None
     with pytest.raises(UnmaskError, match="no end token"):
         pack_text(["a"], tokenizer, 4)
+
+
+def test_packed_documents_are_examples_of_their_own_with_their_end_token() -> None:
+    tokenizer = byte_tokenizer()
+    report = EncodeReport()
+    documents = ["abcd", "", "e<|im_end|>", "0123456789", "vwxyz"]
+    parts = list(split_documents(documents, tokenizer, 6, report=report))
+    texts = [tokenizer.decode(part.input_ids) for part in parts]
+    end = "<|im_end|>"
+    # The string in a document is plain text; a document as long as a row leaves its end token to the next.
+    assert texts == [f"abcd{end}", "e<|im_", f"end|>{end}", "012345", f"6789{end}", f"vwxyz{end}"]
+    assert [part.input_ids.count(tokenizer.eos_token_id) for part in parts] == [1, 0, 1, 0, 1, 1]
+    assert [part.sample_id for part in parts] == list(range(6))
+    assert not any(any(part.src_mask) for part in parts)
+    assert (report.truncated, report.tokens, report.supervised_tokens) == (0, 34, 34)
+
+
+def test_long_documents_may_be_cut_and_are_counted() -> None:
+    tokenizer = byte_tokenizer()
+    report = EncodeReport()
+    parts = list(
+        split_documents(["0123456789", "abc", "uvwxyz"], tokenizer, 6, "cut", source=3, report=report)
+    )
+    assert [tokenizer.decode(part.input_ids) for part in parts] == ["012345", "abc<|im_end|>", "uvwxyz"]
+    assert report.truncated == 2
+    assert [(part.source, part.sample_id) for part in parts] == [
+        (3, (3 << 40) + number) for number in range(3)
+    ]
+
+
+@given(st.lists(st.text("ab", max_size=40), min_size=1, max_size=8).filter(any), st.integers(2, 20))
+def test_split_documents_can_be_joined_again(documents: list[str], block_size: int) -> None:
+    tokenizer = byte_tokenizer()
+    parts = list(split_documents(documents, tokenizer, block_size))
+    ids = [i for part in parts for i in part.input_ids]
+    assert tokenizer.decode(ids) == "".join(f"{text}<|im_end|>" for text in documents if text)
+    assert all(0 < len(part.input_ids) <= block_size for part in parts)
+
+
+def test_split_documents_errors() -> None:
+    tokenizer = byte_tokenizer()
+    with pytest.raises(UnmaskError, match="block_size must be at least 2 tokens; got 1"):
+        split_documents(["a"], tokenizer, 1)
+    with pytest.raises(UnmaskError, match="long_documents must be one of split, cut; got 'drop'"):
+        split_documents(["a"], tokenizer, 4, "drop")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UnmaskError, match="no text to pack"):
+        list(split_documents(["", ""], tokenizer, 4))
+    tokenizer.eos_token = None
+    with pytest.raises(UnmaskError, match="no end token"):
+        split_documents(["a"], tokenizer, 4)

@@ -89,3 +89,17 @@ def test_a_record_that_cannot_be_used_is_named(tokenizer: PreTrainedTokenizerBas
     records = [({"prompt": "a", "completion": "b"}, "x line 1"), ({"prompt": "a"}, "x line 2")]
     with pytest.raises(UnmaskError, match=r"^x line 2: "):
         make_prompts(records, Encoder(tokenizer))
+
+
+def test_a_tool_call_that_is_asked_for_is_what_the_model_is_to_write(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    call = {"name": "add", "arguments": {"a": 1}}
+    turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "tool_calls": [call]}]
+    record = {"messages": turns, "tools": [{"name": "add"}]}
+    encoder = Encoder(tokenizer)
+    [prompt] = make_prompts([(record, "x line 1")], encoder)
+    row = encoder.encode(to_conversation(record, where="x line 1"))
+    learnt = [i for i, source in zip(row.input_ids, row.src_mask, strict=True) if not source]
+    assert prompt.expected == tokenizer.decode(learnt[:-1])
+    assert row.input_ids[: len(prompt.ids)] == prompt.ids

@@ -11,7 +11,14 @@ from tiny import assert_rate, assert_uniform, random_ids
 from torch import Tensor
 
 from unmask.diffusion import noise
-from unmask.diffusion.noise import Noised, example_seeds, sample_t, transition
+from unmask.diffusion.noise import (
+    Noised,
+    document_strata,
+    example_seeds,
+    low_discrepancy,
+    sample_t,
+    transition,
+)
 
 MASK = 31
 ROWS = 40_000
@@ -247,3 +254,33 @@ def test_seeds_of_examples_differ_by_run_sample_and_epoch() -> None:
     assert torch.equal(example_seeds(3, samples[7:8], 2), example_seeds(3, samples, 2)[7:8])
     t = sample_t(len(seeds), eps=1e-9, noise_seed=seeds)
     assert_uniform((t * 64).long().clamp(max=63), 64)
+
+
+def test_samples_may_have_epochs_of_their_own() -> None:
+    samples, epochs = torch.tensor([[4, 5], [6, -1]]), torch.tensor([[0, 2], [1, 7]])
+    seeds = example_seeds(3, samples, epochs)
+    for row in range(2):
+        for column in range(2):
+            sample, epoch = samples[row, column], int(epochs[row, column])
+            assert seeds[row, column] == example_seeds(3, sample, epoch)
+
+
+def test_documents_of_a_row_spread_its_stratum() -> None:
+    rows = low_discrepancy(0, 0, torch.arange(4), total=4)
+    table = document_strata(rows, 50)
+    assert torch.equal(table[:, 0], rows)
+    assert table.min() >= 0 and table.max() < 1
+    for row in table:  # the gaps between multiples of a badly approximable number
+        gaps = torch.cat([row, row.min()[None] + 1]).sort().values.diff()
+        assert gaps.max() < 2.5 / 50
+    # Each by itself is uniform, since the row's stratum is.
+    many = torch.stack([low_discrepancy(0, step, torch.arange(4), total=4) for step in range(5000)])
+    assert_uniform((document_strata(many.flatten(), 3)[:, 2] * 64).long(), 64)
+
+
+def test_documents_of_a_row_do_not_share_rates_with_blocks_of_one_another() -> None:
+    """Block b of a document takes its stratum shifted by b golden ratios."""
+    [documents] = document_strata(torch.tensor([0.3]), 30).double()
+    blocks = torch.arange(30).double() * (5**0.5 - 1) / 2
+    rates = (documents[:, None] + blocks) % 1
+    assert rates.flatten().sort().values.diff().min() > 1e-6

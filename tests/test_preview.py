@@ -5,8 +5,10 @@ from typing import Any
 
 from rich.console import Console
 
+from unmask.data.conversation import RecordError
 from unmask.data.encode import Encoder, EncodeReport, Example, encode_records, pack_text
 from unmask.data.preview import show_examples, show_report, visible
+from unmask.data.survey import survey
 from unmask.data.tokenizer import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -61,53 +63,64 @@ def test_kinds_have_colours_in_a_terminal() -> None:
 def test_ascii_terminals() -> None:
     out, raw = console(encoding="ascii")
     show_examples([Example(list("é\n".encode()), [False] * 3)], TOKENIZER, console=out)
-    show_report(*encoded(), console=out)
+    examples, report = encoded()
+    report.skip(RecordError("ü.jsonl line 1", "no field 'é'"))
+    show_report(survey(examples, report), console=out)
     text = raw.getvalue().decode("ascii")
-    assert "\\xe9\\n" in text
+    assert "\\xe9\\n" in text and "no field '\\xe9'; first: \\xfc.jsonl line 1" in text
     assert "#" * 40 in text
 
 
 def test_report() -> None:
     examples, report = encoded()
     out, raw = console()
-    show_report(examples, report, block_size=100, console=out)
+    show_report(survey(examples, report, block_size=100), console=out)
     found = lines(raw)
     assert found[0] == ("length in tokens (block_size 100): shortest 53, median 100, longest 100")
     assert found[1] == "   53 to  57  " + "█" * 40 + " 1"
     assert found[2] == "   58 to  62  0"
     assert found[10] == "   98 to 100  " + "█" * 40 + " 1"
-    assert found[12] == "supervised: 99 of 153 tokens (64.7%) in 2 sequences"
-    assert found[13] == "format: alpaca (3)"
-    assert [line.split() for line in found[14:18]] == [
-        ["records", "3"],
-        ["kept", "2"],
-        ["truncated", "1", "cut", "at", "block_size,", "end", "token", "lost"],
-        ["dropped", "1"],
+    assert found[12:] == [
+        "supervised: 99 of 153 tokens (64.7%) in 2 sequences",
+        "tokens per source:",
+        "  source 1  153  100.0% of the tokens; 2 sequences, 99 tokens supervised",
+        "positions that hold a token:",
+        "  padded to block_size 100  76.5%",
+        "  packed into rows of 100   76.5%",
+        "sequences that repeat an earlier one:",
+        "  whole sequence                          0",
+        "  prompt (all before the first response)  0",
+        "records:",
+        "  read       3  format: alpaca (3)",
+        "  kept       2",
+        "  truncated  1  kept, but cut at block_size, end token lost",
+        "  dropped    1  response would vanish: the prompt alone fills block_size;",
+        "                first: x line 2",
+        "  skipped    0",
+        "  noted      1  held strings like special tokens, read as plain text",
     ]
-    rest = " ".join(" ".join(found[18:]).split())
-    assert "1 response would vanish: the prompt alone fills block_size; first: x line 2" in rest
-    assert "noted 1 held strings like special tokens, read as plain text" in rest
 
 
 def test_pretraining() -> None:
     examples = list(pack_text(["abcdef" * 5], TOKENIZER, 8))
     out, raw = console()
     show_examples(examples, TOKENIZER, console=out, limit=1)
-    show_report(examples, console=out)
+    show_report(survey(examples), console=out)
     found = lines(raw)
     assert found[1] == "text  8  abcdefab"
     assert found[3] == "text: supervised"
-    assert found[-1] == "supervised: 30 of 30 tokens (100.0%) in 4 sequences"
+    assert "supervised: 30 of 30 tokens (100.0%) in 4 sequences" in found
+    assert "  whole sequence  0" in found  # and no prompts
 
 
 def test_nothing_kept() -> None:
     out, raw = console()
     report = EncodeReport(records=1)
-    report.drop("too long", "x line 1")
+    report.drop("too [long]", "x line 1")
     show_examples([], TOKENIZER, console=out)
-    show_report([], report, console=out)
+    show_report(survey([], report), console=out)
     assert "supervised: 0 of 0 tokens (0.0%) in 0 sequences" in lines(raw)
-    assert any("too long; first: x line 1" in line for line in lines(raw))
+    assert any("too [long]; first: x line 1" in line for line in lines(raw))
 
 
 def test_long_pieces_lose_their_middle() -> None:
@@ -119,5 +132,6 @@ def test_long_pieces_lose_their_middle() -> None:
 
 def test_visible() -> None:
     assert visible("a\n\nb\t\x7f\u202e") == "a⏎⏎\nb␉\\u007f\\u202e"
+    assert visible("\ufeffa\u2066b\u200dc") == "\\ufeffa\\u2066b\u200dc"  # a joiner makes emoji: it stays
     assert visible("a\n", plain=True) == "a\\n"
     assert visible("é␛", plain=True) == "\\xe9\\u241b"

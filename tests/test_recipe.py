@@ -114,7 +114,7 @@ def test_yaml_is_complete_and_round_trips(recipe_file: Path, tmp_path: Path) -> 
     recipe = load_recipe(recipe_file, ["optimizer.learning_rate=3e-5", "data.sft.layout=separator"])
     text = recipe.to_yaml()
     for field in recipe_fields():
-        assert f"{field.key.rsplit('.', 1)[-1]}:" in text
+        assert f"{field.key.rsplit('.', 1)[-1]}:" in text or "[]" in field.key
     copy = tmp_path / "copy.yaml"
     copy.write_text(text, encoding="utf-8")
     assert load_recipe(copy) == recipe
@@ -203,8 +203,8 @@ def test_unknown_key_in_the_file(recipe_file: Path) -> None:
         ("seed=-1", "seed: expected an integer, 0 or more; got -1"),
         ("micro_batch_size=x", "micro_batch_size: expected a positive integer or null; got 'x'"),
         ("data.block_size=1", "data.block_size: expected an integer, 2 or more; got 1"),
-        ("data.dataset_name=[]", "data.dataset_name: expected a text or a list of texts; got []"),
-        ("data.dataset_name=[1]", "data.dataset_name: expected a text or a list of texts; got [1]"),
+        ("data.dataset_name=[]", "data.dataset_name: expected a text, a list of texts or null; got []"),
+        ("data.dataset_name=[1]", "data.dataset_name: expected a text, a list of texts or null; got [1]"),
         ("model.noise_eps=1", "expected a number above 0, below 1 or a list of such numbers; got 1"),
         ("model.noise_eps=0", "expected a number above 0, below 1 or a list of such numbers; got 0"),
         ("model.noise_eps=[0.1,0]", "above 0, below 1 or a list of such numbers; got [0.1, 0]"),
@@ -256,12 +256,12 @@ def test_several_errors_show_the_first_and_count() -> None:
     with pytest.raises(UnmaskError) as caught:
         recipe_from_dict(small(seed="x", max_steps="y", data={"dataset_nme": "a"}), where="here")
     assert str(caught.value) == (
-        "here: unknown key 'data.dataset_nme'; did you mean 'data.dataset_name'? (and 3 more)"
+        "here: unknown key 'data.dataset_nme'; did you mean 'data.dataset_name'? (and 2 more)"
     )
 
 
 def test_missing_key() -> None:
-    with pytest.raises(UnmaskError, match=r"^recipe: data.dataset_name: missing; expected a text"):
+    with pytest.raises(UnmaskError, match=r"^recipe: data.dataset_name: missing; give it, or data.sources"):
         recipe_from_dict({"model": {"name_or_path": "x"}})
     with pytest.raises(UnmaskError, match=r"recipe: recipe: expected a group of keys; got 'x'"):
         recipe_from_dict("x")  # pyright: ignore[reportArgumentType]
@@ -366,6 +366,23 @@ def test_missing_key() -> None:
         ("training_mode=pretrain data.sft.end_fill=2", "remove it or set training_mode: sft"),
         ("training_mode=pretrain evaluation.prompts=x", "evaluation.prompts has no effect with"),
         ("data.text_field=body", "data.text_field has no effect with training_mode: sft"),
+        ("data.row_length=64", "data.row_length has no effect with data.packing: false; set it to true"),
+        (
+            "training_mode=pretrain data.long_documents=cut",
+            "data.long_documents has no effect with data.packing: false; set it to true",
+        ),
+        (
+            "data.packing=true data.long_documents=cut",
+            "data.long_documents has no effect with training_mode: sft; remove it or set",
+        ),
+        (
+            "data.packing=true data.block_size=64 data.row_length=65",
+            "data.row_length must be at most data.block_size = 64, the longest row; got 65",
+        ),
+        (
+            "data.packing=true model.attn_implementation=flash_attention_2",
+            "model.attn_implementation: flash_attention_2 cannot do data.packing: true; use sdpa or",
+        ),
         (
             "data.sft.layout=chat data.sft.instruction_response_separator=x",
             "has no effect with data.sft.layout: chat",
@@ -426,7 +443,7 @@ def test_every_key_is_documented() -> None:
     assert len({field.key for field in fields}) == len(fields) > 50
     for field in fields:
         assert field.meaning and field.accepts and "\n" not in field.meaning, field
-    assert [field.key for field in fields if field.default is ...] == ["data.dataset_name"]
+    assert [field.key for field in fields if field.default is ...] == ["data.sources[].dataset_name"]
     assert set(Recipe.model_fields) >= {"training_mode", "global_batch_size", "max_steps", "seed"}
 
 
@@ -439,3 +456,76 @@ def test_import_stays_light() -> None:
     code = "import sys, unmask.recipe; print({'torch', 'transformers', 'datasets'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+SOURCE = {"dataset_name": "a.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"sources": [{**SOURCE, "weight": 0}]}, "data.sources.0.weight: expected a number above 0; got 0"),
+        (
+            {"sources": [SOURCE, {**SOURCE, "weight": -1}]},
+            "data.sources.1.weight: expected a number above 0; got -1",
+        ),
+        (
+            {"sources": [{**SOURCE, "epochs": 0}]},
+            "data.sources.0.epochs: expected a positive integer or null; got 0",
+        ),
+        ({"sources": [{"weight": 1}]}, "data.sources.0.dataset_name: missing; expected a text"),
+        ({"sources": []}, "data.sources: expected a list of groups of keys or null; got []"),
+        ({"sources": ["a"]}, "data.sources.0: expected a group of keys; got 'a'"),
+        (
+            {"sources": [SOURCE, {**SOURCE, "weight": 2}]},
+            "data.sources.1: a.jsonl is a source already; raise its weight",
+        ),
+        (
+            {"sources": [SOURCE], "dataset_name": "a"},
+            "data.dataset_name contradicts data.sources; remove one of them",
+        ),
+        ({"sources": [SOURCE], "split": "x"}, "data.split has no effect with data.sources"),
+        ({"sources": [SOURCE], "eval_size": 3}, "data.eval_size has no effect .* set data.eval_dataset_name"),
+        (
+            {"sources": [{**SOURCE, "epochs": 1}], "on_source_end": "stop"},
+            "data.on_source_end has no effect where every",
+        ),
+        (
+            {"sources": [{**SOURCE, "format": "alpaca"}]},
+            "data.sources.0.format has no effect with training_mode: pretrain",
+        ),
+        ({**SOURCE, "on_source_end": "stop"}, "data.on_source_end has no effect without data.sources"),
+        ({**SOURCE, "shuffle_buffer": 5}, "data.shuffle_buffer has no effect with data.streaming: false"),
+        (
+            {**SOURCE, "streaming": True, "max_records": 5},
+            "data.max_records has no effect with data.streaming: true",
+        ),
+        (
+            {**SOURCE, "streaming": True, "packing": True, "row_length": 8},
+            "data.row_length has no effect with data.streaming",
+        ),
+    ],
+)
+def test_sources_and_streams_that_cannot_be(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnmaskError, match=re.escape("recipe: ") + message.replace("[", r"\[")) as caught:
+        recipe_from_dict({"model": {"config": {}, "tokenizer": "bytes"}, "data": data})
+    assert "\n" not in str(caught.value)
+
+
+def test_lists_of_one_number_an_epoch_have_no_meaning_for_streams() -> None:
+    model = {"config": {}, "tokenizer": "bytes", "noise_eps": [0.1, 0.2]}
+    with pytest.raises(UnmaskError, match=r"model.noise_eps: a list, one number an epoch, has no meaning"):
+        recipe_from_dict({"model": model, "data": {**SOURCE, "streaming": True}})
+
+
+def test_a_key_of_one_source_can_be_overridden(tmp_path: Path) -> None:
+    recipe = recipe_from_dict(
+        {"model": {"config": {}, "tokenizer": "bytes"}, "data": {"sources": [SOURCE, {"dataset_name": "b"}]}}
+    )
+    file = tmp_path / "r.yaml"
+    file.write_text(recipe.to_yaml())
+    assert recipe.data.sources is not None and load_recipe(file) == recipe
+    changed = load_recipe(file, ["data.sources.1.weight=3"]).data.sources
+    assert changed is not None and [source.weight for source in changed] == [1.0, 3.0]
+    with pytest.raises(UnmaskError, match=r"override 'data.sources.2.weight=3'"):
+        load_recipe(file, ["data.sources.2.weight=3"])

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -347,8 +347,9 @@ def test_the_same_recipe_twice_is_the_same_to_the_bit_and_another_seed_is_not(
         ({"precision": "bf16", "lr_scheduler": {"type": "linear", "warmup_steps": 3}}, [2]),
         (EVERYTHING, [2, 3, 5]),
         ({"model__attention": "block_causal", "model__block_length": 4}, [3]),
+        ({**EVERYTHING, "data__packing": True}, [2, 3]),
     ],
-    ids=["adamw", "accumulated", "adafactor", "bf16", "curriculum", "blocks"],
+    ids=["adamw", "accumulated", "adafactor", "bf16", "curriculum", "blocks", "packed"],
 )
 def test_resumed_equals_uninterrupted(
     place: Path, changes: dict[str, Any], points: list[int], trainers: list[DiffusionTrainer]
@@ -703,13 +704,64 @@ def test_a_full_disk_at_the_end_leaves_no_half_a_checkpoint(
     assert not [p.name for p in (place / "out").iterdir() if "final" in p.name]
 
 
+# Packing.
+
+
+def test_a_packed_run_trains_on_fuller_rows(place: Path, trainers: list[DiffusionTrainer]) -> None:
+    """Its held-out loss before training is that of the run that does not pack."""
+    _, plain = train("plain", max_steps=1)
+    _, said = train("packed", max_steps=1, data__packing=True, data__row_length=90)
+    separate, packed = ([*cast(Any, trainer.train_dataset)] for trainer in trainers)
+    assert [example for row in packed for example in row] != separate  # in another order
+    assert sorted(example.sample_id for row in packed for example in row) == [
+        example.sample_id for example in separate
+    ]
+    assert len(packed) < 12 and max(map(len, packed)) == 2
+    tokens = sum(len(example.input_ids) for example in separate)
+    share = f"{tokens / (90 * len(packed)):.1%}"
+    assert f"packing: {len(packed)} rows of at most 90 tokens, {share} of their positions filled" in said
+    assert f"1 steps of 8 rows (8 x 1 x 1), {8 / len(packed):.3g} epochs" in said
+    before = [re.search(r"step 0/1  held-out loss ([\d.]+)", text) for text in (plain, said)]
+    assert before[0] and before[1] and before[0][1] == before[1][1]
+
+
+def test_packed_text_is_cut_document_by_document(place: Path, trainers: list[DiffusionTrainer]) -> None:
+    texts = [{"text": "ab" * number} for number in range(1, 40)]
+    (place / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
+    changes = {
+        "training_mode": "pretrain",
+        "data__dataset_name": "texts.jsonl",
+        "data__block_size": 50,
+        "data__packing": True,
+        "max_steps": 1,
+    }
+    train("split", **changes)
+    _, said = train("cut", **changes, data__long_documents="cut")
+    sizes = [
+        sorted(len(example.input_ids) for row in cast(Any, trainer.train_dataset) for example in row)
+        for trainer in trainers
+    ]
+    assert max(sizes[0]) == max(sizes[1]) == 50
+    assert len(sizes[0]) == 34 + 15 and len(sizes[1]) == 34  # 39 documents, 15 of which are long
+    assert "truncated 15" in said
+
+
+def test_a_row_length_too_short_for_the_data_is_refused() -> None:
+    with pytest.raises(UnmaskError, match=r"data.row_length: 30 tokens, but the longest sequence has \d+;"):
+        train(data__packing=True, data__row_length=30)
+
+
 # Two processes.
 
 
-@pytest.mark.parametrize("changes", [{}, EVERYTHING], ids=["plain", "curriculum"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, EVERYTHING, {**EVERYTHING, "data__packing": True}],
+    ids=["plain", "curriculum", "packed"],
+)
 def test_two_processes_equal_one(place: Path, changes: dict[str, Any]) -> None:
     """18 training and 7 held-out examples: the third step of an epoch has two examples, so that one process
-    has only repetitions, and the last evaluation batch is short."""
+    has only repetitions, and the last evaluation batch is short. Packed they are 9 and 4 rows."""
     changes = {"data__eval_size": 7, "save_steps": 5, **changes}
     one, _ = train("one", **changes)
     assert one.held_out_loss is not None

@@ -170,6 +170,23 @@ def test_what_a_checkpoint_says_of_attention_must_fit(
     assert "\n" not in str(caught.value)
 
 
+def test_attention_that_packing_or_this_machine_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SimpleNamespace(attention="bidirectional", block_length=None, layer_types=["sliding_attention"])
+    tree = recipe().model_dump()
+    check_attention(recipe_from_dict(tree), config)
+    tree["data"]["packing"] = True
+    with pytest.raises(UnmaskError, match=r"^data\.packing: the model has layers with a sliding window"):
+        check_attention(recipe_from_dict(tree), config)
+    config.layer_types = ["full_attention"]
+    check_attention(recipe_from_dict(tree), config)
+    tree["model"]["attn_implementation"] = "flex_attention"
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    with pytest.raises(UnmaskError, match="flex_attention cannot train on a CPU; use sdpa"):
+        check_attention(recipe_from_dict(tree), config)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    check_attention(recipe_from_dict(tree), config)
+
+
 @pytest.mark.parametrize(("end_fill", "said"), [(1, 1), (6, 1), (4, 0), (8, 0)])
 def test_responses_that_end_within_a_block_are_named(end_fill: int, said: int) -> None:
     settings = recipe_from_dict(

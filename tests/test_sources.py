@@ -106,7 +106,7 @@ def test_folder_glob_and_limit(tmp_path: Path) -> None:
         ("x.csv", "a,b\n", "x.csv: the file holds no records"),
         ("x.csv", "a,b\n1,2,3\n", "x.csv record 1: more cells than the header has names"),
         ("x.csv", 'a,b\n1,2\n"3,4\n', "x.csv record 2: not valid CSV"),
-        ("x.csv", b"a\n\xff\n", "x.csv: not UTF-8 text"),
+        ("x.csv", b"a\n\xff\n", "x.csv record 1: not UTF-8 text"),
         ("x.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "x.jsonl line 2: not UTF-8 text"),
         ("x.json", b'[{"a": 1},\n{"a": "\xff"}]', "x.json line 2: not UTF-8 text"),
         ("x.jsonl.gz", "plain", "x.jsonl.gz: cannot be read (Not a gzipped file"),
@@ -187,7 +187,7 @@ def test_documents(tmp_path: Path) -> None:
 def test_bad_documents(tmp_path: Path) -> None:
     with pytest.raises(UnmaskError, match=r"a\.txt: the file is empty"):
         list(read_documents(write(tmp_path / "a.txt", "")))
-    with pytest.raises(UnmaskError, match=r"b\.txt: not UTF-8 text \(byte 2\)"):
+    with pytest.raises(UnmaskError, match=r"b\.txt: not UTF-8 text \(line 1, byte 2\)"):
         list(read_documents(write(tmp_path / "b.txt", b"a\xff")))
     name = write(tmp_path / "c.jsonl", lines([{"body": "x"}]))
     with pytest.raises(UnmaskError, match=r"c\.jsonl line 1: field 'text' is missing; .*: body;"):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +18,11 @@ from transformers import TrainingArguments
 
 from unmask.data.collate import collate
 from unmask.data.encode import Example
+from unmask.data.pack import Row, pack
 from unmask.diffusion.curriculum import Curriculum
 from unmask.diffusion.keyed import STREAM_MASK, keyed_uniform
 from unmask.diffusion.loss import PRESETS
-from unmask.diffusion.noise import example_seeds, low_discrepancy, sample_t
+from unmask.diffusion.noise import document_strata, example_seeds, low_discrepancy, sample_t
 from unmask.diffusion.objective import Objective
 from unmask.errors import UnmaskError
 from unmask.training.dataset import ExampleDataset
@@ -65,6 +67,7 @@ def make_trainer(
     model: Any = None,
     train: int = 16,
     held_out: int = 7,
+    data: Sequence[Example | Row] | None = None,
     mode: str = "sft",
     micro: int = 8,
     accumulate: int = 1,
@@ -97,7 +100,7 @@ def make_trainer(
         training_mode=mode,
         curriculum=curriculum,
         time_sampling=time_sampling,
-        train_dataset=ExampleDataset(make_examples(train)),
+        train_dataset=ExampleDataset(make_examples(train) if data is None else data),
         eval_dataset=ExampleDataset(make_examples(held_out, first=1000)),
         data_collator=partial(collate, pad_token_id=0, **(collation or {})),
     )
@@ -108,7 +111,7 @@ def weights(trainer: DiffusionTrainer) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
 
 
-def plain_loss(model: Any, examples: list[Example], epoch: int, mode: str) -> float:
+def plain_loss(model: Any, examples: Sequence[Example], epoch: int, mode: str) -> float:
     """Nats per supervised token, row by row without padding: a sum of CE / t over one count."""
     total, count = 0.0, 0
     for example in examples:
@@ -428,3 +431,150 @@ def test_other_runtime_errors_of_saving_are_not_hidden(
     with pytest.raises(RuntimeError, match="on fire") as caught:
         trainer.train()
     assert not isinstance(caught.value, UnmaskError)
+
+
+# Packed rows. 13 examples in one step, alone in their rows or sharing them.
+
+
+def packed_and_separate(
+    out: Path, monkeypatch: pytest.MonkeyPatch, *, model: dict[str, Any] | None = None, **settings: Any
+) -> tuple[Recorded, Recorded]:
+    """Two trainers of the same weights on the same 13 examples; low discrepancy gives both the same rates."""
+    fields = {"max_position_embeddings": 32, **(model or {})}
+    rows = list(pack(make_examples(13), 20))
+    assert len(rows) < 6 and max(map(len, rows)) > 2
+    examples = [example for row in rows for example in row]
+    packed, separate = (
+        make_trainer(out / name, model=tiny_model(**fields), micro=13, data=data, **settings)
+        for name, data in (("packed", rows), ("separate", examples))
+    )
+    if settings.get("time_sampling") == "low_discrepancy":
+
+        def same_rates(batch: Any, objective: Any) -> dict[str, Any]:
+            arguments = type(separate)._arguments(separate, batch, objective)
+            if "place" not in batch:
+                return arguments
+            step = separate.state.global_step
+            spread = low_discrepancy(SEED, step, torch.arange(len(rows)), total=len(rows))
+            table = document_strata(spread, max(map(len, rows)))
+            arguments["strata"] = torch.cat([table[i, : len(row)] for i, row in enumerate(rows)])
+            return arguments
+
+        monkeypatch.setattr(separate, "_arguments", same_rates)
+    for trainer, count in ((packed, len(rows)), (separate, 13)):
+        in_order = SequentialSampler(range(count))
+        monkeypatch.setattr(trainer, "_get_train_sampler", lambda *_, sampler=in_order: sampler)
+    return packed, separate
+
+
+BLOCKS = {"attention": "block_causal", "block_length": 3}
+# What block-causal attention allows.
+BLOCK_CURRICULUM = {**EVERYTHING, "attention_annealing_steps": 0}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"mode": "pretrain"},
+        {"model": {"logit_shift": True}},
+        {"collation": {"padding_side": "left", "pad_to_multiple_of": 7}},
+        {"time_sampling": "low_discrepancy"},
+        {"curriculum": with_everything(complementary=True), "model": {"logit_shift": True}},
+        {"curriculum": with_everything(schedule="cosine"), "time_sampling": "low_discrepancy"},
+        *[{"curriculum": with_everything(loss=loss), "model": {"logit_shift": True}} for loss in PRESETS],
+        {"model": BLOCKS},
+        {"model": {**BLOCKS, "logit_shift": True}, "curriculum": Curriculum(**BLOCK_CURRICULUM)},
+        {
+            "model": BLOCKS,
+            "curriculum": Curriculum(objective=Objective(loss="llada"), **BLOCK_CURRICULUM),
+            "time_sampling": "low_discrepancy",
+        },
+    ],
+    ids=str,
+)
+def test_packed_equals_separate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """Loss and, by the weights after each of five steps, gradients."""
+    packed, separate = packed_and_separate(tmp_path, monkeypatch, **settings)
+    packed.train()
+    separate.train()
+    assert len(set(packed.losses)) == 5
+    assert packed.losses == pytest.approx(separate.losses, rel=1e-6)
+    assert torch.allclose(weights(packed), weights(separate), rtol=1e-7, atol=1e-7)
+
+
+def test_packed_rows_accumulate_like_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    curriculum = with_everything(loss="llada")
+    rows = list(pack(make_examples(40), 20))
+    whole, accumulated = (
+        make_trainer(
+            tmp_path / str(micro),
+            data=rows,
+            micro=micro,
+            accumulate=8 // micro,
+            curriculum=curriculum,
+            time_sampling="low_discrepancy",
+        )
+        for micro in (8, 2)
+    )
+    whole.train()
+    accumulated.train()
+    assert len(rows) % 8 not in (0, 7)  # the last step of an epoch is a short one
+    assert accumulated.losses == pytest.approx(whole.losses, rel=1e-6)
+    assert torch.allclose(weights(accumulated), weights(whole), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("model", [{}, BLOCKS], ids=str)
+def test_the_evaluation_loss_is_the_same_packed_and_separate(tmp_path: Path, model: dict[str, Any]) -> None:
+    trainer = make_trainer(tmp_path, model=tiny_model(**model), micro=3)
+    examples = make_examples(19, first=1000)
+    separate = trainer.evaluate(ExampleDataset(examples))
+    rows = list(pack(examples, 24))
+    packed = trainer.evaluate(ExampleDataset(rows))
+    assert len(rows) < 8
+    assert packed["eval_loss"] == pytest.approx(separate["eval_loss"], rel=1e-7)
+    loaders = [trainer.get_eval_dataloader(ExampleDataset(data)) for data in (examples, rows)]
+    counts = [trainer.evaluation_loop(loader, "").num_samples for loader in loaders]
+    assert counts == [19, 19]
+
+
+@pytest.mark.parametrize("loss", PRESETS)
+def test_repeated_packed_rows_add_nothing_to_the_divisor(tmp_path: Path, loss: Any) -> None:
+    trainer = make_trainer(tmp_path, curriculum=Curriculum(objective=Objective(loss=loss)))
+    batch: dict[str, Any] = collate(list(pack(make_examples(13), 20)), pad_token_id=0)
+    rows = {name: torch.cat([value, value[:2]]) for name, value in batch.items()}
+
+    def divisor(batch: dict[str, Any], repeated: int) -> float:
+        labels = batch["input_ids"].clone()
+        labels[len(labels) - repeated :] = -100
+        seeds = example_seeds(SEED, batch["sample_ids"], 0)
+        return trainer._divisor({**batch, "labels": labels, "noise_seed": seeds}, trainer._objective).item()
+
+    assert divisor(rows, repeated=2) == divisor(batch, repeated=0) != divisor(rows, repeated=0)
+
+
+def test_an_examples_own_epoch_replaces_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training: evaluation noise is always that of its own epoch."""
+    plain = make_examples(8)
+    passes = [replace(example, epoch=number % 3 - 1) for number, example in enumerate(plain)]
+    seen: list[torch.Tensor] = []
+    real = DiffusionTrainer._seeds
+    monkeypatch.setattr(
+        DiffusionTrainer, "_seeds", lambda self, *given: seen.append(real(self, *given)) or seen[-1]
+    )
+    for data in (passes, list(pack(passes, 20))):
+        seen.clear()
+        trainer = make_trainer(tmp_path, data=data, micro=8, steps=2)
+        in_order = SequentialSampler(range(len(data)))
+        monkeypatch.setattr(trainer, "_get_train_sampler", lambda *_, sampler=in_order: sampler)
+        trainer.train()
+        for epoch, seeds in enumerate(seen):
+            rows = [[one] if isinstance(one, Example) else one for one in data]
+            for row, found in zip(rows, seeds.view(len(rows), -1), strict=True):
+                for example, seed in zip(row, found, strict=False):
+                    of = epoch if example.epoch < 0 else example.epoch
+                    assert seed == example_seeds(SEED, torch.tensor(example.sample_id), of)
+    same = [trainer.evaluate(ExampleDataset(data))["eval_loss"] for data in (plain, passes)]
+    assert same[0] == same[1]

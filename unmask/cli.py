@@ -81,18 +81,27 @@ def data(
         Path | None,
         typer.Option(metavar="FILE", help="Picture to write (.png, .pdf, .svg): what every step uses."),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Page to write: the report and up to 1000 rows in colour."),
+    ] = None,
 ) -> None:
     """Show what training will see: sequences in colour, lengths, what was dropped and why.
 
-    With --curriculum also how masking and attention change over the run.
+    Also tokens per source, how full the batches are, and what is there twice.
+    With --html the same as a page for a browser, with --curriculum how masking
+    and attention change over the run.
     """
     from unmask.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides or [])  # before the imports that take seconds
     _quiet()
+    from unmask.data.page import check_page, write_page
     from unmask.data.preview import show_examples, show_report
+    from unmask.data.survey import survey
     from unmask.training.curriculum_plot import check_picture, draw_curriculum
-    from unmask.training.dataset import load_data, run_tokenizer
+    from unmask.training.dataset import load_data, run_tokenizer, source_names
+    from unmask.training.report import first_shares
     from unmask.training.schedule import (
         check_block_sizes,
         make_curriculum,
@@ -102,20 +111,90 @@ def data(
 
     if curriculum is not None:
         check_picture(curriculum)
+    if html is not None:
+        check_page(html)
     tokenizer = run_tokenizer(settings)
     loaded = load_data(settings, tokenizer)
     check_block_sizes(settings, loaded.train)
     console = Console()
-    show_examples(loaded.train, tokenizer, limit=show, console=console)
-    show_report(loaded.train, loaded.report, block_size=settings.data.block_size, console=console)
+    title = f"unmask data {recipe}"
+    if settings.data.streaming:
+        title += ", the beginning of each source"
+        console.print("a stream: what follows is of the beginning of each source", highlight=False)
+    names = source_names(settings)
+    micro_batch = settings.micro_batch_size or settings.global_batch_size
+    show_examples(loaded.train, tokenizer, limit=show, names=names, console=console)
+    found = survey(
+        loaded.train,
+        loaded.report,
+        names=names,
+        block_size=settings.data.block_size,
+        micro_batch=micro_batch,
+        row_length=loaded.row_length,
+        held_out=loaded.held_out,
+        seed=settings.seed,
+    )
+    show_report(found, console=console)
+    if settings.data.streaming:
+        console.print("stream: the figures are of the beginning of each source", highlight=False)
+    if settings.data.sources is not None:
+        console.print(first_shares(loaded), highlight=False, markup=False)
     if loaded.held_out:
         console.print(f"held out: {len(loaded.held_out):,} sequences", highlight=False)
-    for note in schedule_notes(settings, loaded.train, settings.model.block_length):
+    for line in loaded.left_out(trained=[]):
+        console.print(line, highlight=False, markup=False)
+    for note in schedule_notes(settings, loaded.rows, settings.model.block_length):
         console.print(note, highlight=False)
     if curriculum is not None:
-        epoch = steps_per_epoch(settings, loaded.train)
+        epoch = steps_per_epoch(settings, loaded.rows)
         draw_curriculum(make_curriculum(settings), settings.max_steps, epoch, curriculum)
         console.print(f"curriculum: {curriculum}", highlight=False)
+    if html is not None:
+        shown = write_page(
+            html,
+            loaded.rows,
+            found,
+            tokenizer,
+            title=title,
+            names=names,
+            width=loaded.row_length,
+            micro_batch=micro_batch,
+        )
+        console.print(f"page: {html} ({shown:,} of {len(loaded.rows):,} rows)", highlight=False)
+
+
+@app.command()
+def prepare(
+    recipe: RecipeFile,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write, or to go on with.")],
+    overrides: Overrides = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that encode; by default one a core.")
+    ] = None,
+) -> None:
+    """Encode the recipe's training data once, in parallel: sharded Parquet with a manifest.
+
+    Train from it with data.dataset_name=OUT. Interrupted, the same command goes
+    on where it was.
+    """
+    from unmask.recipe import load_recipe
+
+    settings = load_recipe(recipe, overrides or [])  # before the imports that take seconds
+    _quiet()
+    from unmask.training.prepare import prepare as run
+
+    try:
+        manifest = run(settings, out, workers=workers)
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command goes on with what {out} holds", file=sys.stderr)
+        raise typer.Exit(130) from None
+    report, counts = manifest.report, manifest.counts
+    print(
+        f"{out}: {counts['rows']:,} sequences of {report.records:,} records, {counts['tokens']:,} tokens,"
+        f" {counts['supervised_tokens']:,} supervised, {counts['bytes']:,} bytes"
+    )
+    for line in report.left_out():
+        print(line)
 
 
 @app.command()

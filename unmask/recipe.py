@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeGuard, Union, cast, get_args, get_origin
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from pydantic import (
     BaseModel,
@@ -63,6 +63,7 @@ Phases = Annotated[list[Sizes], Field(min_length=1)]
 Texts = Annotated[list[str], Field(min_length=1), _Says("a list of texts")]
 
 ModelType = Literal["qwen3", "qwen2", "llama"]
+Format = Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "custom"]
 
 
 class _Section(BaseModel):
@@ -86,6 +87,18 @@ class _Section(BaseModel):
             for name, field in type(self).model_fields.items()
             if getattr(self, name) != field.get_default(call_default_factory=True)
         ]
+
+
+def _listed_section(field: FieldInfo) -> type[_Section] | None:
+    """The section that a field holds a list of; None for every other field."""
+
+    def search(kind: Any) -> type[_Section] | None:
+        if get_origin(kind) is list and _is_section(get_args(kind)[0]):
+            return get_args(kind)[0]
+        found = (search(inner) for inner in get_args(kind))
+        return next((section for section in found if section is not None), None)
+
+    return search(field.annotation)
 
 
 def _is_section(annotation: Any) -> TypeGuard[type[_Section]]:
@@ -295,7 +308,7 @@ class CustomFormat(_Section):
 class SFTRecipe(_Section):
     """How a record becomes a sequence with a source part; `training_mode: sft` only."""
 
-    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "custom"] = "auto"
+    format: Format = "auto"
     """shape of the records; auto = recognised from each record's fields"""
     layout: Literal["auto", "chat", "separator"] = "auto"
     """chat = the tokenizer's chat template; separator = plain text with the separator before each
@@ -315,11 +328,48 @@ class SFTRecipe(_Section):
     """field names of `data.sft.format: custom`"""
 
 
-class DataRecipe(_Section):
-    """What is learnt from."""
+class SourceRecipe(_Section):
+    """One source of `data.sources`, with a format and columns of its own."""
 
-    dataset_name: str | Texts
-    """file (.json, .jsonl, .parquet, .csv, .txt), glob or hub name, or a list of them"""
+    dataset_name: str
+    """file, folder, glob, URL or hub name"""
+    dataset_config: str | None = None
+    """configuration of a hub data set"""
+    split: str = "train"
+    """split of a hub data set"""
+    text_field: str = "text"
+    """column that holds the text; `training_mode: pretrain` only"""
+    format: Format | None = None
+    """shape of the records; null = `data.sft.format`; `training_mode: sft` only"""
+    custom_format: CustomFormat = CustomFormat()
+    """field names of `format: custom`"""
+    weight: PositiveFloat = 1.0
+    """how often records are taken from this source, in proportion to the weights of the others"""
+    epochs: Positive | None = None
+    """passes over the source, after which the others go on without it; null = as `data.on_source_end` says"""
+
+
+Sources = Annotated[list[SourceRecipe], Field(min_length=1), _Says("a list of groups of keys")]
+
+
+class DataRecipe(_Section):
+    """What is learnt from: exactly one of `dataset_name` and `sources`."""
+
+    dataset_name: str | Texts | None = None
+    """file (.json, .jsonl, .parquet, .csv, .txt), folder, glob, URL (s3://...) or hub name, or a list of
+    them"""
+    sources: Annotated[list[SourceRecipe], Field(min_length=1), _Says("a list of groups of keys")] | None = (
+        None
+    )
+    """a mixture: several sources, drawn from by weight"""
+    on_source_end: Literal["repeat", "stop"] = "repeat"
+    """when a source without `epochs` runs out: repeat = it starts again; stop = the epoch of the mixture
+    ends, and all such sources start again; `data.sources` only"""
+    streaming: bool = False
+    """whether records are read as they are needed, so that data of any size fits; `max_steps` rules the
+    length of the run"""
+    shuffle_buffer: Positive = 10_000
+    """records that are read ahead and shuffled together; `data.streaming: true` only"""
     dataset_config: str | None = None
     """configuration of a hub data set"""
     split: str = "train"
@@ -328,13 +378,27 @@ class DataRecipe(_Section):
     """column that holds the text; `training_mode: pretrain` only"""
     block_size: TwoOrMore = 1024
     """longest row, in tokens; text is cut into rows of this length"""
+    packing: bool = False
+    """whether sequences share rows, each seeing only itself, so that little is padding; `global_batch_size`
+    then counts rows. Text is no longer joined: each document is a sequence"""
+    row_length: TwoOrMore | None = None
+    """longest packed row, in tokens; null = as short as it can be with every sequence in one row and 97% of
+    the positions filled, at most `data.block_size`, and just that with flex_attention; `data.packing: true`
+    only"""
+    long_documents: Literal["split", "cut"] = "split"
+    """a document longer than `data.block_size`: split = it goes on in further rows, as a sequence of its
+    own in each; cut = its end is left out, counted and reported; `training_mode: pretrain` with
+    `data.packing: true` only"""
     max_records: Positive | None = None
     """records read from the start of the data; null = all"""
     eval_dataset_name: str | None = None
     """data of the evaluation loss, named as in `data.dataset_name`"""
     eval_size: Count = 0
-    """held out from the end of the data for the evaluation loss: records, or blocks when
-    pre-training"""
+    """held out for the evaluation loss: records, or blocks when pre-training, from the end of the data; of a
+    stream records from its start"""
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    """a record that is bad input (a line that is no JSON, a missing field, an empty response): stop = the run
+    ends with file, line and field; skip = it is left out, counted and reported"""
     num_workers: Count = 0
     """processes that load data; 0 = the training process"""
     sft: SFTRecipe = SFTRecipe()
@@ -343,6 +407,15 @@ class DataRecipe(_Section):
     def _check(self) -> DataRecipe:
         if self.eval_dataset_name is not None and self.eval_size:
             raise ValueError("data.eval_size has no effect with data.eval_dataset_name; remove one of them")
+        self._check_sources()
+        for name in ("row_length", "long_documents"):
+            if name in self._changed() and not self.packing:
+                raise ValueError(f"data.{name} has no effect with data.packing: false; set it to true")
+        if self.row_length is not None and self.row_length > self.block_size:
+            raise ValueError(
+                f"data.row_length must be at most data.block_size = {self.block_size}, the longest row; got"
+                f" {self.row_length}"
+            )
         if self.sft.custom_format._changed() and self.sft.format != "custom":
             raise ValueError(
                 "data.sft.custom_format has no effect with data.sft.format: "
@@ -354,6 +427,48 @@ class DataRecipe(_Section):
                 "remove it or set data.sft.layout: separator"
             )
         return self
+
+    def _check_sources(self) -> None:
+        changed = self._changed()
+        if self.dataset_name is None and self.sources is None:
+            raise ValueError("data.dataset_name: missing; give it, or data.sources (a mixture)")
+        if self.dataset_name is not None and self.sources is not None:
+            raise ValueError("data.dataset_name contradicts data.sources; remove one of them")
+        if self.streaming:
+            if self.max_records is not None:
+                raise ValueError("data.max_records has no effect with data.streaming: true; use max_steps")
+            if self.row_length is not None:
+                raise ValueError(
+                    "data.row_length has no effect with data.streaming: true, where the longest sequence is"
+                    " not known: rows have data.block_size tokens"
+                )
+        elif "shuffle_buffer" in changed:
+            raise ValueError(
+                "data.shuffle_buffer has no effect with data.streaming: false, where all data is shuffled"
+            )
+        if self.sources is None:
+            if "on_source_end" in changed:
+                raise ValueError("data.on_source_end has no effect without data.sources")
+            return
+        for name in {"dataset_config", "split", "text_field", "max_records", "eval_size"} & set(changed):
+            hint = {"max_records": "use epochs of the sources", "eval_size": "set data.eval_dataset_name"}
+            raise ValueError(
+                f"data.{name} has no effect with data.sources: it does not say for which;"
+                f" {hint.get(name, 'set it in the source')}"
+            )
+        if "on_source_end" in changed and all(source.epochs is not None for source in self.sources):
+            raise ValueError("data.on_source_end has no effect where every source has epochs; remove it")
+        for number, source in enumerate(self.sources):
+            if source.custom_format._changed() and (source.format or self.sft.format) != "custom":
+                raise ValueError(
+                    f"data.sources.{number}.custom_format has no effect with format: "
+                    f"{source.format or self.sft.format}; set format: custom"
+                )
+            same = {"weight": 1.0, "epochs": None}
+            if source.model_copy(update=same) in [s.model_copy(update=same) for s in self.sources[:number]]:
+                raise ValueError(
+                    f"data.sources.{number}: {source.dataset_name} is a source already; raise its weight"
+                )
 
 
 class OptimizerRecipe(_Section):
@@ -475,8 +590,31 @@ class Recipe(_Section):
                 "eval_steps has no effect without evaluation data; "
                 "set data.eval_size or data.eval_dataset_name"
             )
-        if self.training_mode == "sft" and self.data.text_field != "text":
-            _refuse("data.text_field", "sft", "pretrain")
+        if self.training_mode == "sft":
+            for name in {"text_field", "long_documents"} & set(self.data._changed()):
+                _refuse(f"data.{name}", "sft", "pretrain")
+        if self.data.packing and self.model.attn_implementation == "flash_attention_2":
+            raise ValueError(
+                "model.attn_implementation: flash_attention_2 cannot do data.packing: true; use sdpa or"
+                " flex_attention"
+            )
+        for number, source in enumerate(self.data.sources or []):
+            if self.training_mode == "sft" and source.text_field != "text":
+                _refuse(f"data.sources.{number}.text_field", "sft", "pretrain")
+            if self.training_mode == "pretrain" and source.format is not None:
+                _refuse(f"data.sources.{number}.format", "pretrain", "sft")
+        if self.data.streaming or self.data.sources is not None:
+            for name in (
+                "noise_eps",
+                "prefix_probability",
+                "truncate_probability",
+                "block_masking_probability",
+            ):
+                if isinstance(getattr(self.model, name), list):
+                    raise ValueError(
+                        f"model.{name}: a list, one number an epoch, has no meaning for streams and mixtures,"
+                        " whose sources each have epochs of their own; give one number"
+                    )
         if self.training_mode == "pretrain":
             for name in self.data.sft._changed():
                 _refuse(f"data.sft.{name}", "pretrain", "sft")
@@ -550,7 +688,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if not (equals and re.fullmatch(r"[^\s.\[\]]+(\.[^\s.\[\]]+)*", key)):
             raise UnmaskError(f"'{text}' is not key=value; write for instance optimizer.learning_rate=1e-4")
         try:
-            config = OmegaConf.merge(config, OmegaConf.from_dotlist([text]))
+            config = _merged(config, OmegaConf.from_dotlist([text]), key)
         except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
             raise UnmaskError(f"override '{text}': {_reason(error)}") from error
         origin[key] = f"override '{text}'"
@@ -560,6 +698,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         key = error.full_key or ""
         raise UnmaskError(f"{origin.get(key, where)}: {key}: {_reason(error)}") from error
     return _validate(tree, where, origin)
+
+
+def _merged(config: DictConfig, override: DictConfig, key: str) -> DictConfig:
+    """`config` with one override, whose key may lead into a list: data.sources.0.weight."""
+    for place in (match.start() for match in re.finditer(r"\.\d+(\.|$)", key)):
+        if isinstance(OmegaConf.select(config, key[:place]), ListConfig):
+            OmegaConf.update(config, key, OmegaConf.select(override, key))
+            return config
+    return cast(DictConfig, OmegaConf.merge(config, override))
 
 
 def recipe_from_dict(d: Mapping[str, Any], where: str = "recipe") -> Recipe:
@@ -583,9 +730,12 @@ def _walk(section: type[_Section], prefix: str = "") -> Iterator[RecipeField]:
         if _is_section(inner):
             yield from _walk(inner, f"{prefix}{name}.")
         else:
+            listed = _listed_section(field)
             default = ... if field.is_required() else field.get_default(call_default_factory=True)
             meaning = " ".join((field.description or "").split())
             yield RecipeField(prefix + name, default, _expected(field), meaning)
+            if listed is not None:
+                yield from _walk(listed, f"{prefix}{name}[].")
 
 
 def _read_yaml(path: Path, where: str) -> DictConfig:
@@ -628,15 +778,21 @@ def _explain(kind: str, loc: tuple[Any, ...], ctx: Mapping[str, Any], tree: Any)
     section: type[_Section] = Recipe
     value: Any = tree
     parts: list[str] = []
-    for part in loc:
+    for place, part in enumerate(loc):
         parts.append(str(part))
         key = ".".join(parts)
-        field = section.model_fields.get(part)
+        if isinstance(value, list) and isinstance(part, int):  # of a list of sections
+            value = value[part]
+            continue
+        field = section.model_fields.get(str(part))
         value = value.get(part) if isinstance(value, Mapping) else value
         if field is None:
             return _unknown(key, value)
+        listed = _listed_section(field)
         if _is_section(field.annotation):
             section = field.annotation
+        elif listed is not None and len(loc) > place + 1:
+            section = listed
         elif kind == "missing":
             return key, f"{key}: missing; expected {_expected(field)}"
         else:

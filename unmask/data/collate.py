@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain, takewhile
 from typing import Any, Literal
 
 import torch
@@ -10,24 +11,28 @@ from transformers import PreTrainedTokenizerBase
 
 from unmask.data.conversation import Conversation, CustomFields, to_conversation
 from unmask.data.encode import SEPARATOR, DropRecord, Encoder, Example
+from unmask.data.pack import Row
 from unmask.data.tokenizer import check_tokenizer
 from unmask.errors import UnmaskError
 
 
 def collate(
-    examples: Sequence[Example],
+    examples: Sequence[Example | Row],
     *,
     pad_token_id: int,
     padding_side: Literal["right", "left"] = "right",
     pad_to_multiple_of: int = 1,
 ) -> dict[str, torch.Tensor]:
-    """Pad examples to one length L, a multiple of `pad_to_multiple_of`, and stack them.
+    """Pad examples, or rows of packed ones, to one length L, a multiple of `pad_to_multiple_of`, and stack
+    them.
 
     Returns:
         input_ids int64 (B, L); attention_mask int64 (B, L), 1 = token, 0 = padding; src_mask bool
         (B, L), True = source or padding: never masked; instruction_lengths int64 (B,), leading
-        source tokens of each row, padding not counted; and sample_ids int64 (B,) if examples carry
-        any.
+        source tokens of each row, padding not counted; sample_ids int64 (B,) if examples carry any,
+        and epochs (B,) if they carry one. Of rows segment_ids int64 (B, L), 0 = padding, 1 = first
+        example of the row and so on, if a row has several; sample_ids and epochs are then (B, D), D the
+        most examples of a row, with -1 where a row has fewer.
 
     Raises:
         UnmaskError: No example, an example whose two lists differ in length, or a bad setting.
@@ -38,34 +43,44 @@ def collate(
         raise UnmaskError(f"padding_side must be right or left; got {padding_side!r}.")
     if pad_to_multiple_of < 1:
         raise UnmaskError(f"pad_to_multiple_of must be at least 1; got {pad_to_multiple_of}.")
-    for number, example in enumerate(examples):
+    rows = [[one] if isinstance(one, Example) else one for one in examples]
+    for number, example in enumerate(example for row in rows for example in row):
         ids, src = len(example.input_ids), len(example.src_mask)
         if ids != src:
             raise UnmaskError(
                 f"example {number} of the batch: input_ids and src_mask must have one length; "
                 f"got {ids} and {src}."
             )
-    longest = max(len(example.input_ids) for example in examples)
-    shape = (len(examples), longest + -longest % pad_to_multiple_of)
+    sizes = [sum(len(example.input_ids) for example in row) for row in rows]
+    shape = (len(rows), max(sizes) + -max(sizes) % pad_to_multiple_of)
     input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
     src_mask = torch.ones(shape, dtype=torch.bool)
-    for row, example in enumerate(examples):
-        size = len(example.input_ids)
-        start = shape[1] - size if padding_side == "left" else 0
-        place = (row, slice(start, start + size))
-        input_ids[place] = torch.tensor(example.input_ids, dtype=torch.int64)
-        attention_mask[place] = 1
-        src_mask[place] = torch.tensor(example.src_mask, dtype=torch.bool)
+    segment_ids = torch.zeros(shape, dtype=torch.int64)
+    for number, (row, size) in enumerate(zip(rows, sizes, strict=True)):
+        stop = shape[1] - size if padding_side == "left" else 0
+        for segment, example in enumerate(row, 1):
+            start, stop = stop, stop + len(example.input_ids)
+            place = (number, slice(start, stop))
+            input_ids[place] = torch.tensor(example.input_ids, dtype=torch.int64)
+            attention_mask[place] = 1
+            src_mask[place] = torch.tensor(example.src_mask, dtype=torch.bool)
+            segment_ids[place] = segment
     batch = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "src_mask": src_mask,
-        "instruction_lengths": torch.tensor([_leading(e.src_mask) for e in examples]),
+        "instruction_lengths": torch.tensor([_leading(row) for row in rows]),
     }
-    sample_ids = [example.sample_id for example in examples]
-    if max(sample_ids) >= 0:
-        batch["sample_ids"] = torch.tensor(sample_ids)
+    most = max(map(len, rows))
+    if most > 1:
+        batch["segment_ids"] = segment_ids
+    packed = not all(isinstance(one, Example) for one in examples)
+    for name, attribute in (("sample_ids", "sample_id"), ("epochs", "epoch")):
+        values = [[getattr(example, attribute) for example in row] for row in rows]
+        if max(map(max, values)) >= 0:
+            table = torch.tensor([row + [-1] * (most - len(row)) for row in values])
+            batch[name] = table if packed else table[:, 0]
     return batch
 
 
@@ -159,6 +174,6 @@ class SFTDataCollator:
             ) from reason
 
 
-def _leading(src_mask: Sequence[bool]) -> int:
+def _leading(row: Row) -> int:
     """Source tokens before the first supervised one."""
-    return next((i for i, source in enumerate(src_mask) if not source), len(src_mask))
+    return sum(1 for _ in takewhile(bool, chain.from_iterable(example.src_mask for example in row)))

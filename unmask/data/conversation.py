@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from unmask.errors import UnmaskError
@@ -25,21 +26,58 @@ ROLES = {
 }
 
 
+class RecordError(UnmaskError):
+    """A record that cannot be used; the message is "`where`: `reason``detail`.".
+
+    `reason` is one of a few texts, so that skipped records can be counted by it; what differs from
+    record to record is in `detail`, a continuation of the sentence.
+    """
+
+    def __init__(self, where: str, reason: str, detail: str = ""):
+        super().__init__(f"{where}: {reason}{detail}.")
+        self.where = where
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type[RecordError], tuple[str, str, str]]:
+        return type(self), (self.where, self.reason, self.detail)  # from one process to another
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """Stands in the place of a record that could not be read; the parts are those of `RecordError`."""
+
+    reason: str
+    detail: str = ""
+
+    def error(self, where: str) -> RecordError:
+        """Return the error that says so."""
+        return RecordError(where, self.reason, self.detail)
+
+
 @dataclass(frozen=True)
 class Turn:
-    """One message; its role is system, user, assistant or tool. `train` False: context only."""
+    """One message; its role is system, user, assistant or tool. `train` False: context only.
+
+    `tool_calls` of an assistant turn: {"name": text, "arguments": object}, written after its content.
+    """
 
     role: str
     content: str
     train: bool = True
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns in order; `where` names the record they came from ("x.jsonl line 4")."""
+    """Turns in order; `where` names the record they came from ("x.jsonl line 4").
+
+    `tools` describes the tools that may be called, as OpenAI does (JSON schema).
+    """
 
     turns: tuple[Turn, ...]
     where: str
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,7 +94,7 @@ def detect_format(record: Mapping[str, Any], where: str, custom_format: CustomFi
     """Return the format of `record`, one of `FORMATS` but "auto".
 
     Raises:
-        UnmaskError: No format fits.
+        RecordError: No format fits.
     """
     if "messages" in record:
         return "messages"
@@ -69,11 +107,12 @@ def detect_format(record: Mapping[str, Any], where: str, custom_format: CustomFi
     custom = custom_format or CustomFields()
     if custom.instruction_field in record and custom.response_field in record:
         return "custom"
-    raise UnmaskError(
-        f"{where}: no known format has these fields: {_names(record)}; expected instruction and "
-        "output (alpaca), conversations (sharegpt), messages, or prompt and completion; for others "
-        "set data.sft.format=custom with data.sft.custom_format.instruction_field and "
-        ".response_field."
+    raise RecordError(
+        where,
+        "no known format has these fields",
+        f": {_names(record)}; expected instruction and output (alpaca), conversations (sharegpt), messages,"
+        " or prompt and completion; for others set data.sft.format=custom with"
+        " data.sft.custom_format.instruction_field and .response_field",
     )
 
 
@@ -87,8 +126,9 @@ def to_conversation(
     """Read `record` in `format` (one of `FORMATS`) as a conversation.
 
     Raises:
-        UnmaskError: A field is missing, is not text, or a response is empty; the message names
-            the record (`where`) and the field.
+        RecordError: A field is missing, is not text, a response is empty, or turns are out of order;
+            the message names the record (`where`) and the field.
+        UnmaskError: `format` is unknown.
     """
     if format == "auto":
         format = detect_format(record, where, custom_format)
@@ -105,7 +145,8 @@ def to_conversation(
     else:
         raise UnmaskError(f"unknown format {format!r}; expected one of {', '.join(FORMATS)}.")
     _check_order(turns, where)
-    return Conversation(tuple(turns), where)
+    tools = _tools(record, where) if format in ("messages", "sharegpt", "prompt_completion") else ()
+    return Conversation(tuple(turns), where, tools)
 
 
 def _alpaca(record: Mapping[str, Any], where: str) -> list[Turn]:
@@ -114,12 +155,12 @@ def _alpaca(record: Mapping[str, Any], where: str) -> list[Turn]:
     history = record.get("history") or []
     pairs = isinstance(history, Sequence) and not isinstance(history, str)
     if not pairs or not all(isinstance(p, Sequence) and len(p) == 2 for p in history):
-        raise UnmaskError(f"{where}: field 'history' must be a list of [user, assistant] pairs.")
+        raise RecordError(where, "field 'history' must be a list of [user, assistant] pairs")
     for number, (user, assistant) in enumerate(history, 1):
         field = f"history pair {number}"
-        turns.append(Turn("user", _text(user, field, where)))
+        turns.append(Turn("user", check_text(user, field, where)))
         turns.append(Turn("assistant", _response(assistant, field, where)))
-    instruction = _text(_get(record, "instruction", where, needs), "instruction", where)
+    instruction = check_text(_get(record, "instruction", where, needs), "instruction", where)
     turns.append(Turn("user", _with_input(instruction, record, "input", where)))
     output = _response(_get(record, "output", where, needs), "output", where)
     turns.append(Turn("assistant", output))
@@ -131,7 +172,7 @@ def _custom(record: Mapping[str, Any], where: str, names: CustomFields) -> list[
     needs = f"custom format needs {fields}: see data.sft.custom_format"
     turns = _system(record, names.system_field, where)
     instruction = _get(record, names.instruction_field, where, needs)
-    instruction = _text(instruction, names.instruction_field, where)
+    instruction = check_text(instruction, names.instruction_field, where)
     if names.input_field is not None and names.input_field not in record:
         _get(record, names.input_field, where, needs)
     turns.append(Turn("user", _with_input(instruction, record, names.input_field, where)))
@@ -146,12 +187,12 @@ def _prompt_completion(record: Mapping[str, Any], where: str) -> list[Turn]:
     completion = _get(record, "completion", where, needs)
     if isinstance(prompt, str) or isinstance(completion, str):
         return [
-            Turn("user", _text(prompt, "prompt", where)),
+            Turn("user", check_text(prompt, "prompt", where)),
             Turn("assistant", _response(completion, "completion", where)),
         ]
     # Assistant turns of a prompt made of messages are context: only the completion is trained on.
     context = _turns(record, "prompt", where, "prompt_completion")
-    context = [Turn(turn.role, turn.content, train=False) for turn in context]
+    context = [replace(turn, train=False) for turn in context]
     return context + _turns(record, "completion", where, "prompt_completion")
 
 
@@ -159,31 +200,105 @@ def _turns(record: Mapping[str, Any], field: str, where: str, format: str) -> li
     """The turns of a list field, of {"role", "content"} or {"from", "value"} objects."""
     messages = _get(record, field, where, f"{format} format needs {field}")
     if not isinstance(messages, Sequence) or isinstance(messages, str):
-        raise UnmaskError(f"{where}: field '{field}' must be a list of messages; got {_kind(messages)}.")
-    turns = []
-    for number, message in enumerate(messages, 1):
-        place = f"{where}, {field} {number}"
-        if not isinstance(message, Mapping):
-            raise UnmaskError(f"{place}: expected an object; got {_kind(message)}.")
-        sharegpt = "from" in message or (format == "sharegpt" and "role" not in message)
-        role_key, text_key = ("from", "value") if sharegpt else ("role", "content")
-        needs = f"a message needs {role_key}, {text_key}"
-        role = ROLES.get(str(_get(message, role_key, place, needs)))
-        if role is None:
-            known = ", ".join(ROLES)
-            raise UnmaskError(f"{place}: unknown {role_key} {message[role_key]!r}; expected one of {known}.")
-        if message.get("tool_calls"):
-            raise UnmaskError(
-                f"{place}: 'tool_calls' cannot be trained on; write the call as text in 'content'."
-            )
+        raise RecordError(where, f"field '{field}' must be a list of messages", f"; got {_kind(messages)}")
+    return [
+        _turn(message, f"{where}, {field} {number}", format) for number, message in enumerate(messages, 1)
+    ]
+
+
+def _turn(message: Any, place: str, format: str) -> Turn:
+    if not isinstance(message, Mapping):
+        raise RecordError(place, "expected an object", f"; got {_kind(message)}")
+    sharegpt = "from" in message or (format == "sharegpt" and "role" not in message)
+    role_key, text_key = ("from", "value") if sharegpt else ("role", "content")
+    needs = f"a message needs {role_key}, {text_key}"
+    name = _get(message, role_key, place, needs)
+    role = ROLES.get(name) if isinstance(name, str) else None
+    if role is None:
+        raise RecordError(
+            place, f"unknown {role_key}", f" {str(name)[:40]!r}; expected one of {', '.join(ROLES)}"
+        )
+    calls = _tool_calls(message, role, place)
+    if calls and message.get(text_key) is None:
+        content = ""  # as OpenAI writes a turn that only calls tools
+    else:
         content = _parts(_get(message, text_key, place, needs), text_key, place)
-        if role == "assistant":
-            content = _response(content, text_key, place)
-        train = message.get("train")
-        if not isinstance(train, bool | None):
-            raise UnmaskError(f"{place}: field 'train' must be true or false; got {_kind(train)}.")
-        turns.append(Turn(role, content, train is not False))
-    return turns
+    if role == "assistant" and not calls:
+        content = _response(content, text_key, place)
+    return Turn(role, content, _is_trained(message, place), calls)
+
+
+def _is_trained(message: Mapping[str, Any], place: str) -> bool:
+    """What "train" (true or false) or "weight" (1 or 0) of a message says; True where neither stands."""
+    said = []
+    for field, expected in (("train", "true or false"), ("weight", "0 or 1")):
+        value = message.get(field)
+        if value is None:
+            continue
+        if isinstance(value, bool) != (field == "train") or value not in (0, 1):
+            raise RecordError(place, f"field '{field}' must be {expected}", f"; got {_kind(value)}")
+        said.append(bool(value))
+    if len(set(said)) > 1:
+        raise RecordError(place, "fields 'train' and 'weight' contradict one another", "; remove one")
+    return all(said)
+
+
+def _tool_calls(message: Mapping[str, Any], role: str, place: str) -> tuple[Mapping[str, Any], ...]:
+    """The calls as {"name", "arguments"}; OpenAI nests them in "function" and writes arguments as a text."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return ()
+    if role != "assistant":
+        raise RecordError(place, "only an assistant turn may have 'tool_calls'", f"; this one is of {role}")
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        raise RecordError(place, "field 'tool_calls' must be a list", f"; got {_kind(calls)}")
+    read = []
+    for number, call in enumerate(calls, 1):
+        at = f"{place}, tool_calls {number}"
+        if not isinstance(call, Mapping):
+            raise RecordError(at, "a tool call must be an object", f"; got {_kind(call)}")
+        inner = call.get("function") if "function" in call else call
+        if not isinstance(inner, Mapping):
+            raise RecordError(at, "field 'function' must be an object", f"; got {_kind(inner)}")
+        name = check_text(_get(inner, "name", at, "a tool call needs name, arguments"), "name", at)
+        arguments = _get(inner, "arguments", at, "a tool call needs name, arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(check_text(arguments, "arguments", at))
+            except (ValueError, RecursionError) as error:
+                raise RecordError(at, "field 'arguments' is not valid JSON", f" ({error})") from error
+        if not isinstance(arguments, Mapping):
+            raise RecordError(at, "field 'arguments' must be an object", f"; got {_kind(arguments)}")
+        check_text(json.dumps(arguments, ensure_ascii=False), "arguments", at)
+        read.append({"name": name, "arguments": dict(arguments)})
+    return tuple(read)
+
+
+def _tools(record: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], ...]:
+    """The field "tools": a list of objects, or a text that holds one as JSON."""
+    tools = record.get("tools") or []
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(check_text(tools, "tools", where)) if tools.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise RecordError(where, "field 'tools' is not valid JSON", f" ({error})") from error
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise RecordError(where, "field 'tools' must be a list of objects", f"; got {_kind(tools)}")
+    check_text(json.dumps(tools, ensure_ascii=False), "tools", where)
+    return tuple(tools)
+
+
+def call_text(turn: Turn) -> str:
+    """Return content and tool calls of a turn as one text, the calls as Qwen's templates write them.
+
+    Example:
+        >>> call_text(Turn("assistant", "", tool_calls=({"name": "add", "arguments": {"a": 1}},)))
+        '<tool_call>\\n{"name": "add", "arguments": {"a": 1}}\\n</tool_call>'
+    """
+    calls = [
+        f"<tool_call>\n{json.dumps(dict(call), ensure_ascii=False)}\n</tool_call>" for call in turn.tool_calls
+    ]
+    return "\n".join([turn.content] * bool(turn.content) + calls)
 
 
 def _parts(value: Any, field: str, where: str) -> str:
@@ -191,32 +306,43 @@ def _parts(value: Any, field: str, where: str) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         for part in value:
             if not isinstance(part, Mapping) or part.get("type", "text") != "text":
-                raise UnmaskError(f"{where}: field '{field}' has a part that is not text.")
-        return "".join(_text(part.get("text"), f"{field}.text", where) for part in value)
-    return _text(value, field, where)
+                raise RecordError(where, f"field '{field}' has a part that is not text")
+        return "".join(check_text(part.get("text"), f"{field}.text", where) for part in value)
+    return check_text(value, field, where)
 
 
 def _check_order(turns: Sequence[Turn], where: str) -> None:
     roles = [turn.role for turn in turns]
+    listed = ", ".join(roles[:8]) + (", ..." if len(roles) > 8 else "")
     if "assistant" not in roles:
-        raise UnmaskError(
-            f"{where}: there is no assistant turn, so nothing to train on; turns: "
-            f"{', '.join(roles) or 'none'}."
+        raise RecordError(
+            where, "there is no assistant turn, so nothing to train on", f"; turns: {listed or 'none'}"
         )
-    if "user" not in roles[: roles.index("assistant")]:
-        raise UnmaskError(f"{where}: the first assistant turn has no user turn before it.")
+    first = roles.index("assistant")
+    if "user" not in roles[:first]:
+        raise RecordError(
+            where,
+            "turns out of order: the first assistant turn has no user turn before it",
+            f"; expected system (if any), user, assistant, ...; turns: {listed}",
+        )
+    if "tool" in roles[:first]:
+        raise RecordError(
+            where,
+            "turns out of order: a tool turn stands before any assistant turn",
+            f"; expected it after the assistant turn that calls the tool; turns: {listed}",
+        )
 
 
 def _system(record: Mapping[str, Any], field: str | None, where: str) -> list[Turn]:
     value = None if field is None else record.get(field)
     if value is None or value == "":
         return []
-    return [Turn("system", _text(value, str(field), where))]
+    return [Turn("system", check_text(value, str(field), where))]
 
 
 def _with_input(instruction: str, record: Mapping[str, Any], field: str | None, where: str) -> str:
     value = None if field is None else record.get(field)
-    if value is None or not (text := _text(value, str(field), where)).strip():
+    if value is None or not (text := check_text(value, str(field), where)).strip():
         return instruction
     return f"{instruction}\n{text}" if instruction else text
 
@@ -225,27 +351,33 @@ def _get(record: Mapping[str, Any], field: str, where: str, needs: str) -> Any:
     # Tables (Parquet, CSV) write a missing value as None.
     if record.get(field) is None:
         what = f"field '{field}' is null" if field in record else f"no field '{field}'"
-        raise UnmaskError(f"{where}: {what} ({needs}); fields here: {_names(record)}.")
+        raise RecordError(where, what, f" ({needs}); fields here: {_names(record)}")
     return record[field]
 
 
-def _text(value: Any, field: str, where: str) -> str:
+def check_text(value: Any, field: str, where: str) -> str:
+    """Return `value`, checked to be text that a tokenizer can read.
+
+    Raises:
+        RecordError: It is no text, or holds half a surrogate pair.
+    """
     if not isinstance(value, str):
-        raise UnmaskError(f"{where}: field '{field}' must be text; got {_kind(value)}.")
+        raise RecordError(where, f"field '{field}' must be text", f"; got {_kind(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise UnmaskError(
-            f"{where}: field '{field}' holds half a surrogate pair at character {error.start + 1}, "
-            "which is no text."
+        raise RecordError(
+            where,
+            f"field '{field}' holds half a surrogate pair",
+            f" at character {error.start + 1}, which is no text",
         ) from error
     return value
 
 
 def _response(value: Any, field: str, where: str) -> str:
-    text = _text(value, field, where)
+    text = check_text(value, field, where)
     if not text.strip():
-        raise UnmaskError(f"{where}: field '{field}' is empty; a response needs text.")
+        raise RecordError(where, f"field '{field}' is empty", "; a response needs text")
     return text
 
 
@@ -262,4 +394,6 @@ def _kind(value: Any) -> str:
 
 
 def _names(record: Mapping[str, Any]) -> str:
-    return ", ".join(str(name) for name in record) or "none"
+    names = [" ".join(str(name)[:40].split()) for name in record]
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return ", ".join(names[:12]) + more or "none"

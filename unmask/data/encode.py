@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from unmask.data.conversation import (
+    BadRecord,
     Conversation,
     CustomFields,
+    RecordError,
     Turn,
+    check_text,
     detect_format,
     to_conversation,
 )
-from unmask.data.template import ChatLayout, DropRecord, Span, separator_template
+from unmask.data.template import ChatLayout, DropRecord, Span, separator_template, special_strings
 from unmask.errors import UnmaskError
 
 __all__ = [
@@ -27,6 +31,7 @@ __all__ = [
     "encode_records",
     "pack_text",
     "separator_template",
+    "split_documents",
 ]
 
 SEPARATOR = "\n\n### Response:\n"
@@ -40,12 +45,16 @@ BATCH = 256  # records tokenized in one call
 class Example:
     """Token ids of one sequence; `src_mask` True = instruction or context, never masked.
 
-    `sample_id` is the record's number in its source, from 0; -1 where there is none.
+    `sample_id` is the record's number in its source, from 0, with the source in the bits from 40 up; -1
+    where there is none. `source` is the number of the source in the recipe, `epoch` the pass over it
+    in a stream, -1 = the run's own.
     """
 
     input_ids: list[int]
     src_mask: list[bool]
     sample_id: int = -1
+    source: int = 0
+    epoch: int = -1
 
     @property
     def supervised(self) -> int:
@@ -55,22 +64,40 @@ class Example:
 
 @dataclass
 class EncodeReport:
-    """What became of the records. `dropped` maps a reason to (count, first place)."""
+    """What became of the records. `dropped` and `skipped` map a reason to (count, first place).
+
+    Dropped: sound, but of no use under these settings. Skipped: bad input, under on_bad_record="skip".
+    """
 
     records: int = 0
     kept: int = 0
     truncated: int = 0
     dropped: dict[str, tuple[int, str]] = field(default_factory=dict)
+    skipped: dict[str, tuple[int, str]] = field(default_factory=dict)
     tokens: int = 0
     supervised_tokens: int = 0
     formats: dict[str, int] = field(default_factory=dict)
     with_special_strings: int = 0  # contents held strings like "<|im_end|>": read as plain text
     with_turns_after: int = 0  # turns after the last response were left out
+    with_tools_unshown: int = 0  # had a list of tools that the template has no place for
 
     def drop(self, reason: str, where: str) -> None:
         """Count one record as dropped."""
         dropped, first = self.dropped.get(reason, (0, where))
         self.dropped[reason] = (dropped + 1, first)
+
+    def skip(self, error: RecordError) -> None:
+        """Count one record as skipped."""
+        skipped, first = self.skipped.get(error.reason, (0, error.where))
+        self.skipped[error.reason] = (skipped + 1, first)
+
+    def left_out(self) -> list[str]:
+        """Say what was dropped and skipped, and why: "2 skipped: not valid JSON (first: x.jsonl line 4)"."""
+        return [
+            f"{count:,} {what}: {reason} (first: {where})"
+            for what, reasons in (("dropped", self.dropped), ("skipped", self.skipped))
+            for reason, (count, where) in reasons.items()
+        ]
 
 
 class Encoder:
@@ -93,6 +120,7 @@ class Encoder:
     Attributes:
         chat_template: The Jinja template in force; save it with the tokenizer.
         end_token_id: The id that ends a response.
+        shows_tools: Whether the template has a place for a conversation's list of tools.
 
     Raises:
         UnmaskError: A setting is unknown or out of range, the tokenizer lacks a chat template or an
@@ -126,6 +154,8 @@ class Encoder:
         self.too_long = too_long
         self.chat_template = _template(tokenizer, layout, separator)
         self._layout = ChatLayout(tokenizer, self.chat_template)
+        self._backend = _backend(tokenizer)
+        self.shows_tools = self._layout.shows_tools
         self.end_token_id: int = tokenizer.convert_tokens_to_ids(self._layout.end_token)  # pyright: ignore
 
     def encode(self, conversation: Conversation, sample_id: int = -1) -> Example:
@@ -141,9 +171,9 @@ class Encoder:
         example.sample_id = sample_id
         return example
 
-    def encode_prompt(self, turns: Sequence[Turn]) -> list[int]:
+    def encode_prompt(self, turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Encode `turns` up to where the next response would start: the ids that training shows."""
-        spans = self._layout.prompt_spans(self._filter(turns))
+        spans = self._layout.prompt_spans(self._filter(turns), tools=tools)
         [(ids, _)] = self._tokenize([spans])
         return ids
 
@@ -159,23 +189,26 @@ class Encoder:
             trained[:-1] = [False] * (len(trained) - 1)
         if not any(trained):
             raise DropRecord(UNTRAINED)
-        spans = self._layout.spans(turns, trained, conversation.where)
+        spans = self._layout.spans(turns, trained, conversation.where, conversation.tools)
         if self.end_fill > 1 and trained[-1] and not spans[-1].is_response:
             spans.pop()
         return spans
 
     def _tokenize(self, sequences: Sequence[list[Span]]) -> list[tuple[list[int], list[bool]]]:
         """Ids and source masks of several sequences; the only place where either is appended."""
-        pools: dict[bool, list[str]] = {False: [], True: []}
+        pools: dict[bool, dict[str, None]] = {False: {}, True: {}}  # each text once, in order
         for span in (span for spans in sequences for span in spans):
-            pools[span.literal].append(span.text)
-        ids = {literal: iter(self._ids(texts, literal)) for literal, texts in pools.items()}
+            pools[span.literal][span.text] = None
+        ids = {
+            literal: dict(zip(texts, self._ids(list(texts), literal), strict=True))
+            for literal, texts in pools.items()
+        }
         encoded = []
         for spans in sequences:
             input_ids: list[int] = []
             src_mask: list[bool] = []
             for span in spans:
-                piece = next(ids[span.literal])
+                piece = ids[span.literal][span.text]
                 input_ids += piece
                 src_mask += [not span.is_response] * len(piece)
             encoded.append((input_ids, src_mask))
@@ -184,13 +217,19 @@ class Encoder:
     def _ids(self, texts: list[str], literal: bool) -> list[list[int]]:
         if not texts:
             return []
-        return self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            split_special_tokens=literal,
-            verbose=False,
-        )["input_ids"]  # pyright: ignore[reportReturnType]
+        if self._backend is None:
+            return self.tokenizer(
+                texts,
+                add_special_tokens=False,
+                return_attention_mask=False,
+                split_special_tokens=literal,
+                verbose=False,
+            )["input_ids"]  # pyright: ignore[reportReturnType]
+        self._backend.no_padding()  # that of a call by someone else would stay
+        self._backend.no_truncation()
+        self._backend.encode_special_tokens = literal
+        found = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in found]
 
     def _fit(self, ids: list[int], src: list[bool]) -> tuple[Example, bool]:
         """Fill with end tokens and cut to `block_size`; also says whether a response was cut."""
@@ -212,34 +251,66 @@ class Encoder:
 
 
 def encode_records(
-    records: Iterable[tuple[Mapping[str, Any], str]],
+    records: Iterable[tuple[Mapping[str, Any] | BadRecord, str]],
     encoder: Encoder,
     format: str = "auto",
     custom_format: CustomFields | None = None,
+    *,
+    on_bad_record: Literal["stop", "skip"] = "stop",
+    source: int = 0,
 ) -> tuple[list[Example], EncodeReport]:
     """Encode records with their places (see `read_records`), and report what became of them.
 
-    An example's `sample_id` is its record's number, counting dropped ones too.
+    An example's `sample_id` is its record's number, counting those left out too, with `source` in
+    the bits from 40 up.
 
     Raises:
-        UnmaskError: A record is bad input (see `to_conversation`).
+        UnmaskError: A record is bad input (see `to_conversation`) and `on_bad_record` is "stop".
     """
-    examples: list[Example] = []
     report = EncodeReport()
-    records = iter(records)
-    while batch := list(islice(records, BATCH)):
+    items = ((record, where, source << 40 | number) for number, (record, where) in enumerate(records))
+    examples = encode_each(items, encoder, format, custom_format, on_bad_record=on_bad_record, report=report)
+    return list(examples), report
+
+
+def encode_each(
+    items: Iterable[tuple[Mapping[str, Any] | BadRecord, str, int]],
+    encoder: Encoder,
+    format: str = "auto",
+    custom_format: CustomFields | None = None,
+    *,
+    on_bad_record: Literal["stop", "skip"] = "stop",
+    report: EncodeReport | None = None,
+    batch: int = BATCH,
+) -> Iterator[Example]:
+    """Encode a stream of (record, place, sample id), `batch` of them in one call of the tokenizer.
+
+    `report` is filled as the stream is read. The `source` of an example is in its sample id.
+
+    Raises:
+        UnmaskError: A record is bad input (see `to_conversation`) and `on_bad_record` is "stop".
+    """
+    report = EncodeReport() if report is None else report
+    items = iter(items)
+    while records := list(islice(items, batch)):
         rows = []
-        for record, where in batch:
-            sample_id = report.records
+        for record, where, sample_id in records:
             report.records += 1
-            name = detect_format(record, where, custom_format) if format == "auto" else format
-            report.formats[name] = report.formats.get(name, 0) + 1
-            conversation = to_conversation(record, name, where=where, custom_format=custom_format)
-            report.with_turns_after += conversation.turns[-1].role != "assistant"
             try:
+                if isinstance(record, BadRecord):
+                    raise record.error(where)
+                name = detect_format(record, where, custom_format) if format == "auto" else format
+                conversation = to_conversation(record, name, where=where, custom_format=custom_format)
+                report.formats[name] = report.formats.get(name, 0) + 1
                 rows.append((sample_id, where, encoder._spans(conversation)))
+                report.with_turns_after += conversation.turns[-1].role != "assistant"
+                report.with_tools_unshown += bool(conversation.tools) and not encoder.shows_tools
             except DropRecord as reason:
                 report.drop(str(reason), where)
+            except RecordError as error:
+                if on_bad_record == "stop":
+                    raise
+                report.skip(error)
         encoded = encoder._tokenize([spans for _, _, spans in rows])
         for (sample_id, where, spans), (ids, src) in zip(rows, encoded, strict=True):
             report.with_special_strings += any(span.literal for span in spans)
@@ -249,12 +320,41 @@ def encode_records(
                 report.drop(str(reason), where)
                 continue
             example.sample_id = sample_id
-            examples.append(example)
+            example.source = sample_id >> 40
             report.kept += 1
             report.truncated += cut
             report.tokens += len(example.input_ids)
             report.supervised_tokens += example.supervised
-    return examples, report
+            yield example
+
+
+def usable_documents(
+    documents: Iterable[tuple[str | BadRecord, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    report: EncodeReport,
+    on_bad_record: Literal["stop", "skip"] = "stop",
+) -> Iterator[str]:
+    """Yield the texts of (document, place), filling `report` with what they are and what was skipped.
+
+    Raises:
+        RecordError: A document could not be read, or is no text, and `on_bad_record` is "stop".
+    """
+    special = special_strings(tokenizer)
+    for document, where in documents:
+        report.records += 1
+        try:
+            if isinstance(document, BadRecord):
+                raise document.error(where)
+            check_text(document, "text", where)
+        except RecordError as error:
+            if on_bad_record == "stop":
+                raise
+            report.skip(error)
+            continue
+        report.kept += 1
+        report.formats["text"] = report.formats.get("text", 0) + 1
+        report.with_special_strings += special.search(document) is not None
+        yield document
 
 
 def pack_text(
@@ -271,30 +371,136 @@ def pack_text(
     _check_block_size(block_size)
     if tokenizer.eos_token_id is None:
         raise UnmaskError("the tokenizer has no end token (eos_token) to put between documents.")
-    return _blocks(documents, tokenizer, block_size)
+    return _cut(documents, tokenizer, TextBlocks(cast(int, tokenizer.eos_token_id), block_size))
 
 
-def _blocks(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: int
+class TextBlocks:
+    """Joins tokenized documents into blocks, as `pack_text` says; what it carries on is here to be saved.
+
+    Attributes:
+        left: tokens that no block has yet; None before the first document.
+        number: blocks so far.
+    """
+
+    def __init__(self, end_token_id: int, block_size: int) -> None:
+        self.end_token_id = end_token_id
+        self.block_size = block_size
+        self.left: list[int] | None = None
+        self.number = 0
+
+    def add(self, ids: list[int]) -> Iterator[Example]:
+        """Yield the blocks that are full with this document."""
+        joined = ids if self.left is None else [*self.left, self.end_token_id, *ids]
+        whole = len(joined) - len(joined) % self.block_size
+        self.left = joined[whole:]
+        for start in range(0, whole, self.block_size):
+            self.number += 1
+            block = joined[start : start + self.block_size]
+            yield Example(block, [False] * len(block), self.number - 1)
+
+    def finish(self) -> Iterator[Example]:
+        """Yield the last block, which may be shorter.
+
+        Raises:
+            UnmaskError: There is no text at all.
+        """
+        block, self.left = self.left, []
+        if block:
+            self.number += 1
+            yield Example(block, [False] * len(block), self.number - 1)
+        elif self.number == 0:
+            raise UnmaskError("there is no text to pack: the documents are empty.")
+
+
+def split_documents(
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    long_documents: Literal["split", "cut"] = "split",
+    *,
+    source: int = 0,
+    report: EncodeReport | None = None,
 ) -> Iterator[Example]:
-    left: list[int] = []
-    number = 0
-    for index, document in enumerate(documents):
-        if index:
-            left.append(tokenizer.eos_token_id)  # pyright: ignore[reportArgumentType]
-        left += tokenizer(document, add_special_tokens=False, split_special_tokens=True, verbose=False)[
-            "input_ids"
-        ]
-        whole = len(left) - len(left) % block_size
-        for start in range(0, whole, block_size):
-            ids = left[start : start + block_size]
-            yield Example(ids, [False] * block_size, number)
-            number += 1
-        left = left[whole:]
-    if left:
-        yield Example(left, [False] * len(left), number)
-    elif number == 0:
-        raise UnmaskError("there is no text to pack: the documents are empty.")
+    """Encode each document with its end token as an example of its own, for packed pre-training.
+
+    One longer than `block_size` becomes several examples ("split": every part but the last has
+    `block_size` tokens, the end token comes in the last) or loses its end ("cut", counted as truncated).
+    `src_mask` is all False, and `sample_id` counts the parts, with `source` in the bits from 40 up.
+    `report` is filled with the tokens as the documents are read. Special-token strings in a document are
+    read as plain text.
+
+    Raises:
+        UnmaskError: A setting is unknown or out of range, the tokenizer has no end token, or there is no
+            text.
+    """
+    _check_block_size(block_size)
+    _one_of("long_documents", long_documents, ("split", "cut"))
+    if tokenizer.eos_token_id is None:
+        raise UnmaskError("the tokenizer has no end token (eos_token) to end documents with.")
+    parts = TextParts(
+        cast(int, tokenizer.eos_token_id), block_size, cut=long_documents == "cut", source=source
+    )
+    if report is not None:
+        parts.report = report
+    return _cut(documents, tokenizer, parts)
+
+
+class TextParts:
+    """Cuts tokenized documents into examples of their own, as `split_documents` says.
+
+    Attributes:
+        number: examples so far.
+        report: filled with the tokens.
+    """
+
+    def __init__(self, end_token_id: int, block_size: int, *, cut: bool = False, source: int = 0) -> None:
+        self.end_token_id = end_token_id
+        self.block_size = block_size
+        self.cut = cut
+        self.source = source
+        self.number = 0
+        self.report = EncodeReport()
+
+    def add(self, ids: list[int]) -> Iterator[Example]:
+        """Yield the examples of this document."""
+        if not ids:
+            return  # a lone end token would teach nothing but where documents are empty
+        ids = [*ids, self.end_token_id]
+        if self.cut and len(ids) > self.block_size:
+            ids = ids[: self.block_size]
+            self.report.truncated += 1
+        self.report.tokens += len(ids)
+        self.report.supervised_tokens += len(ids)
+        for start in range(0, len(ids), self.block_size):
+            part = ids[start : start + self.block_size]
+            self.number += 1
+            sample_id = (self.source << 40) + self.number - 1
+            yield Example(part, [False] * len(part), sample_id, self.source)
+
+    def finish(self) -> Iterator[Example]:
+        """Yield nothing more.
+
+        Raises:
+            UnmaskError: There is no text at all.
+        """
+        if self.number == 0:
+            raise UnmaskError("there is no text to pack: the documents are empty.")
+        yield from ()
+
+
+def document_ids(document: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokenize a document for pre-training: special-token strings in it are plain text."""
+    return tokenizer(document, add_special_tokens=False, split_special_tokens=True, verbose=False)[
+        "input_ids"
+    ]  # pyright: ignore[reportReturnType]
+
+
+def _cut(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, way: TextBlocks | TextParts
+) -> Iterator[Example]:
+    for document in documents:
+        yield from way.add(document_ids(document, tokenizer))
+    yield from way.finish()
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, layout: str, separator: str) -> str:
@@ -308,6 +514,16 @@ def _template(tokenizer: PreTrainedTokenizerBase, layout: str, separator: str) -
     if not tokenizer.chat_template:
         raise UnmaskError("the tokenizer has no chat template; use layout=separator.")
     return tokenizer.get_chat_template()
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
+    """The tokenizer without its wrapping, which costs a fifth of the time; None if that does more."""
+    plain = PreTrainedTokenizerFast
+    if not isinstance(tokenizer, plain):
+        return None
+    own = ("__call__", "_encode_plus")
+    same = all(getattr(type(tokenizer), name) is getattr(plain, name) for name in own)
+    return tokenizer.backend_tokenizer if same else None
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from unmask.data.encode import EncodeReport, Example
+from unmask.data.encode import Example
+from unmask.data.survey import Survey, place, sections
 
 STYLES = {"source": "dim", "response": "green", "end": "black on yellow", "text": "green"}
 MEANINGS = {
@@ -20,7 +21,8 @@ MEANINGS = {
     "end": "end token, supervised",
     "text": "supervised",
 }
-BINS = 10
+# Line and paragraph ends, what turns the direction of a text, and the byte order mark.
+_INVISIBLE = re.compile("[\u2028-\u202e\u2066-\u2069\ufeff]")
 BAR = 40  # characters of the longest bar
 SHOWN = 400  # characters of one piece, before its middle is left out
 
@@ -30,9 +32,12 @@ def show_examples(
     tokenizer: PreTrainedTokenizerBase,
     *,
     limit: int = 3,
+    names: Sequence[str] = (),
     console: Console | None = None,
 ) -> None:
     """Print the first `limit` examples piece by piece, each piece with its kind and its tokens.
+
+    `names` are those of the sources, in the recipe's order.
 
     Kinds: source (never masked), response, and the end tokens that close one; "text" in place of
     response where nothing is source (pre-training). A line break shows as ⏎ before it breaks.
@@ -42,7 +47,7 @@ def show_examples(
     plain = _plain(console)
     kinds: list[str] = []
     for number, example in enumerate(shown, 1):
-        name = "" if example.sample_id < 0 else f", record {example.sample_id + 1}"
+        name = f", {of}" if (of := place(example, names)) else ""
         total = len(example.input_ids)
         console.print(
             f"example {number} of {len(examples)}{name}: {total} tokens, {example.supervised} supervised",
@@ -53,7 +58,7 @@ def show_examples(
         table.add_column(no_wrap=True)
         table.add_column(justify="right", no_wrap=True, style="dim")
         table.add_column(overflow="fold")
-        for kind, ids in _pieces(example, tokenizer):
+        for kind, ids in pieces(example, tokenizer):
             kinds.append(kind)
             # Repeated end tokens show once; their number stands beside.
             text = visible(str(tokenizer.decode(ids[:1] if kind == "end" else ids)), plain=plain)
@@ -65,49 +70,29 @@ def show_examples(
     console.print(Text(" | ").join(legend), highlight=False)
 
 
-def show_report(
-    examples: Sequence[Example],
-    report: EncodeReport | None = None,
-    *,
-    block_size: int | None = None,
-    console: Console | None = None,
-) -> None:
-    """Print the length histogram, the share of supervised tokens and what became of the records.
-
-    `report` is None for pre-training, where blocks of text have no records to lose.
-    """
+def show_report(found: Survey, *, console: Console | None = None) -> None:
+    """Print lengths, shares, filled positions, duplicates, and what became of the records."""
     console = console or Console()
-    if examples:
-        _show_lengths([len(example.input_ids) for example in examples], block_size, console)
-    tokens = sum(len(example.input_ids) for example in examples)
-    supervised = sum(example.supervised for example in examples)
-    share = 100 * supervised / tokens if tokens else 0.0
+    _show_lengths(found, console)
+    share = 100 * found.supervised / found.tokens if found.tokens else 0.0
     console.print(
-        f"supervised: {supervised:,} of {tokens:,} tokens ({share:.1f}%) in {len(examples):,} sequences",
+        f"supervised: {found.supervised:,} of {found.tokens:,} tokens ({share:.1f}%)"
+        f" in {found.sequences:,} sequences",
         highlight=False,
     )
-    if report is None:
-        return
-    formats = ", ".join(f"{name} ({count:,})" for name, count in report.formats.items())
-    console.print(f"format: {formats or 'none'}", highlight=False)
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column(overflow="fold")
-    table.add_row("records", f"{report.records:,}", "")
-    table.add_row(Text("kept", "green"), f"{report.kept:,}", "")
-    table.add_row("  truncated", f"{report.truncated:,}", "cut at block_size, end token lost")
-    dropped = sum(count for count, _ in report.dropped.values())
-    table.add_row(Text("dropped", "red" if dropped else ""), f"{dropped:,}", "")
-    for reason, (count, where) in report.dropped.items():
-        table.add_row("", f"{count:,}", Text(f"{reason}; first: {where}"))
-    if report.with_special_strings:
-        note = "held strings like special tokens, read as plain text"
-        table.add_row("noted", f"{report.with_special_strings:,}", note)
-    if report.with_turns_after:
-        note = "had turns after the last response, left out"
-        table.add_row("noted", f"{report.with_turns_after:,}", note)
-    console.print(table, highlight=False)
+    for title, rows in sections(found):
+        console.print(f"{title}:", highlight=False)
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        table.add_column(overflow="fold", max_width=60)
+        table.add_column(justify="right", no_wrap=True)
+        table.add_column(overflow="fold")
+        for label, value, note in rows:
+            style = (
+                {"kept": "green", "dropped": "red", "skipped": "red"}.get(label, "") if value != "0" else ""
+            )
+            plain = _plain(console)
+            table.add_row(Text(f"  {visible(label, plain=plain)}", style), value, visible(note, plain=plain))
+        console.print(table, highlight=False, markup=False)
 
 
 def visible(text: str, *, plain: bool = False) -> str:
@@ -122,7 +107,7 @@ def visible(text: str, *, plain: bool = False) -> str:
             shown.append(char)
         elif ord(char) < 32:
             shown.append(chr(0x2400 + ord(char)))
-        elif 0x7F <= ord(char) < 0xA0 or char in "\u2028\u2029" or "\u202a" <= char <= "\u202e":
+        elif 0x7F <= ord(char) < 0xA0 or _INVISIBLE.match(char):
             shown.append(f"\\u{ord(char):04x}")
         else:
             shown.append(char)
@@ -134,8 +119,8 @@ def _plain(console: Console) -> bool:
     return not (console.encoding or "").lower().startswith("utf")
 
 
-def _pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[int]]]:
-    """Runs of tokens of one kind."""
+def pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[int]]]:
+    """Cut an example into runs of tokens of one kind, a key of `MEANINGS`."""
     # Text never holds control tokens, so a supervised one can only end a response.
     added = tokenizer.added_tokens_decoder.items()
     ends = {index for index, token in added if token.special}
@@ -157,25 +142,21 @@ def _shortened(text: str) -> str:
     return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
 
 
-def _show_lengths(lengths: Sequence[int], block_size: int | None, console: Console) -> None:
+def _show_lengths(found: Survey, console: Console) -> None:
     """A bar for each range of lengths."""
-    low, high = min(lengths), max(lengths)
-    ordered = sorted(lengths)
-    of = "" if block_size is None else f" (block_size {block_size:,})"
+    if found.lengths is None:
+        return
+    low, median, high = found.lengths
+    of = "" if found.block_size is None else f" (block_size {found.block_size:,})"
     console.print(
-        f"length in tokens{of}: shortest {low:,}, median {ordered[len(ordered) // 2]:,}, longest {high:,}",
+        f"length in tokens{of}: shortest {low:,}, median {median:,}, longest {high:,}",
         highlight=False,
     )
-    width = (high - low) // BINS + 1
-    counts = [0] * ((high - low) // width + 1)
-    for length in lengths:
-        counts[(length - low) // width] += 1
     block = "#" if _plain(console) else "█"
     digits = len(f"{high:,}")
-    for index, count in enumerate(counts):
-        start = low + index * width
-        stop = min(start + width - 1, high)
-        bar = block * -(-count * BAR // max(counts))
+    most = max(count for _, _, count in found.histogram)
+    for start, stop, count in found.histogram:
+        bar = block * -(-count * BAR // most)
         label = f"{start:>{digits},} to {stop:>{digits},}"
         console.print(
             Text.assemble("  ", label, "  ", (bar, "cyan"), " " if bar else "", f"{count:,}"),

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from unmask.data.conversation import Turn
+from unmask.data.conversation import RecordError, Turn, call_text
+from unmask.data.skeleton import Skeletons
 from unmask.errors import UnmaskError
 
+FIRST_MARK = "\ue0000\ue001"  # in nearly all conversations
 REWRITTEN = "the chat template rewrites the response beyond recognition"
 
 
@@ -32,6 +34,15 @@ class Span(NamedTuple):
     text: str
     is_response: bool
     literal: bool = False
+
+
+def special_strings(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Return what finds strings of the tokenizer's control tokens in a text."""
+    specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    specials |= set(tokenizer.all_special_tokens)
+    # Longest first, so that of two tokens with one beginning the longer is found.
+    choices = "|".join(map(re.escape, sorted(specials, key=len, reverse=True)))
+    return re.compile(choices or "(?!)")
 
 
 def separator_template(separator: str) -> str:
@@ -70,40 +81,32 @@ class ChatLayout:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str) -> None:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
-        added = tokenizer.added_tokens_decoder.values()
-        specials = {token.content for token in added if token.special}
-        specials |= set(tokenizer.all_special_tokens)
-        # Longest first, so that of two tokens with one beginning the longer is found.
-        choices = "|".join(map(re.escape, sorted(specials, key=len, reverse=True)))
-        self._special = re.compile(choices or "(?!)")
+        self._special = special_strings(tokenizer)
+        self._writes_calls = "tool_calls" in chat_template
+        self.shows_tools = re.search(r"\btools\b", chat_template) is not None
+        self._skeletons = Skeletons(chat_template, dict(tokenizer.special_tokens_map))
         self.end_token = self._find_end_token()
         self._end = re.compile(r"\s*" + re.escape(self.end_token))
 
-    def spans(self, turns: Sequence[Turn], trained: Sequence[bool], where: str) -> list[Span]:
+    def spans(
+        self,
+        turns: Sequence[Turn],
+        trained: Sequence[bool],
+        where: str,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[Span]:
         """Render `turns` and cut the text; `trained[i]` says that turn i is a response to learn.
 
-        A response takes the end token after it along. The texts joined are the rendering.
+        A response takes the tool calls and the end token after it along. The texts joined are the
+        rendering. `tools` are shown if the template has a place for them (`shows_tools`).
 
         Raises:
             DropRecord: The template rewrites a response so that it cannot be found.
-            UnmaskError: The template refuses the conversation.
+            RecordError: The template refuses the conversation.
         """
-        contents, mark, hidden = self._hide_specials([turn.content for turn in turns])
-        messages = _messages(turns, contents)
+        messages, shown, mark, hidden = self._messages(turns, tools)
         places = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
-        text = self._render(messages, where)
-        marks = {place: f"{mark}r{place}\ue002" for place in places}
-        marked = [marks.get(i, content) for i, content in enumerate(contents)]
-        anchors = _split(self._render(_messages(turns, marked), where), list(marks.values()))
-        if anchors is None:
-            raise DropRecord(REWRITTEN)
-        responses = [contents[place] for place in places]
-        bounds = _match(text, anchors, responses)
-        if bounds is None:
-            headers = [self._header(messages[:place], where) for place in places]
-            bounds = _search(text, anchors, responses, headers)
-        if bounds is None:
-            raise DropRecord(REWRITTEN)
+        text, bounds = self._located(messages, shown, mark, places, where)
 
         pieces: list[Span] = []
         done = 0
@@ -117,18 +120,88 @@ class ChatLayout:
         pieces.append(Span(text[done:], False))
         return self._show_specials(pieces, mark, hidden)
 
-    def prompt_spans(self, turns: Sequence[Turn], where: str = "the prompt") -> list[Span]:
+    def _located(
+        self,
+        messages: list[dict[str, Any]],
+        shown: Sequence[Any],
+        mark: str,
+        places: list[int],
+        where: str,
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text the template renders, and where the assistant turns, at `places`, stand in it."""
+        marks = {place: f"{mark}r{place}\ue002" for place in places}
+        marked = [
+            {"role": "assistant", "content": marks[i]} if i in marks else message
+            for i, message in enumerate(messages)
+        ]
+        # The quick way, for what has nothing but text; the mark is then the same for all.
+        plain = not shown and mark == FIRST_MARK and all(len(message) == 2 for message in messages)
+        roles = [message["role"] for message in messages]
+        contents = [message["content"] for message in messages]
+        if plain and (located := self._skeletons.fill(roles, contents)):
+            return located
+        text = self._render(messages, where, shown)
+        anchors = _split(self._render(marked, where, shown), list(marks.values()))
+        if anchors is None:
+            raise DropRecord(REWRITTEN)
+        responses = [contents[place] for place in places]
+        bounds = _match(text, anchors, responses)
+        if bounds is not None and plain:
+            self._skeletons.learn(roles, contents, [m["content"] for m in marked], (text, bounds))
+        if bounds is None:
+            headers = [self._header(messages[:place], where, shown) for place in places]
+            bounds = _search(text, anchors, responses, headers)
+        if bounds is None:
+            raise DropRecord(REWRITTEN)
+        return text, bounds
+
+    def prompt_spans(
+        self, turns: Sequence[Turn], where: str = "the prompt", tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[Span]:
         """Render `turns` up to where the next response would begin."""
-        contents, mark, hidden = self._hide_specials([turn.content for turn in turns])
+        messages, shown, mark, hidden = self._messages(turns, tools)
         response = f"{mark}r\ue002"
-        messages = [*_messages(turns, contents), {"role": "assistant", "content": response}]
-        anchors = _split(self._render(messages, where), [response])
+        messages = [*messages, {"role": "assistant", "content": response}]
+        anchors = _split(self._render(messages, where, shown), [response])
         if anchors is None:
             raise UnmaskError(f"{where}: the chat template does not write a response after it.")
         return self._show_specials([Span(anchors[0], False)], mark, hidden)
 
+    def _messages(
+        self, turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[dict[str, Any]], list[Any], str, list[str]]:
+        """What the template is given, messages and tools, with special-token strings hidden by marks.
+
+        Tool calls are left to a template that knows them; for others they are written into the content.
+        Also returns a mark that occurs nowhere in them, and what was hidden.
+        """
+        messages: list[dict[str, Any]] = []
+        for turn in turns:
+            if not (turn.tool_calls and self._writes_calls):
+                messages.append({"role": turn.role, "content": call_text(turn)})
+                continue
+            calls = [{"type": "function", "function": dict(call)} for call in turn.tool_calls]
+            messages.append({"role": turn.role, "content": turn.content, "tool_calls": calls})
+        given = [messages, list(tools) if self.shows_tools else []]
+        if all(len(message) == 2 for message in messages) and not given[1]:
+            # Nothing but contents: the usual case, and faster so.
+            given = [[message["content"] for message in messages], []]
+        mark = _fresh_mark(given)
+        hidden: list[str] = []
+
+        def hide(match: re.Match[str]) -> str:
+            hidden.append(match.group())
+            return f"{mark}s{len(hidden) - 1}\ue002"
+
+        changed, shown = _in_texts(given, lambda text: self._special.sub(hide, text))
+        if given[0] is not messages:
+            changed = [
+                {**message, "content": text} for message, text in zip(messages, changed, strict=True)
+            ]
+        return changed, shown, mark, hidden
+
     def _find_end_token(self) -> str:
-        response = f"{_fresh_mark([])}r\ue002"
+        response = f"{_fresh_mark(())}r\ue002"
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": response}]
         anchors = _split(self._render(messages, "a conversation of two turns"), [response])
         if anchors is None:
@@ -144,39 +217,34 @@ class ChatLayout:
             )
         return end.group(1)
 
-    def _render(self, messages: list[dict[str, str]], where: str, generation: bool = False) -> str:
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        where: str,
+        tools: Sequence[Any] = (),
+        generation: bool = False,
+    ) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
                 messages,
+                tools=list(tools) or None,
                 tokenize=False,
                 chat_template=self.chat_template,
                 add_generation_prompt=generation,
             )
         except (TemplateError, TypeError) as error:
             reason = str(error).strip() or type(error).__name__
-            raise UnmaskError(f"{where}: the chat template refuses the turns: {reason}") from error
+            raise RecordError(
+                where, "the chat template refuses the turns", f": {reason.rstrip('.')}"
+            ) from error
         assert isinstance(text, str)
         return text
 
-    def _header(self, messages: list[dict[str, str]], where: str) -> str:
+    def _header(self, messages: list[dict[str, Any]], where: str, tools: Sequence[Any]) -> str:
         """What the template writes to open a response after `messages`."""
-        before = self._render(messages, where)
-        opened = self._render(messages, where, generation=True)
+        before = self._render(messages, where, tools)
+        opened = self._render(messages, where, tools, generation=True)
         return opened.removeprefix(before) if opened.startswith(before) else ""
-
-    def _hide_specials(self, contents: list[str]) -> tuple[list[str], str, list[str]]:
-        """Replace special-token strings in `contents` by private marks, before rendering.
-
-        Returns the contents, a mark that occurs in none of them, and what was replaced.
-        """
-        mark = _fresh_mark(contents)
-        hidden: list[str] = []
-
-        def hide(match: re.Match[str]) -> str:
-            hidden.append(match.group())
-            return f"{mark}s{len(hidden) - 1}\ue002"
-
-        return [self._special.sub(hide, content) for content in contents], mark, hidden
 
     def _show_specials(self, pieces: list[Span], mark: str, hidden: list[str]) -> list[Span]:
         pieces = [piece for piece in pieces if piece.text]
@@ -192,16 +260,23 @@ class ChatLayout:
         return [piece for piece in shown if piece.text]
 
 
-def _fresh_mark(contents: Sequence[str]) -> str:
-    """A string that no content holds, of private-use characters, which templates pass on."""
+def _fresh_mark(given: Any) -> str:
+    """A string that no text in `given` holds, of private-use characters, which templates pass on."""
+    texts: list[str] = []
+    _in_texts(given, lambda text: texts.append(text) or text)
     number = 0
-    while any(f"\ue000{number}\ue001" in content for content in contents):
+    while any(f"\ue000{number}\ue001" in text for text in texts):
         number += 1
     return f"\ue000{number}\ue001"
 
 
-def _messages(turns: Sequence[Turn], contents: Sequence[str]) -> list[dict[str, str]]:
-    return [{"role": turn.role, "content": content} for turn, content in zip(turns, contents, strict=True)]
+def _in_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """`value`, of JSON's types, with every text in it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_in_texts(key, change): _in_texts(inner, change) for key, inner in value.items()}
+    return [_in_texts(inner, change) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _split(text: str, marks: list[str]) -> list[str] | None:

@@ -10,7 +10,7 @@ Shapes: B batch, L sequence, Q query columns, K key columns.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -146,8 +146,10 @@ def _allowed(layout: Layout, wanted: Tensor) -> Tensor:
     return (wanted & both) | (itself & ~layout.is_token[:, :, None])
 
 
-def kernel_mask(attend: Bool[Tensor, "B Q K"], implementation: str, dtype: torch.dtype) -> Tensor:
-    """Turn an attention mask into what transformers' kernel of this name takes, (B, 1, Q, K).
+def kernel_mask(attend: Bool[Tensor, "B Q K"], implementation: str, dtype: torch.dtype) -> Any:
+    """Turn an attention mask into what transformers' kernel of this name takes, of shape (B, 1, Q, K).
+
+    That of flex attention is a `BlockMask`, which lets it pass over the blocks between packed documents.
 
     Raises:
         UnmaskError: a kernel that takes no mask of this shape.
@@ -156,6 +158,13 @@ def kernel_mask(attend: Bool[Tensor, "B Q K"], implementation: str, dtype: torch
         return attend[:, None]
     if implementation == "eager":  # added to the scores
         return torch.zeros_like(attend, dtype=dtype).masked_fill(~attend, torch.finfo(dtype).min)[:, None]
+    if implementation == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        batch, queries, keys = attend.shape
+        return create_block_mask(
+            lambda b, h, q, k: attend[b, q, k], batch, None, queries, keys, device=attend.device
+        )
     raise UnmaskError(
         f"attn_implementation {implementation!r} cannot do packed rows, block-causal or annealed attention;"
         " use sdpa."

@@ -41,6 +41,7 @@ from unmask.diffusion.keyed import (
 from unmask.diffusion.objective import Objective, Schedule
 
 _GOLDEN = round((math.sqrt(5) - 1) / 2 * 2**24)  # multiples of the golden ratio modulo 1 are spread evenly
+_SILVER = round((math.sqrt(2) - 1) * 2**24)  # and so are these, also together with those
 
 
 class Noised(NamedTuple):
@@ -74,8 +75,10 @@ class Drawn(NamedTuple):
         return self._replace(noised=Noised(x_t, is_masked, 1 - self.noised.t))
 
 
-def example_seeds(seed: int, sample_ids: Int[Tensor, "..."], epoch: int) -> Int[Tensor, "..."]:
-    """Derive the `noise_seed` of each sample from the run's seed, the sample's id and the epoch."""
+def example_seeds(
+    seed: int, sample_ids: Int[Tensor, "..."], epoch: Int[Tensor, "..."] | int
+) -> Int[Tensor, "..."]:
+    """Derive the `noise_seed` of each sample from the run's seed, its id and the epoch (or its own)."""
     return keyed_hash(seed, STREAM_SEED, sample_ids, epoch)
 
 
@@ -97,6 +100,16 @@ def low_discrepancy(seed: int, step: int, place: Int[Tensor, "..."], total: int)
     """
     shift = keyed_uniform(torch.tensor(seed, device=place.device), STREAM_STRATA, step)
     return (place.float() / total + shift) % 1.0
+
+
+def document_strata(strata: Float[Tensor, "B"], documents: int) -> Float[Tensor, "B D"]:
+    """Give each document of a packed row a stratum of its own: that of the row, shifted by d silver ratios.
+
+    Not by golden ones, as blocks of a document are: block b + 1 of one would share its rate with block b of
+    the next.
+    """
+    shift = torch.arange(documents, device=strata.device) * _SILVER & (2**24 - 1)
+    return (strata[:, None] + shift * 2.0**-24) % 1.0
 
 
 def masking_rate(

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from unmask.data.conversation import CustomFields, detect_format, to_conversation
+from unmask.data.conversation import CustomFields, call_text, detect_format, to_conversation
 from unmask.data.encode import Encoder
 from unmask.generation.complete import Completion
 
@@ -44,8 +44,10 @@ def make_prompts(
     prompts = []
     for record, where in records:
         name = detect_format(record, where, custom_format) if format == "auto" else format
-        turns = to_conversation(record, name, where=where, custom_format=custom_format).turns
+        conversation = to_conversation(record, name, where=where, custom_format=custom_format)
+        turns = conversation.turns
         last = max(index for index, turn in enumerate(turns) if turn.role == "assistant")
         asked = next((turn for turn in reversed(turns[:last]) if turn.role == "user"), turns[0])
-        prompts.append(Prompt(encoder.encode_prompt(turns[:last]), asked.content, turns[last].content))
+        ids = encoder.encode_prompt(turns[:last], conversation.tools)
+        prompts.append(Prompt(ids, asked.content, call_text(turns[last])))
     return prompts

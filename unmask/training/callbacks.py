@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+SHARE = "share/"  # before the name of a source whose share of the tokens is logged
+
 
 class ConsoleProgress(TrainerCallback):
     """A progress bar, and above it one line for each logged loss.
@@ -71,6 +73,10 @@ class ConsoleProgress(TrainerCallback):
                 f"  learning rate {float(logs['learning_rate']):.2e}{seconds}",
                 highlight=False,
             )
+            shares = [(name.removeprefix(SHARE), logs[name]) for name in logs if name.startswith(SHARE)]
+            if shares:
+                said = ", ".join(f"{name} {share:.1%}" for name, share in shares)
+                self.console.print(f"  tokens so far: {said}", highlight=False, markup=False)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

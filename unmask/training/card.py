@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,18 +27,21 @@ def write_card(
     data: RunData,
     held_out_loss: float | None,
     exact_match: tuple[float, float] | None,
+    left_out: Sequence[str] = (),
 ) -> None:
-    """Write `README.md` and `recipe.yaml` into `aside`, which is going to be `folder`."""
+    """Write `README.md` and `recipe.yaml` into `aside`, which is going to be `folder`.
+
+    `left_out` says which records were not trained on, and why.
+    """
     rows = {
         "training mode": recipe.training_mode,
         "started from": recipe.model.name_or_path or "random weights",
         "parameters": f"{model.num_parameters():,}",
         "logit shift": "on" if model.config.logit_shift else "off",
         "attention": attention_of(model.config),
-        "data": recipe.data.dataset_name
-        if isinstance(recipe.data.dataset_name, str)
-        else ", ".join(recipe.data.dataset_name),
-        "training examples": f"{len(data.train):,}",
+        "data": _cell(_data_names(recipe)),
+        **({} if recipe.data.streaming else {"training examples": f"{len(data.train):,}"}),
+        **({"records left out": _cell("; ".join(left_out))} if left_out else {}),
         "optimizer steps": f"{state.global_step:,}",
         "sequences per step": recipe.global_batch_size,
         f"mean training loss ({loss_unit(recipe)})": f"{metrics.get('train_loss', float('nan')):.4f}",
@@ -83,3 +87,17 @@ model = unmask.load_model("{folder}")
 """
     (aside / "README.md").write_text(text, encoding="utf-8")
     (aside / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+
+
+def _data_names(recipe: Recipe) -> str:
+    if recipe.data.sources is not None:
+        return ", ".join(
+            f"{source.dataset_name} (weight {source.weight:g})" for source in recipe.data.sources
+        )
+    names = recipe.data.dataset_name
+    return names if isinstance(names, str) else ", ".join(names or ())
+
+
+def _cell(text: str) -> str:
+    """Text as a cell of a Markdown table."""
+    return text.replace("|", "\\|")

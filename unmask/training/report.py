@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import islice
+from typing import Any, cast
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, TrainingArguments
 
+from unmask.data.mixture import shares
+from unmask.data.pack import Row, filled
+from unmask.data.stream import CHUNK, count_sources
 from unmask.evaluation.exact_match import Prompt, exact_share, is_exact
 from unmask.generation.complete import Completion, complete
 from unmask.generation.trace import trace_lines
@@ -73,26 +77,63 @@ def attention_of(config: Any) -> str:
 def say_what_runs(
     console: Console, recipe: Recipe, model: PreTrainedModel, data: RunData, args: TrainingArguments
 ) -> None:
-    tokens = sum(len(example.input_ids) for example in data.train)
-    supervised = sum(example.supervised for example in data.train)
+    tokens, supervised = data.totals()
     origin = recipe.model.name_or_path or "random weights"
     console.print(
         f"{type(model).__name__} from {origin}: {model.num_parameters():,} parameters,"
         f" logit shift {'on' if model.config.logit_shift else 'off'}, {attention_of(model.config)} attention,"
         f" {args.device}, {recipe.precision}"
     )
+    what = "stream, the beginning of each source" if recipe.data.streaming else "data"
     console.print(
-        f"data: {len(data.train):,} examples, {tokens:,} tokens, {supervised / tokens:.0%} supervised,"
+        f"{what}: {len(data.train):,} examples, {tokens:,} tokens, {supervised / tokens:.0%} supervised,"
         f" {len(data.held_out):,} held out"
     )
+    if data.row_length is not None:
+        share = filled(cast(list[Row], data.rows), data.row_length)
+        console.print(
+            f"packing: {len(data.rows):,} rows of at most {data.row_length:,} tokens, {share:.1%} of their"
+            f" positions filled, {len(data.train) / len(data.rows):.3g} sequences a row"
+        )
     if data.report is not None:
         formats = ", ".join(f"{name} ({count:,})" for name, count in data.report.formats.items())
-        console.print(f"format: {formats}; truncated {data.report.truncated:,}")
-        for reason, (count, where) in data.report.dropped.items():
-            console.print(f"dropped {count:,}: {reason} (first: {where})")
-    epochs = recipe.max_steps * recipe.global_batch_size / len(data.train)
+        console.print(f"format: {formats or 'text'}; truncated {data.report.truncated:,}")
+    for line in data.left_out():
+        console.print(line, markup=False)
+    epochs = f", {recipe.max_steps * recipe.global_batch_size / len(data.rows):.3g} epochs"
+    if data.stream is not None:
+        epochs = f", {len(data.stream.mixture.sources)} source(s) by weight"
+    rows = "sequences" if data.row_length is None else "rows"
     console.print(
-        f"{recipe.max_steps:,} steps of {recipe.global_batch_size} sequences"
+        f"{recipe.max_steps:,} steps of {recipe.global_batch_size} {rows}"
         f" ({args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x"
-        f" {args.world_size}), {epochs:.3g} epochs"
+        f" {args.world_size}){epochs}"
     )
+
+
+def first_shares(data: RunData) -> str:
+    """Say which share each source of a mixture has of the first chunk of the run."""
+    assert data.stream is not None
+    sources = data.stream.mixture.sources
+    counts = count_sources(islice((row for row, _, _ in data.stream.rows()), CHUNK), len(sources))
+    many = sum(examples for examples, _ in counts)
+    return f"the run's first {many:,} sequences: {shares(counts, [source.label for source in sources])}"
+
+
+def stream_lines(
+    counts: list[list[int]], left_out: list[str], data: RunData, state: TrainerState
+) -> list[str]:
+    """Say what a run took from its stream, a line each: the shares of sources, and what was left out."""
+    if data.stream is None:
+        return []
+    lines = []
+    if state.global_step < state.max_steps:
+        lines.append(
+            f"the data ended after step {state.global_step} of {state.max_steps}:"
+            " every source has had its epochs"
+        )
+    examples, tokens = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
+    lines.append(f"taken from the stream: {examples:,} examples, {tokens:,} tokens")
+    if len(counts) > 1:
+        lines.append(f"shares: {shares(counts, [source.label for source in data.stream.mixture.sources])}")
+    return lines + left_out

@@ -30,7 +30,7 @@ from unmask.recipe import Recipe, load_recipe, recipe_fields
 from unmask.training.callbacks import ConsoleProgress, LossCurve
 from unmask.training.card import write_card
 from unmask.training.dataset import ExampleDataset, custom_fields, load_data, run_tokenizer
-from unmask.training.report import answer_prompts, say_what_runs, show_answers
+from unmask.training.report import answer_prompts, say_what_runs, show_answers, stream_lines
 from unmask.training.schedule import (
     check_attention,
     check_block_sizes,
@@ -85,7 +85,7 @@ def train(recipe: Recipe, console: Console | None = None) -> TrainResult:
     if prompts:  # the canvas a model is measured on is the one it is used with, unless told otherwise
         cast(Any, model.generation_config).set(max_new_tokens=recipe.evaluation.max_new_tokens)
     say_what_runs(console, recipe, model, data, args)
-    for note in schedule_notes(recipe, data.train, model.config.block_length):
+    for note in schedule_notes(recipe, data.rows, model.config.block_length):
         console.print(note)
 
     progress = ConsoleProgress(console, loss_unit(recipe))
@@ -96,8 +96,8 @@ def train(recipe: Recipe, console: Console | None = None) -> TrainResult:
             training_mode=recipe.training_mode,
             curriculum=make_curriculum(recipe),
             time_sampling=recipe.model.time_sampling,
-            train_dataset=ExampleDataset(data.train),
-            eval_dataset=ExampleDataset(data.held_out) if data.held_out else None,
+            train_dataset=cast(Any, data.stream or ExampleDataset(data.rows)),
+            eval_dataset=ExampleDataset(data.held_out_rows) if data.held_out else None,
             data_collator=partial(collate, pad_token_id=cast(int, tokenizer.pad_token_id)),
             processing_class=tokenizer,
             callbacks=[progress, LossCurve(loss_unit(recipe))],
@@ -115,6 +115,9 @@ def train(recipe: Recipe, console: Console | None = None) -> TrainResult:
         metrics = _train_or_load(trainer, resume)
     finally:
         progress.close()
+    left_out = trainer.left_out()
+    for line in stream_lines(trainer.source_counts(), left_out, data, trainer.state):
+        console.print(line, markup=False)
     held_out = _held_out_loss(trainer) if data.held_out else None
     # Of a resumed run Trainer's own mean covers the steps of this session alone.
     train_loss = metrics["train_loss"] if resume is None else _mean_loss(trainer.state.log_history)
@@ -136,6 +139,7 @@ def train(recipe: Recipe, console: Console | None = None) -> TrainResult:
                 data,
                 held_out,
                 shares,
+                data.left_out(left_out if recipe.data.streaming else None),
             )
         if after is not None:
             show_answers(console, tokenizer, prompts, after, recipe.evaluation.show)
@@ -274,6 +278,7 @@ def training_arguments(recipe: Recipe, eval_on_start: bool = True) -> TrainingAr
         data_seed=recipe.seed,
         dataloader_num_workers=recipe.data.num_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
+        ignore_data_skip=recipe.data.streaming or recipe.data.sources is not None,  # they know where they are
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         label_names=[],
@@ -350,7 +355,7 @@ def _say_what_changed(console: Console, recipe: Recipe, file: Path) -> None:
         started = load_recipe(file)
     except UnmaskError:
         return  # none there, or of an older version: nothing to compare with
-    keys = [field.key for field in recipe_fields() if field.key != "resume_from_checkpoint"]
+    keys = [f.key for f in recipe_fields() if f.key != "resume_from_checkpoint" and "[]" not in f.key]
     changed = [key for key in keys if _value(recipe, key) != _value(started, key)]
     if changed:
         console.print(

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, cast
 
+import torch
+
 from unmask.data.encode import Example
+from unmask.data.pack import Row
 from unmask.diffusion.curriculum import PROBABILITIES, Curriculum
 from unmask.diffusion.loss import PRESETS
 from unmask.diffusion.objective import Objective
@@ -36,9 +39,9 @@ def _table(value: float | list[float]) -> tuple[float, ...]:
     return tuple(value) if isinstance(value, list) else (value,)
 
 
-def steps_per_epoch(recipe: Recipe, examples: Sequence[Example]) -> int:
-    """Count the optimizer steps of an epoch; the last one may have fewer sequences."""
-    return -(-len(examples) // recipe.global_batch_size)
+def steps_per_epoch(recipe: Recipe, rows: Sequence[Example | Row]) -> int:
+    """Count the optimizer steps of an epoch over these rows of batches; the last one may have fewer."""
+    return -(-len(rows) // recipe.global_batch_size)
 
 
 def check_block_sizes(recipe: Recipe, examples: Sequence[Example]) -> None:
@@ -54,6 +57,8 @@ def check_block_sizes(recipe: Recipe, examples: Sequence[Example]) -> None:
     longest = max((_longest_run(example) for example in examples), default=0)
     if largest > longest:
         what = "response of the data" if recipe.training_mode == "sft" else "row"
+        if recipe.training_mode == "pretrain" and recipe.data.packing:
+            what = "document"
         raise UnmaskError(
             f"model.mask_block_sizes: blocks of {largest} tokens are longer than any {what}, the longest of"
             f" which has {longest}; use smaller sizes, or set model.block_masking_probability to 0."
@@ -67,15 +72,23 @@ def _longest_run(example: Example) -> int:
 
 
 def check_attention(recipe: Recipe, config: Any) -> None:
-    """Hold the recipe against the attention that a checkpoint was trained with, which it may leave open.
+    """Hold the recipe against the attention that a model has, which it may leave open.
 
     Args:
         config: of the model to train, with the recipe's own settings in it.
 
     Raises:
-        UnmaskError: settings that block-causal attention contradicts, or blocks without it.
+        UnmaskError: settings that block-causal attention, a sliding window or this machine contradicts, or
+            blocks without block-causal attention.
     """
     model, length = recipe.model, config.block_length
+    if model.attn_implementation == "flex_attention" and not torch.accelerator.is_available():
+        raise UnmaskError("model.attn_implementation: flex_attention cannot train on a CPU; use sdpa.")
+    if recipe.data.packing and "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise UnmaskError(
+            "data.packing: the model has layers with a sliding window, which cannot do packed rows; set it to"
+            " false."
+        )
     if config.attention == "bidirectional":
         if length is not None:
             raise UnmaskError(
@@ -114,10 +127,13 @@ def loss_unit(recipe: Recipe) -> str:
     return "nats per token" if PRESETS[preset].is_bound else f"by preset {preset}"
 
 
-def schedule_notes(recipe: Recipe, examples: Sequence[Example], block_length: int | None = None) -> list[str]:
+def schedule_notes(
+    recipe: Recipe, rows: Sequence[Example | Row], block_length: int | None = None
+) -> list[str]:
     """Say what a user may not expect of the recipe's loss and curriculum, a line each.
 
     Args:
+        rows: examples, or rows of packed ones.
         block_length: that of the model, where it is block-causal.
     """
     notes = []
@@ -132,7 +148,7 @@ def schedule_notes(recipe: Recipe, examples: Sequence[Example], block_length: in
             f"loss {recipe.model.loss} is no bound on the likelihood; it is {preset.estimates};"
             " the held-out loss is that of elbo"
         )
-    epochs = -(-recipe.max_steps // steps_per_epoch(recipe, examples))
+    epochs = -(-recipe.max_steps // steps_per_epoch(recipe, rows))
     for name, table in make_curriculum(recipe).tables.items():
         if len(table) > epochs:
             notes.append(

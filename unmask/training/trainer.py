@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pickle import UnpicklingError
 from typing import Any, Literal, cast
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -18,13 +20,16 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from unmask.data.hub import first_line
+from unmask.data.stream import RecordStream, StreamLoader
 from unmask.diffusion.curriculum import Curriculum
 from unmask.diffusion.loss import loss_divisor
-from unmask.diffusion.noise import example_seeds, low_discrepancy
+from unmask.diffusion.noise import document_strata, example_seeds, low_discrepancy
 from unmask.diffusion.objective import Objective
 from unmask.errors import UnmaskError
 from unmask.model.inputs import IGNORED
+from unmask.training.callbacks import SHARE
 
+POSITION = "data_position_{}.json"  # in a checkpoint: where each process stands in the stream
 EVALUATION_EPOCH = -1  # evaluation noise is that of an epoch that training never reaches
 
 
@@ -38,19 +43,23 @@ class DiffusionTrainer(Trainer):
       - the loss: what the curriculum's objective says for the step, a weighted sum over masked tokens. Its
         divisor is that of the whole optimizer step, over all micro-batches and processes: by default the
         number of supervised tokens (nats per supervised token);
-      - the noise of a sample is a function of (seed, sample id, epoch) alone, or with low discrepancy also
-        of the sample's place in the optimizer step;
+      - the noise of a sample, alone in its row or packed with others, is a function of (seed, sample id,
+        epoch) alone, or with low discrepancy also of the sample's place in the optimizer step;
       - the evaluation loss is the bound (preset "elbo") in nats per supervised token over the whole
         evaluation set, whatever objective is trained: plain masks, the whole source as context, attention
         as the checkpoint will have it. Its noise never changes, so two evaluations of one model agree to
         the bit, and those of runs with other curricula compare;
       - a checkpoint that cannot be written leaves the earlier ones as they are.
 
+    With a `RecordStream` as train_dataset each process reads its own part of it, and a checkpoint holds each
+    process's position; `args` then needs `ignore_data_skip=True`. Where the stream ends, on whichever
+    process, so does the run, without an incomplete last step.
+
     Args:
         training_mode: "pretrain" or "sft", as in the model's `forward`.
         curriculum: the objective of each step; by default the plain bound with the config's `noise_eps`.
         time_sampling: "independent", or "low_discrepancy": the masking rates of an optimizer step are
-            spread evenly over its samples.
+            spread evenly over its rows, and over the samples of each packed row.
         Others as in `transformers.Trainer`; every example needs a sample id, and `args` needs
         `remove_unused_columns=False`.
     """
@@ -72,6 +81,7 @@ class DiffusionTrainer(Trainer):
         self.curriculum = Curriculum(noise_eps=(eps,)) if curriculum is None else curriculum
         self.time_sampling = time_sampling
         self.evaluated = Objective(eps=eps)
+        self.loader: StreamLoader | None = None  # of a stream
         self.model_accepts_loss_kwargs = True  # what older versions read instead of the attribute above
 
     def get_batch_samples(
@@ -79,6 +89,7 @@ class DiffusionTrainer(Trainer):
     ) -> tuple[list, Tensor | None]:
         """Take the micro-batches of one optimizer step, seed their noise, and count the step's divisor."""
         batches: list[dict[str, Any]] = []
+        counted = [] if self.loader is None else [list(pair) for pair in self.loader.counts]
         taken = 0  # samples of this step in the micro-batches before, over all processes
         for batch in islice(epoch_iterator, num_batches):
             # At once: what `_repeated` asks for is true of the newest batch.
@@ -87,10 +98,18 @@ class DiffusionTrainer(Trainer):
             row = torch.arange(rows, device=batch["input_ids"].device)
             place = taken + rows * self.accelerator.process_index + row
             batches.append({**self._labelled(batch, repeated), "place": place})
-            batches[-1]["noise_seed"] = self._seeds(batch, self._epoch)
+            # A stream counts the passes over each of its sources by itself.
+            own, epoch = batch.get("epochs"), self._epoch
+            epochs = epoch if own is None else torch.where(own < 0, epoch, own)
+            batches[-1]["noise_seed"] = self._seeds(batch, epochs)
             taken += rows * processes - repeated
         for batch in batches:
             batch["total"] = taken
+        if self.loader is not None and self._ended(len(batches) < num_batches):
+            # An incomplete step is left out: some process may have nothing for it.
+            self.loader.counts = counted
+            self.control.should_training_stop = True
+            return [], None
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
@@ -112,6 +131,54 @@ class DiffusionTrainer(Trainer):
         # Gradients are averaged over processes, and the divisor already counts all of them.
         loss = outputs.loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the loader of the training data; of a stream one for this process alone."""
+        if not isinstance(self.train_dataset, RecordStream):
+            return super().get_train_dataloader()
+        self.loader = StreamLoader(
+            self.train_dataset,
+            cast(Any, self.data_collator),
+            batch_size=self._train_batch_size,
+            workers=self.args.dataloader_num_workers,
+            rank=self.accelerator.process_index,
+            ranks=self.accelerator.num_processes,
+            device=self.args.device,
+        )
+        return cast(DataLoader, self.loader)
+
+    def _ended(self, here: bool) -> bool:
+        """Whether the stream has ended on any process."""
+        assert self.loader is not None
+        if self.loader.stream.mixture.endless or self.args.world_size == 1:
+            return here
+        flag = torch.tensor([here], device=self.args.device)
+        return bool(cast(Tensor, self.accelerator.gather(flag)).any())
+
+    def source_counts(self) -> list[list[int]]:
+        """Count the examples and tokens of each source trained on by all processes; [] without a stream."""
+        if self.loader is None:
+            return []
+        counts = torch.tensor(self.loader.counts, device=self.args.device)
+        return cast(Tensor, self.accelerator.reduce(counts)).tolist()
+
+    def left_out(self) -> list[str]:
+        """Say which records of a stream were dropped or skipped by all processes, and why."""
+        total: dict[tuple[str, str], tuple[int, str]] = {}
+        here = {} if self.loader is None else self.loader.left_out
+        for one in gather_object([here]) if self.args.world_size > 1 else [here]:
+            for key, (count, where) in one.items():
+                before, first = total.get(key, (0, where))
+                total[key] = (before + count, first)
+        return [f"{n:,} {kind}: {reason} (first: {where})" for (kind, reason), (n, where) in total.items()]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with each source's share of the tokens so far where there are several."""
+        if "loss" in logs and self.loader is not None and len(self.loader.counts) > 1:
+            tokens = [tokens for _, tokens in self.source_counts()]
+            for source, of_source in zip(self.loader.stream.mixture.sources, tokens, strict=True):
+                logs[SHARE + source.label] = of_source / max(1, sum(tokens))
+        super().log(logs, start_time)
 
     # Both change only after the last micro-batch of a step.
     @property
@@ -143,6 +210,8 @@ class DiffusionTrainer(Trainer):
             strata = low_discrepancy(
                 self.args.seed, self.state.global_step, batch["place"], total=batch["total"]
             )
+            if batch["noise_seed"].dim() == 2:
+                strata = document_strata(strata, batch["noise_seed"].shape[1])
         return {
             "input_ids": batch["input_ids"],
             "labels": batch["labels"],
@@ -152,9 +221,10 @@ class DiffusionTrainer(Trainer):
             "noise_seed": batch["noise_seed"],
             "strata": strata,
             "objective": objective,
+            "segment_ids": batch.get("segment_ids"),
         }
 
-    def _seeds(self, batch: dict[str, Tensor], epoch: int) -> Tensor:
+    def _seeds(self, batch: dict[str, Tensor], epoch: Tensor | int) -> Tensor:
         return example_seeds(self.args.seed, batch["sample_ids"], epoch)
 
     def evaluation_loop(
@@ -176,7 +246,8 @@ class DiffusionTrainer(Trainer):
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = self._denoise(model, batch, self.evaluated, divisor=1).loss
             count = self._divisor(batch, self.evaluated)
-            samples = (batch["labels"] != IGNORED).any(dim=1).sum()
+            learnt = (batch["labels"] != IGNORED).any(dim=1)
+            samples = (learnt * (batch["sample_ids"].view(len(learnt), -1) >= 0).sum(dim=1)).sum()
             total += torch.stack([loss.double(), count.double(), samples.double()])
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         total = cast(Tensor, self.accelerator.reduce(total))
@@ -212,6 +283,33 @@ class DiffusionTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _named(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.loader is not None:
+            self._load_position(Path(checkpoint))
+
+    def _load_position(self, checkpoint: Path) -> None:
+        assert self.loader is not None
+        saved = len(list(checkpoint.glob(POSITION.format("*"))))
+        processes = self.accelerator.num_processes
+        if saved != processes:
+            raise UnmaskError(
+                f"resume_from_checkpoint: {checkpoint} holds positions in the stream of {saved} processes;"
+                f" this run has {processes}: start as many."
+            )
+        file = checkpoint / POSITION.format(self.accelerator.process_index)
+        try:
+            state = json.loads(file.read_text(encoding="utf-8"))
+            self.loader.load(state, str(file))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UnmaskError(
+                f"resume_from_checkpoint: {file} cannot be read: {first_line(error)}; name an earlier"
+                " checkpoint."
+            ) from error
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.loader is not None:
+            file = Path(output_dir) / POSITION.format(self.accelerator.process_index)
+            file.write_text(json.dumps(self.loader.state()), encoding="utf-8")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

@@ -1,0 +1,110 @@
+"""Packing: nothing lost, rows full, and the same rows whatever way the examples come."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unmask.data.encode import Example
+from unmask.data.pack import FILLED, WINDOW, Row, filled, pack, row_length
+from unmask.errors import UnmaskError
+
+
+def examples_of(sizes: list[int]) -> list[Example]:
+    return [Example([number] * size, [False] * size, number) for number, size in enumerate(sizes)]
+
+
+def sizes_of(rows: list[Row]) -> list[list[int]]:
+    return [[len(example.input_ids) for example in row] for row in rows]
+
+
+def spread(count: int, least: int = 28, most: int = 665) -> list[int]:
+    """Lengths like those of instructions: many short ones, few long ones, in no order."""
+    return [least + (most - least) * ((number * 7919) % count) ** 3 // count**3 for number in range(count)]
+
+
+lengths = st.lists(st.integers(1, 20), min_size=1, max_size=60)
+
+
+@given(lengths, st.integers(20, 50), st.integers(1, 30))
+def test_every_example_is_in_one_row_and_no_row_is_too_long(
+    sizes: list[int], length: int, window: int
+) -> None:
+    examples = examples_of(sizes)
+    rows = list(pack(examples, length, window))
+    ids = [example.sample_id for row in rows for example in row]
+    assert sorted(ids) == list(range(len(sizes)))
+    assert all(example is examples[example.sample_id] for row in rows for example in row)
+    assert all(sum(row) <= length for row in sizes_of(rows))
+    # In order: of the examples in a row, of the rows by their first example, of the windows.
+    assert all(row == sorted(row, key=lambda example: example.sample_id) for row in rows)
+    windows = [{example.sample_id // window for example in row} for row in rows]
+    assert all(len(one) == 1 for one in windows)
+    first = [row[0].sample_id for row in rows]
+    assert first == sorted(first)
+
+
+@given(lengths, st.integers(20, 50), st.integers(1, 30), st.integers(0, 3))
+def test_a_window_is_packed_by_itself(sizes: list[int], length: int, window: int, start: int) -> None:
+    """A position in a stream is (window, row): a stream entered at a window goes on with the same rows."""
+    examples = examples_of(sizes)
+    rows = list(pack(iter(examples), length, window))
+    before = list(pack(examples[: start * window], length, window))
+    after = list(pack(examples[start * window :], length, window))
+    assert before + after == rows
+
+
+def test_a_stream_is_read_a_window_at_a_time() -> None:
+    stream = iter(examples_of([3] * 100))
+    next(pack(stream, 9, window=10))
+    assert next(stream).sample_id == 10
+
+
+def test_the_longest_come_first_and_each_goes_where_least_room_is_left() -> None:
+    # 6 and 5 open rows with 4 and 5 to spare: 4 takes the tighter one, 3 what is left, 2 joins it.
+    [first, second] = pack(examples_of([2, 6, 3, 5, 4]), 10)
+    assert sizes_of([first, second]) == [[2, 3, 5], [6, 4]]
+
+
+def test_rows_are_full() -> None:
+    for sizes in (spread(1000), spread(5000, 78, 550), spread(999, 1, 1024)):
+        rows = list(pack(examples_of(sizes), 1024))
+        assert filled(rows, 1024) >= FILLED
+        # No packing has fewer rows than the tokens take.
+        assert len(rows) <= -(-sum(sizes) // 1024) * 1.03 + 1
+
+
+def test_an_example_as_long_as_a_row_fills_it_and_a_longer_one_is_refused() -> None:
+    assert sizes_of(list(pack(examples_of([4, 8, 4]), 8))) == [[4, 4], [8]]
+    with pytest.raises(UnmaskError, match=r"an example of 9 tokens does not fit a row of 8\."):
+        list(pack(examples_of([4, 9]), 8))
+    with pytest.raises(UnmaskError, match="must hold at least 1 example; got 0"):
+        list(pack(examples_of([4]), 8, window=0))
+
+
+@given(lengths, st.integers(20, 80))
+def test_the_row_length_holds_every_example(sizes: list[int], block_size: int) -> None:
+    length = row_length(sizes, block_size)
+    assert max(sizes) <= length <= block_size
+    share = filled(list(pack(examples_of(sizes), length)), length)
+    whole = filled(list(pack(examples_of(sizes), block_size)), block_size)
+    assert share >= min(FILLED, whole)
+
+
+def test_rows_are_no_longer_than_it_takes() -> None:
+    assert row_length([300] * 50, 1024) == 300  # one in a row
+    sizes = spread(1000)
+    assert row_length(sizes, 1024) == max(sizes) == row_length(sizes, 4096)
+    # Rows of 600 would be 78% full, and none is 97% full: those of the block, 91%, are the best there are.
+    mixed = [600, 400, 400] * 30
+    assert row_length(mixed, 1024) == 1024
+    assert filled(list(pack(examples_of(mixed), 1024)), 1024) > 0.9
+    assert row_length([], 128) == 128
+    with pytest.raises(UnmaskError, match="an example of 2000 tokens does not fit a row of 1024"):
+        row_length([2000], 1024)
+
+
+def test_a_long_example_beyond_the_sample_still_fits() -> None:
+    sizes = [10] * (4 * WINDOW) + [90]
+    assert row_length(sizes, 128) >= 90

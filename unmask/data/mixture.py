@@ -1,0 +1,254 @@
+"""Several sources by weight -> one endless order of records, the same on every number of processes.
+
+Which source record k of the run comes from is a keyed draw by weight; the files of a source are read in an
+order that is drawn anew for each pass over it. Records come in windows, and stand in a window in the order of
+a keyed hash. All this is a function of the seed and of where reading stands (a `State`, a few integers a
+source), so a stream that goes on from a state is the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from unmask.data.encode import Example
+from unmask.data.sources import START, HubShard, Place, Raw, RecordFile
+from unmask.errors import UnmaskError
+
+SOURCE_BIT = 40  # of a sample id: above are the source and further parts of a record, below its number
+PART_BIT = 48
+FILES, DRAW, ORDER = range(3)  # what a keyed hash is for
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+State = dict[str, Any]
+"""{"counter": records before, "cursors": [{"epoch", "file", "place"} of each source]}, as JSON has it."""
+
+
+def keyed(seed: int, *keys: int | np.ndarray) -> np.ndarray:
+    """Hash a seed and further integers, broadcast together, to 64 random bits each (SplitMix64, folded)."""
+    state = _mix(np.asarray([seed % 2**64], dtype=np.uint64) + _GOLDEN)
+    for key in keys:
+        state = _mix((state ^ np.asarray(key, dtype=np.uint64)) + _GOLDEN)
+    return state
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class ExampleFile:
+    """Encoded examples in memory, read like a file."""
+
+    examples: Sequence[Example]
+    label: str
+
+    def read(self, start: Place = START) -> Iterator[tuple[Raw, Place]]:
+        """Yield the examples from `start` on, each with the place after it."""
+        for number in range(start.number, len(self.examples)):
+            yield Raw(self.examples[number], _same, self.label, number + 1), Place(number + 1)
+
+
+def _same(example: Example) -> Example:
+    return example
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of a mixture.
+
+    `epochs` is the number of passes over it, None = no limit; of file i the first `held_out[i]` records are
+    left out.
+    """
+
+    label: str
+    files: Sequence[RecordFile | HubShard | ExampleFile]
+    weight: float = 1.0
+    epochs: int | None = None
+    held_out: dict[int, int] = field(default_factory=dict)
+
+    def record_id(self, file: int, number: int) -> int:
+        """Number a record of one file (from 0) among those of all: the file is in the upper bits."""
+        bits = SOURCE_BIT - (len(self.files) - 1).bit_length()
+        if number >> bits:
+            raise UnmaskError(
+                f"{self.files[file].label}: more than {1 << bits:,} records in one of {len(self.files):,}"
+                " files; name the file as a source of its own."
+            )
+        return file << bits | number
+
+
+class Taken(NamedTuple):
+    """A record in its place: its source, the pass over it, and its sample id."""
+
+    source: int
+    epoch: int
+    sample_id: int
+    raw: Raw
+
+
+class _Reader:
+    """Reads one source pass after pass, from a cursor on."""
+
+    def __init__(self, source: Source, index: int, seed: int, cursor: dict[str, Any]):
+        self.source, self.index, self.seed = source, index, seed
+        self.epoch: int = cursor["epoch"]
+        self.file: int = cursor["file"]  # in the order of this pass
+        self.place = Place(*cursor["place"])
+        self.taken = self.file > 0 or self.place.number > 0  # whether this pass has had a record
+        self.opened: Iterator[tuple[Raw, Place]] | None = None
+        self._order()
+
+    def _order(self) -> None:
+        files = np.arange(len(self.source.files))
+        self.order = np.argsort(
+            keyed(self.seed, FILES, self.index, self.epoch, files), kind="stable"
+        ).tolist()
+
+    @property
+    def cursor(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "file": self.file, "place": list(self.place)}
+
+    @property
+    def spent(self) -> bool:
+        return self.source.epochs is not None and self.epoch >= self.source.epochs
+
+    def next(self) -> Taken | None:
+        """The next record of the pass, or None at its end.
+
+        Raises:
+            UnmaskError: A file cannot be read, or the whole pass had no record.
+        """
+        while self.file < len(self.order):
+            file = self.order[self.file]
+            opened = self.opened or self.source.files[file].read(self.place)
+            self.opened = opened
+            for raw, place in opened:
+                self.place = place
+                if place.number <= self.source.held_out.get(file, 0):
+                    continue
+                self.taken = True
+                number = self.source.record_id(file, place.number - 1)
+                return Taken(self.index, self.epoch, self.index << SOURCE_BIT | number, raw)
+            self.file, self.place, self.opened = self.file + 1, Place(), None
+        if not self.taken:
+            what = (
+                "every record is held out; use less of it or more data" if self.source.held_out else "empty"
+            )
+            raise UnmaskError(f"{self.source.label}: there is no record to train on: {what}.")
+        return None
+
+    def restart(self) -> None:
+        """Begin the next pass."""
+        self.close()
+        self.epoch, self.file, self.place, self.taken = self.epoch + 1, 0, Place(), False
+        self._order()
+
+    def close(self) -> None:
+        if self.opened is not None:
+            self.opened.close()  # pyright: ignore[reportAttributeAccessIssue]
+        self.opened = None
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Sources by weight, in windows of `window` records.
+
+    A source with `epochs` is read that often and then leaves the mixture. One without that runs out starts
+    again ("repeat"), or ends the epoch of the mixture ("stop"): all sources without `epochs` then start
+    again. Where an epoch ends, that of a lone source included, so does the window.
+    """
+
+    sources: Sequence[Source]
+    seed: int = 0
+    window: int = 10_000
+    on_source_end: Literal["stop", "repeat"] = "repeat"
+
+    @property
+    def endless(self) -> bool:
+        """Whether some source has no limit of passes."""
+        return any(source.epochs is None for source in self.sources)
+
+    def start(self) -> State:
+        """Return the state before the first record."""
+        cursor = {"epoch": 0, "file": 0, "place": [0, 0, 0]}
+        return {"counter": 0, "cursors": [cursor for _ in self.sources]}
+
+    def windows(self, state: State) -> Iterator[tuple[State, list[Taken]]]:
+        """Yield from `state` on each window's records in their order, with the state at its start.
+
+        Raises:
+            UnmaskError: A file cannot be read, is gone or changed, or a source has no record.
+        """
+        readers = [
+            _Reader(source, index, self.seed, cursor)
+            for index, (source, cursor) in enumerate(zip(self.sources, state["cursors"], strict=True))
+        ]
+        counter = state["counter"]
+        with closing(_All(readers)):
+            while True:
+                begun = {"counter": counter, "cursors": [reader.cursor for reader in readers]}
+                records = self._window(readers, counter)
+                if not records:
+                    return
+                counter += len(records)
+                ids = np.asarray([(r.source, r.epoch, r.sample_id) for r in records]).T
+                order = np.argsort(keyed(self.seed, ORDER, *ids), kind="stable")
+                records[:] = [records[place] for place in order]
+                yield begun, records
+
+    def _window(self, readers: list[_Reader], counter: int) -> list[Taken]:
+        records: list[Taken] = []
+        left, bounds = _left(readers)
+        uniforms = keyed(self.seed, DRAW, counter + np.arange(self.window)) / 2.0**64
+        while left and len(records) < self.window:
+            at = uniforms[len(records)] * bounds[-1]
+            reader = left[min(bisect_right(bounds, at), len(left) - 1)]
+            if (record := reader.next()) is not None:
+                records.append(record)
+                continue
+            ends = reader.source.epochs is None and self.on_source_end == "stop"
+            for other in readers if ends else [reader]:
+                if other is reader or other.source.epochs is None:
+                    other.restart()
+            left, bounds = _left(readers)
+            if records and (ends or len(readers) == 1):
+                break
+        return records
+
+
+def _left(readers: list[_Reader]) -> tuple[list[_Reader], list[float]]:
+    """The sources that still take part, and where the share of each in [0, sum of weights) ends."""
+    left = [reader for reader in readers if not reader.spent]
+    return left, list(accumulate(reader.source.weight for reader in left))
+
+
+@dataclass
+class _All:
+    readers: list[_Reader]
+
+    def close(self) -> None:
+        for reader in self.readers:
+            reader.close()
+
+
+def shares(counts: Sequence[Sequence[int]], labels: Sequence[str]) -> str:
+    """Say what share each source has, of (examples, tokens) counted for each.
+
+    >>> shares([(3, 60), (1, 40)], ["a", "b"])
+    'a 75.0% of the examples, 60.0% of the tokens; b 25.0%, 40.0%'
+    """
+    totals = [max(1, sum(column)) for column in zip(*counts, strict=True)]
+    said = []
+    for number, (label, (examples, tokens)) in enumerate(zip(labels, counts, strict=True)):
+        of = ("", "") if number else (" of the examples", " of the tokens")
+        said.append(f"{label} {examples / totals[0]:.1%}{of[0]}, {tokens / totals[1]:.1%}{of[1]}")
+    return "; ".join(said)
