@@ -73,7 +73,9 @@ class Task:
         self.ids = torch.randint(0, 151000, (BATCH, LENGTH))
         self.source = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
         self.source[:, :PROMPT] = True
-        self.noise = {"training_mode": "sft", "noise_seed": torch.arange(BATCH)}
+        # Rates of 1/8, 3/8, 5/8 and 7/8: as many masks as a step has on average.
+        strata = (torch.arange(BATCH) + 0.5) / BATCH
+        self.noise = {"training_mode": "sft", "noise_seed": torch.arange(BATCH), "strata": strata}
 
     def drawn(self) -> Any:
         return self.model.draw_noise(self.ids, src_mask=self.source, **self.noise)
