@@ -6,19 +6,27 @@ Symbols: S a set of masked positions of the L supervised ones, nll[S][i] = -log 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from itertools import chain, combinations, permutations
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from itertools import chain, combinations, permutations, product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import random_ids, tiny_model
 from torch import Tensor
 
-from unmask.diffusion.attention import Layout
-from unmask.diffusion.loss import token_nll
-from unmask.diffusion.noise import Drawn, Noised
+from unmask.diffusion import noise
+from unmask.diffusion.attention import Layout, row_layout
+from unmask.diffusion.keyed import STREAM_MASK, STREAM_TIME
+from unmask.diffusion.loss import PRESETS, context_weight, loss_divisor, time_weight, token_nll
+from unmask.diffusion.noise import Drawn, Noised, draw, low_discrepancy, masking_rate
+from unmask.diffusion.objective import Objective
 from unmask.model import denoiser
 
 VOCAB, MASK = 5, 4  # four tokens and the mask
@@ -35,19 +43,20 @@ every_case = pytest.mark.parametrize(("source", "shift"), CASES.values(), ids=CA
 class Oracle:
     """All conditionals of a model on one text, found by denoising the text under each mask."""
 
-    def __init__(self, source: tuple[int, ...], shift: bool, seed: int = 0):
+    def __init__(self, source: tuple[int, ...], shift: bool, seed: int = 0, text: Tensor = TEXT):
+        self.text = text
         self.model = tiny_model(
             vocab_size=VOCAB, mask_token_id=MASK, logit_shift=shift, seed=seed, eos_token_id=None
         ).eval()
-        self.where = [i for i in range(TEXT.shape[1]) if i not in source]
-        self.src_mask = torch.tensor([[i in source for i in range(TEXT.shape[1])]])
+        self.where = [i for i in range(text.shape[1]) if i not in source]
+        self.src_mask = torch.tensor([[i in source for i in range(text.shape[1])]])
         self.nll = {masked: self.conditionals(masked) for masked in subsets(self.where)}
 
     def conditionals(self, masked: tuple[int, ...]) -> dict[int, Tensor]:
-        x_t = TEXT.clone()
+        x_t = self.text.clone()
         x_t[0, list(masked)] = MASK
         log_p = self.model(x_t).logits[0].log_softmax(dim=-1)
-        return {i: -log_p[i, TEXT[0, i]] for i in masked}
+        return {i: -log_p[i, self.text[0, i]] for i in masked}
 
     def bound_at(self, t: float) -> Tensor:
         """The bound's integrand: E over masks of 1/t * sum of nll, in nats per supervised token."""
@@ -58,6 +67,52 @@ class Oracle:
             if masked
         ]
         return total(terms) / length
+
+    def bound(self, low: float = 0, high: float = 1) -> Tensor:
+        """The mean of the integrand, a polynomial of degree len(where) - 1, over times from low to high."""
+        nodes = gauss(low, high, len(self.where))
+        return total(w * self.bound_at(t) for t, w in nodes) / (high - low)
+
+    def exact(self, cells: list[tuple[int, ...]] | None = None) -> tuple[Tensor, Tensor]:
+        """Any-order chains that reveal one cell (one token) after the other, per supervised token.
+
+        Returns -log of their mean probability, which is the model's likelihood, and their mean nll.
+        """
+        cells = [(i,) for i in self.where] if cells is None else cells
+        chains = []
+        for order in permutations(cells):
+            hidden = [tuple(sorted(chain.from_iterable(order[n:]))) for n in range(len(order))]
+            chains.append(total(self.nll[s][i] for s, cell in zip(hidden, order, strict=True) for i in cell))
+        nll = torch.stack(chains)
+        likelihood = -(nll.neg().logsumexp(0) - math.log(len(nll)))
+        return likelihood / len(self.where), nll.mean() / len(self.where)
+
+    def steered(
+        self, objective: Objective, nodes: int, cells: list[tuple[int, ...]] | None = None, phase: int = 0
+    ) -> Tensor:
+        """The expected loss of `forward` with its own draw, over all masks and the rate's uniform."""
+        cells = [(i,) for i in self.where] if cells is None else cells
+        terms = []
+        for (s, w), on in product(gauss(0, 1, nodes), product([False, True], repeat=len(cells))):
+            rate = masking_rate(
+                torch.tensor(s, dtype=torch.float64),
+                eps=objective.eps,
+                schedule=objective.schedule,
+                complementary=objective.complementary,
+            )
+            p = rate ** sum(on) * (1 - rate) ** (len(cells) - sum(on))
+            masked = [i for cell, yes in zip(cells, on, strict=True) if yes for i in cell]
+            with steering([s], [masked], self.text.shape[1], objective.mask_block_sizes, phase):
+                loss = self.model(
+                    self.text,
+                    labels=self.text,
+                    src_mask=self.src_mask,
+                    training_mode="sft",
+                    noise_seed=torch.zeros(1, dtype=torch.int64),
+                    objective=objective,
+                ).loss
+            terms.append(w * p * loss)
+        return total(terms)
 
     def forward_at(self, t: float, masked: tuple[int, ...]) -> Tensor:
         """The loss that `forward` computes when the draw gives this time and this mask."""
@@ -74,7 +129,8 @@ class Oracle:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(denoiser, "draw", drawn)
-            return self.model(TEXT, labels=TEXT, src_mask=self.src_mask, training_mode="sft").loss
+            text = self.text
+            return self.model(text, labels=text, src_mask=self.src_mask, training_mode="sft").loss
 
     def expected_forward(self, t: float) -> Tensor:
         length = len(self.where)
@@ -82,6 +138,31 @@ class Oracle:
             t ** len(masked) * (1 - t) ** (length - len(masked)) * self.forward_at(t, masked)
             for masked in self.nll
         )
+
+
+@contextmanager
+def steering(
+    times: list[float], masked: list[list[int]], length: int, sizes: tuple[int, ...] = (), phase: int = 0
+) -> Iterator[None]:
+    """Choose the uniforms of the draw itself: s of each row, and which of its columns fall below t."""
+    size = sizes[0] if sizes else 1
+    below_t = torch.zeros(len(masked), length, dtype=torch.bool)  # by unit of masking: token or cell
+    for row, columns in enumerate(masked):
+        below_t[row, [(i + phase) // size for i in columns]] = True
+
+    def uniform(seed: Tensor, stream: int, *keys: Any) -> Tensor:
+        if stream == STREAM_TIME:
+            return torch.tensor(times, dtype=torch.float64)[:, None].expand(seed.shape)
+        if stream == STREAM_MASK:
+            return torch.where(below_t.gather(1, keys[0]), -1.0, 2.0)
+        return torch.zeros(seed.shape)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(noise, "keyed_uniform", uniform)
+        patch.setattr(
+            noise, "keyed_below", lambda _, seed, __, key: torch.full_like(seed, {1: 0, 2: phase}[key])
+        )
+        yield
 
 
 def total(terms: Iterable[Tensor]) -> Tensor:
@@ -236,3 +317,555 @@ def test_micro_batches_add_up_to_the_large_batch() -> None:
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
     # The mean of separately normalised micro-batches is another number: that was the mistake.
     assert abs(torch.stack([step(rows, None) for rows in cuts]).mean() - whole) > 1e-3
+
+
+# Schedules and the smallest rate
+
+
+@every_case
+@torch.no_grad()
+def test_linear_and_cosine_schedules_give_the_same_bound(source: tuple[int, ...], shift: bool) -> None:
+    oracle = Oracle(source, shift)
+    nodes = gauss(0, 1, 60)
+    s = torch.tensor([node for node, _ in nodes], dtype=torch.float64)
+    w = torch.tensor([weight for _, weight in nodes], dtype=torch.float64)
+
+    def mean(eps: float, schedule: Any) -> Tensor:
+        t = masking_rate(s, eps=eps, schedule=schedule)
+        # bound_at has the weight 1/t in it.
+        return (w * time_weight(t, schedule) * torch.stack([x * oracle.bound_at(x.item()) for x in t])).sum()
+
+    bound = oracle.bound()
+    for schedule in ("linear", "cosine"):
+        torch.testing.assert_close(mean(1e-12, schedule), bound, rtol=1e-10, atol=0)
+    # At any eps they are the same integral over [eps, 1], over the share of s that is drawn.
+    eps = 0.05
+    first = math.asin(eps) / (math.pi / 2)
+    kept = oracle.bound(eps, 1) * (1 - eps)
+    torch.testing.assert_close(mean(eps, "linear") * (1 - eps), kept, rtol=1e-10, atol=0)
+    torch.testing.assert_close(mean(eps, "cosine") * (1 - first), kept, rtol=1e-10, atol=0)
+
+
+@every_case
+@torch.no_grad()
+def test_bias_of_the_smallest_rate_is_of_its_size(source: tuple[int, ...], shift: bool) -> None:
+    # With f(t) the integrand: the mean over [eps, 1] is bound + eps (bound - f(0)) + O(eps^2), where
+    # f(0) is the mean nll of each token given all others; under cosine eps (2 bound / pi - f(0)).
+    oracle, eps = Oracle(source, shift), 1e-3
+    bound, at_zero = oracle.bound(), total(oracle.nll[(i,)][i] for i in oracle.where) / len(oracle.where)
+    schedules: list[tuple[Any, float, float]] = [("linear", 1.0, 4e-4), ("cosine", 2 / math.pi, 8e-4)]
+    for schedule, share, most in schedules:
+        found = oracle.steered(Objective(eps=eps, schedule=schedule), 12 if schedule == "cosine" else 3)
+        bias = eps * (share * bound - at_zero)
+        assert abs(bias) < most * bound  # as docs/math.md says
+        torch.testing.assert_close(found - bound, bias, rtol=0, atol=20 * eps**2)
+
+
+@torch.no_grad()
+def test_the_bound_is_tight_where_the_order_does_not_matter() -> None:
+    # One supervised token: there is one order.
+    one = Oracle((0, 1, 3), False)
+    torch.testing.assert_close(one.bound(), one.exact()[0], rtol=1e-12, atol=0)
+    # A model whose attention is cut: every token's distribution is its own.
+    with pytest.MonkeyPatch.context() as patch:
+        cut = tiny_model(vocab_size=VOCAB, mask_token_id=MASK, eos_token_id=None).eval()
+        for layer in cut.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+        patch.setitem(Oracle.__init__.__globals__, "tiny_model", lambda **_: cut)
+        oracle = Oracle((0,), False)
+    assert oracle.exact()[0] > 0.5
+    torch.testing.assert_close(oracle.bound(), oracle.exact()[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(oracle.steered(Objective(eps=1e-12), 3), oracle.exact()[0])
+
+
+# Complementary masks
+
+
+@every_case
+@torch.no_grad()
+def test_complementary_masks_give_the_bound_between_eps_and_one_minus_eps(
+    source: tuple[int, ...], shift: bool
+) -> None:
+    oracle = Oracle(source, shift)
+    for eps in (1e-3, 0.2):
+        found = oracle.steered(Objective(eps=eps, complementary=True), 4)
+        torch.testing.assert_close(found, oracle.bound(eps, 1 - eps), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("other", [{"complementary": True, "eps": 0.1}, {"schedule": "cosine", "eps": 0.1}])
+def test_expected_gradient_of_other_draws_is_that_of_the_enumerated_bound(other: dict[str, Any]) -> None:
+    oracle, objective = Oracle((1,), True), Objective(**other)
+    parameters = list(oracle.model.parameters())
+    if objective.complementary:
+        bound = oracle.bound(0.1, 0.9)
+    else:
+        bound = oracle.bound(0.1, 1) * 0.9 / (1 - math.asin(0.1) / (math.pi / 2))
+    expected = torch.autograd.grad(bound, parameters)
+    found = torch.autograd.grad(oracle.steered(objective, 12), parameters)
+    assert sum(g.abs().sum() for g in expected) > 1
+    for one, exact in zip(found, expected, strict=True):
+        # Stock RMSNorm computes in float32 whatever the model's dtype.
+        torch.testing.assert_close(one, exact, rtol=1e-5, atol=1e-6)
+
+
+# Cells (S3)
+
+LONGER = torch.tensor([[2, 0, 3, 1, 0]])
+
+
+@torch.no_grad()
+def test_masks_in_cells_bound_the_likelihood_of_revealing_whole_cells() -> None:
+    oracle = Oracle((0,), False, text=LONGER)
+    likelihoods, bounds = [], []
+    for size in (2, 3):
+        for phase in range(size):
+            cells: dict[int, list[int]] = {}
+            for i in oracle.where:
+                cells.setdefault((i + phase) // size, []).append(i)
+            grid = [tuple(cell) for cell in cells.values()]
+            objective = Objective(eps=1e-12, block_masking_probability=1, mask_block_sizes=(size,))
+            found = oracle.steered(objective, 3, grid, phase)
+            exact, mean = oracle.exact(grid)
+            # The mean over orders of the cells, all tokens of a cell at once and each by itself.
+            torch.testing.assert_close(found, mean, rtol=1e-9, atol=0)
+            assert found > exact + 1e-6
+            likelihoods += [exact] * (6 // size)  # sizes, and phases of a size, are equally likely
+            bounds += [found] * (6 // size)
+    # The process that draws size and phase too is a mixture, which is likelier still than its mean.
+    count = len(oracle.where)
+    mixture = -((-count * torch.stack(likelihoods)).logsumexp(0) - math.log(len(likelihoods))) / count
+    assert torch.stack(bounds).mean() > mixture + 1e-3
+    # Another process than that of single tokens, with another likelihood.
+    assert abs(mixture - oracle.exact()[0]) > 1e-3
+
+
+@torch.no_grad()
+def test_one_cell_over_the_whole_response_is_exact() -> None:
+    oracle = Oracle((0,), False)
+    objective = Objective(eps=1e-12, block_masking_probability=1, mask_block_sizes=(8,))
+    grid = [tuple(oracle.where)]
+    found = oracle.steered(objective, 2, grid)
+    torch.testing.assert_close(found, oracle.exact(grid)[0], rtol=1e-9, atol=0)
+
+
+# CART
+
+
+@given(data=st.data())
+def test_context_weight_told_pair_by_pair(data: st.DataObject) -> None:
+    length = data.draw(st.integers(1, 14))
+    # What stands in each column: -1 padding, else one more document from time to time.
+    steps = data.draw(st.lists(st.sampled_from(["token", "token", "padding", "next"]), min_size=length,
+                               max_size=length))  # fmt: skip
+    documents = np.cumsum([step == "next" for step in steps])
+    is_token = torch.tensor([[step != "padding" for step in steps]])
+    is_masked = torch.tensor([data.draw(st.lists(st.booleans(), min_size=length, max_size=length))])
+    is_masked = is_masked & is_token
+    layout = row_layout(is_token, torch.tensor(documents)[None])
+    # Beside another row, which must not matter.
+    both = [torch.cat([x, torch.ones_like(x)]) for x in (is_masked, is_token)]
+    double = row_layout(both[1], torch.tensor(documents).expand(2, -1))
+    for p in (0.1, 0.6):
+        found = context_weight(is_masked, layout, p)[0]
+        assert torch.equal(context_weight(both[0], double, p)[0], found)
+        place = is_token[0].cumsum(0)  # distance counts tokens: padding is left out
+        for n in is_token[0].nonzero()[:, 0].tolist():
+            expected = 0.0
+            for i in is_token[0].nonzero()[:, 0].tolist():
+                if i != n and not is_masked[0, i] and documents[i] == documents[n]:
+                    expected += 0.5 * p * (1 - p) ** (abs(int(place[n] - place[i])) - 1)
+            assert abs(found[n].item() - expected) < 1e-6
+
+
+def test_context_weight_sums_over_a_long_row() -> None:
+    # Far beyond the reach at which terms are left out; in the middle the two sides make 1/2 each.
+    is_masked = torch.zeros(1, 1001, dtype=torch.bool)
+    is_masked[0, 500] = True
+    weight = context_weight(is_masked, row_layout(torch.ones_like(is_masked)))
+    assert weight[0, 500].item() == pytest.approx(1.0, abs=1e-6)
+    assert weight[0, 0].item() == pytest.approx(0.5, abs=1e-6)
+
+
+# Two routes: a document alone, and in any batch
+
+EVERYTHING: dict[str, Any] = {
+    "eps": 0.05,
+    "source_share": 0.5,
+    "prefix_probability": 0.4,
+    "truncate_probability": 0.4,
+    "block_masking_probability": 0.5,
+    "mask_block_sizes": (2, 3),
+    "future_share": 0.6,
+}
+SAMPLES = ["ssrrrrrr", "srrr", "ssrrisrrr", "r", "rrrrrr", "ss"]  # s source, r response, i ignored label
+SAMPLE_SEEDS = torch.tensor([14, 31, 33, 7, 10, 3])
+SAMPLE_STRATA = torch.tensor([0.1, 0.75, 0.4, 0.9, 0.6, 0.3])
+
+
+def batch_of(rows: list[list[int]], before: int, inside: int, width: int, packed: bool) -> dict[str, Any]:
+    """Samples laid out in rows with `before` columns of padding before each and `inside` after its first."""
+    shape, most = (len(rows), width), max(len(row) for row in rows)
+    garbage = torch.Generator().manual_seed(before + 10 * inside + 100 * width)
+    given: dict[str, Any] = {
+        "input_ids": torch.randint(32, shape, generator=garbage),
+        "labels": torch.randint(32, shape, generator=garbage),
+        "attention_mask": torch.zeros(shape),
+        "src_mask": torch.rand(shape, generator=garbage) < 0.5,
+        "segment_ids": torch.randint(9, shape, generator=garbage),
+        "noise_seed": torch.randint(2**60, (len(rows), most), generator=garbage),
+        "strata": torch.rand((len(rows), most), generator=garbage),
+        "training_mode": "sft",
+    }
+    for row, samples in enumerate(rows):
+        column = 0
+        for place, sample in enumerate(samples):
+            word = SAMPLES[sample]
+            column += before
+            where = [column + i + (inside if i else 0) for i in range(len(word))]
+            column = where[-1] + 1
+            ids = random_ids(len(word), seed=sample)
+            given["input_ids"][row, where] = ids
+            ignored = torch.tensor([letter == "i" for letter in word])
+            given["labels"][row, where] = ids.masked_fill(ignored, -100)
+            given["attention_mask"][row, where] = 1
+            given["src_mask"][row, where] = torch.tensor([letter == "s" for letter in word])
+            given["segment_ids"][row, where] = 20 + place
+            given["noise_seed"][row, place] = SAMPLE_SEEDS[sample]
+            given["strata"][row, place] = SAMPLE_STRATA[sample]
+    if not packed:
+        del given["segment_ids"]
+        given["noise_seed"], given["strata"] = given["noise_seed"][:, 0], given["strata"][:, 0]
+    return given
+
+
+ONE_BY_ONE = [[n] for n in range(6)]
+ARRANGEMENTS: dict[str, list[dict[str, Any]]] = {
+    "padding on the right": [batch_of(ONE_BY_ONE, 0, 0, 12, False)],
+    "padding on the left and inside": [batch_of(ONE_BY_ONE, 2, 3, 14, False)],
+    "another order": [batch_of(ONE_BY_ONE[::-1], 0, 0, 9, False)],
+    "micro-batches": [batch_of([[4], [1]], 0, 0, 9, False), batch_of([[5], [0], [3], [2]], 1, 0, 11, False)],
+    "packed": [batch_of([[0, 5, 1], [2, 4, 3]], 0, 0, 16, True)],
+    "packed with padding between": [batch_of([[3, 2], [0, 5], [4, 1]], 2, 1, 20, True)],
+    "packed micro-batches": [batch_of([[4, 3, 0, 1]], 1, 0, 30, True), batch_of([[2, 5]], 0, 0, 11, True)],
+}
+
+
+def test_the_samples_have_every_corruption() -> None:
+    model, batch = tiny_model(), batch_of(ONE_BY_ONE, 0, 0, 9, False)
+    is_token = batch["attention_mask"] == 1
+    source, ignored = batch["src_mask"] & is_token, batch["labels"] == -100
+    plain = Objective(**{**EVERYTHING, "block_masking_probability": 0})
+    single = model.draw_noise(**batch, objective=plain)
+    cells = model.draw_noise(**batch, objective=Objective(**EVERYTHING))
+    assert (cells.maskable & source).any()  # opened
+    assert (is_token & ~ignored & ~source & cells.layout.is_token & ~cells.maskable).any()  # S1
+    assert (is_token & ~cells.layout.is_token).any()  # S2
+    assert torch.equal(single.maskable, cells.maskable)
+    differ = (single.noised.is_masked != cells.noised.is_masked).any(dim=1)  # S3, in some
+    assert differ.any()
+    assert not differ.all()
+
+
+CASES_OF_ROUTES = [
+    *((preset, shift, "sdpa") for preset in PRESETS for shift in (False, True)),
+    *((preset, shift, "eager") for preset in ("elbo", "cart") for shift in (False, True)),
+]
+
+
+@pytest.mark.parametrize(("preset", "shift", "attention"), CASES_OF_ROUTES)
+def test_loss_and_gradient_do_not_depend_on_the_batch(preset: Any, shift: bool, attention: str) -> None:
+    model = tiny_model(logit_shift=shift)
+    model.set_attn_implementation(attention)
+    # Complementary masks where t is linear, and the other schedule: by turns, for there is no third way.
+    by_turns = shift and preset != "diffullama"
+    other: dict[str, Any] = {"complementary": True} if by_turns else {"schedule": "cosine"}
+    objective = Objective(**EVERYTHING, loss=preset, **other)
+
+    def step(batches: list[dict[str, Any]]) -> tuple[Tensor, list[Tensor], Tensor]:
+        divisor = sum(loss_divisor(model.draw_noise(**b, objective=objective), objective) for b in batches)
+        assert isinstance(divisor, Tensor)
+        losses = [model(**b, objective=objective, divisor=divisor, return_logits=False).loss for b in batches]
+        loss = torch.stack(losses).sum()
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        return loss.detach(), list(grads), divisor
+
+    loss, gradient, divisor = step([batch_of([[n]], 0, 0, len(SAMPLES[n]), False) for n in range(6)])
+    assert loss > 0.05
+    assert divisor > 1
+    # In float32 stock eager attention takes its softmax.
+    tolerance = 1e-9 if attention == "sdpa" else 1e-5
+    for name, batches in ARRANGEMENTS.items():
+        found = step(batches)
+        assert found[2] == divisor, name
+        torch.testing.assert_close(found[0], loss, rtol=tolerance, atol=0, msg=lambda m: f"{name}: {m}")  # noqa: B023
+        for one, expected in zip(found[1], gradient, strict=True):
+            torch.testing.assert_close(one, expected, rtol=tolerance, atol=20 * tolerance)
+
+
+@pytest.mark.parametrize("shift", [False, True], ids=["unshifted", "shifted"])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_cut_off_is_not_attended(packed: bool, share: float, shift: bool) -> None:
+    # Two documents of eight tokens, all of them tokens: the padding is the cut's alone.
+    model, ids = tiny_model(logit_shift=shift), random_ids(2, 8)
+    batch: dict[str, Any] = {"noise_seed": torch.tensor([31, 33])}
+    if packed:
+        ids = ids.view(1, 16)
+        batch = {"noise_seed": batch["noise_seed"][None], "segment_ids": torch.arange(16)[None] // 8}
+    objective = Objective(eps=0.3, truncate_probability=1, future_share=share)
+    drawn = model.draw_noise(ids, objective=objective, **batch)
+    cut, shown = ~drawn.layout.is_token, drawn.maskable & ~drawn.noised.is_masked
+    assert (cut.view(2, 8).any(dim=1)).all()
+    assert drawn.noised.is_masked.any()
+    assert shown.any()
+    expected = model(ids, objective=objective, **batch).loss
+    for where, matters in ((cut, False), (shown, True)):
+        other = torch.where(where, (ids + 7) % 31, ids)
+        found = model(other, objective=objective, **batch).loss
+        assert torch.equal(found, expected) != matters
+    # As if it had been padding from the start, and the rest had been drawn as it was.
+    whole = Objective(eps=0.3, future_share=share)
+    padded = model(ids, attention_mask=~cut, objective=whole, **batch).loss
+    torch.testing.assert_close(expected, padded, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_complementary_passes_mask_each_supervised_token_once(arrangement: str) -> None:
+    # Seen at the backbone, with every corruption at once: two passes, and no token is masked in both.
+    model, objective = tiny_model(), Objective(**EVERYTHING, complementary=True)
+    seen: list[Tensor] = []
+    model.model.register_forward_pre_hook(
+        lambda _, __, given: seen.append(given["input_ids"].clone()), with_kwargs=True
+    )
+    count = torch.zeros(2, dtype=torch.int64)
+    for batch in ARRANGEMENTS[arrangement]:
+        seen.clear()
+        model(**batch, objective=objective, return_logits=False)
+        first, second = (x_t != batch["input_ids"] for x_t in seen)
+        drawn = model.draw_noise(**batch, objective=objective)
+        assert torch.equal(first ^ second, drawn.maskable)
+        assert not (first & second).any()
+        count += torch.stack([first.sum(), second.sum()])
+    assert (count >= 3).all()
+
+
+# The presets
+
+PRESET_TEXTS = ((torch.tensor([[1, 3, 0, 2, 1]]), (0, 1, 2)), (torch.tensor([[2, 0, 3, 1, 0]]), (0,)))
+"""Two rows of five tokens and their source positions: prompts of 3 and 1, responses of 2 and 4 tokens."""
+
+Masks = tuple[tuple[int, ...], ...]
+
+
+@cache
+def preset_oracles() -> list[Oracle]:
+    with torch.no_grad():
+        return [Oracle(source, False, text=text) for text, source in PRESET_TEXTS]
+
+
+def plain_loss(preset: str, masks: Masks, times: tuple[float, ...]) -> float:
+    """A preset's loss of the two rows under one mask and one rate each, told in loops."""
+    oracles, summed = preset_oracles(), 0.0
+    supervised = [len(oracle.where) for oracle in oracles]
+    for oracle, masked, t, count in zip(oracles, masks, times, supervised, strict=True):
+        for i, nll in oracle.nll[masked].items():
+            context = [j for j in range(5) if j not in masked and j != i]
+            near = 0.5 * sum(0.1 * 0.9 ** (abs(i - j) - 1) for j in context)
+            weight = {"llada": 1 / t / count, "uniform": 1.0, "cart": near}.get(preset, 1 / t)
+            summed += weight * nll.item()
+    divisors = {"llada": 2, "coda": 10, "diffullama": max(1, sum(len(masked) for masked in masks))}
+    return summed / divisors.get(preset, sum(supervised))
+
+
+def expected_preset(preset: str, eps: float = 1e-3) -> float:
+    """Its mean over all masks of the two rows and both their rates, uniform on [eps, 1]."""
+    first, second = preset_oracles()
+    value = 0.0
+    for (t, w), (u, v) in product(gauss(eps, 1, 3), repeat=2):  # polynomials of degree 2 and 4 at most
+        for a, b in product(first.nll, second.nll):
+            p = t ** len(a) * (1 - t) ** (2 - len(a)) * u ** len(b) * (1 - u) ** (4 - len(b))
+            value += w * v / (1 - eps) ** 2 * p * plain_loss(preset, (a, b), (t, u))
+    return value
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@torch.no_grad()
+def test_forward_computes_each_preset_under_every_mask(preset: Any) -> None:
+    oracles, s = preset_oracles(), (0.3, 0.8)
+    objective = Objective(loss=preset)
+    times = tuple(masking_rate(torch.tensor(x, dtype=torch.float64)).item() for x in s)
+    text = torch.cat([oracle.text for oracle in oracles])
+    src_mask = torch.cat([oracle.src_mask for oracle in oracles])
+    for masks in product(*(oracle.nll for oracle in oracles)):
+        with steering(list(s), [list(masked) for masked in masks], 5):
+            found = oracles[0].model(
+                text,
+                labels=text,
+                src_mask=src_mask,
+                training_mode="sft",
+                noise_seed=torch.zeros(2, dtype=torch.int64),
+                objective=objective,
+            )
+        tolerance = 1e-6 if preset == "cart" else 1e-9  # its weights are float32
+        assert found.loss.item() == pytest.approx(plain_loss(preset, masks, times), rel=tolerance)
+
+
+COLUMNS = {  # published in, weight of a masked token, divided by, estimates
+    "elbo": ("MDLM 2406.07524 eq. 10; MD4 2406.04329", "1/t", "supervised tokens",
+             "negative ELBO per token"),
+    "llada": ("LLaDA 2502.09992 eq. 5 and its SFT code", "1/t / its sample's supervised tokens", "samples",
+              "mean over samples of the negative ELBO per token"),
+    "coda": ("CoDA 2510.03270, its code", "1/t", "all tokens, prompts too",
+             "negative ELBO per token times the supervised share"),
+    "diffullama": ("DiffuLLaMA 2410.17891, its code", "1/t", "masked tokens, at least 1",
+                   "with many samples 2 / (1 + eps) times the negative ELBO per token"),
+    "uniform": ("MaskGIT 2202.04200 sec. 3.1", "1", "supervised tokens",
+                "integral of t f(t), where that of f is the negative ELBO per token"),
+    "cart": ("Dream 2508.15487 sec. 3.3", "1/2 sum of p (1-p)^(d-1) over unmasked at distance d, p = 0.1",
+             "supervised tokens", "nll where much context is near"),
+}  # fmt: skip
+
+
+def preset_table() -> list[str]:
+    """The rows of the table in docs/math.md."""
+    exact = [oracle.exact()[0].item() for oracle in preset_oracles()]
+    per_token, per_sample = (2 * exact[0] + 4 * exact[1]) / 6, sum(exact) / 2
+    rows = []
+    for preset, words in COLUMNS.items():
+        value = expected_preset(preset)
+        likelihood = per_sample if preset == "llada" else per_token
+        bound = "yes" if PRESETS[preset].is_bound else "no"
+        cells = [f"`{preset}`", *words, bound, f"{value:.3f}", f"{value / likelihood:.3f}"]
+        rows.append("| " + " | ".join(cells) + " |")
+    rows.append(f"{per_token:.3f} nats per supervised token ({per_sample:.3f} as the mean over the two")
+    return rows
+
+
+def test_the_table_of_presets_is_what_the_oracle_finds() -> None:
+    documented = (Path(__file__).parents[1] / "docs" / "math.md").read_text()
+    for row in preset_table():
+        assert row in documented, f"docs/math.md should say: {row}"
+
+
+def test_presets_are_what_they_say_they_estimate() -> None:
+    first, second = preset_oracles()
+    eps = 1e-3
+    bounds = [oracle.bound(eps, 1).item() for oracle in (first, second)]
+    exact = [oracle.exact()[0].item() for oracle in (first, second)]
+    per_token = (2 * bounds[0] + 4 * bounds[1]) / 6
+    assert expected_preset("elbo") == pytest.approx(per_token, rel=1e-9)
+    assert expected_preset("llada") == pytest.approx(sum(bounds) / 2, rel=1e-9)
+    assert expected_preset("coda") == pytest.approx(0.6 * per_token, rel=1e-9)
+    half = sum(w * t * (2 * first.bound_at(t) + 4 * second.bound_at(t)).item() for t, w in gauss(eps, 1, 4))
+    assert expected_preset("uniform") == pytest.approx(half / 6 / (1 - eps), rel=1e-9)
+    # The two that call themselves bounds lie above the likelihood they bound.
+    assert {name for name, preset in PRESETS.items() if preset.is_bound} == {"elbo", "llada"}
+    assert expected_preset("elbo") > (2 * exact[0] + 4 * exact[1]) / 6 + 1e-3
+    assert expected_preset("llada") > sum(exact) / 2 + 1e-3
+    # The others have no fixed side: where the model is sure, they lie below.
+    assert expected_preset("coda") < (2 * exact[0] + 4 * exact[1]) / 6
+    assert expected_preset("diffullama") > 1.3 * per_token
+
+
+def test_a_sample_with_one_supervised_token_counts_like_any_other_under_llada() -> None:
+    # And one with none not at all. All are masked, so that the loss is the mean of their mean nll / t.
+    model, ids = tiny_model(), random_ids(3, 4)
+    src_mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]).bool()
+    objective = Objective(eps=0.5, loss="llada")
+    logits, loss = model(
+        ids,
+        src_mask=src_mask,
+        training_mode="sft",
+        noise_seed=torch.arange(3),
+        strata=torch.full((3,), 1 - 2**-20),
+        objective=objective,
+    )
+    nll = -logits.log_softmax(dim=-1).gather(-1, ids[..., None])[..., 0]
+    expected = (nll[0, 3] + nll[1, 1:].mean()) / 2
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+
+
+def test_masked_tokens_as_the_divisor_double_the_bound_as_samples_grow() -> None:
+    # The ratio of two means: the bound over E[t] = (1 + eps) / 2.
+    oracle, eps, rows = preset_oracles()[1], 0.2, 40_000
+    given: dict[str, Any] = {"noise_seed": torch.arange(rows), "training_mode": "sft"}
+    given["src_mask"] = oracle.src_mask.expand(rows, -1)
+    objective = Objective(eps=eps, loss="diffullama")
+    with torch.no_grad():
+        loss = oracle.model(oracle.text.expand(rows, -1), labels=oracle.text.expand(rows, -1),
+                            objective=objective, return_logits=False, **given).loss  # fmt: skip
+    assert loss.item() == pytest.approx(2 / (1 + eps) * oracle.bound(eps, 1).item(), rel=0.02)
+
+
+# Low-discrepancy rates
+
+CHAIN_TEXT, CHAIN_WORDS, CHAIN_DECAY = (0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2), 8, 0.9
+"""A text of 12 tokens from a chain of 8 words: `P(same word d tokens on) = 1/8 + 7/8 * 0.9^d`."""
+
+
+def chain_nll() -> Tensor:
+    """Sum of the nll of the masked tokens under every mask, by the chain's own posterior; bit i = token i."""
+
+    def p(distance: int, same: bool) -> float:
+        return 1 / CHAIN_WORDS + (same - 1 / CHAIN_WORDS) * CHAIN_DECAY**distance
+
+    length = len(CHAIN_TEXT)
+    sums = torch.zeros(2**length, dtype=torch.float64)
+    for mask in range(2**length):
+        seen = [i for i in range(length) if not mask >> i & 1]
+        for i in (i for i in range(length) if mask >> i & 1):
+            left = max((j for j in seen if j < i), default=None)
+            right = min((j for j in seen if j > i), default=None)
+            word = CHAIN_TEXT[i]
+            q = 1 / CHAIN_WORDS if left is None else p(i - left, word == CHAIN_TEXT[left])
+            if right is not None:
+                q *= p(right - i, word == CHAIN_TEXT[right])
+                either = 1 / CHAIN_WORDS
+                if left is not None:
+                    either = p(right - left, CHAIN_TEXT[left] == CHAIN_TEXT[right])
+                q /= either
+            sums[mask] -= math.log(q)
+    return sums
+
+
+def test_even_rates_lower_the_variance_of_the_loss() -> None:
+    # 16 samples a step. The variance of a step's loss, by enumeration and quadrature: the part within a
+    # rate stays, that between the rates all but vanishes.
+    length, samples, eps = len(CHAIN_TEXT), 16, 1e-3
+    sums = chain_nll()
+    size = torch.tensor([mask.bit_count() for mask in range(2**length)], dtype=torch.float64)
+
+    def moments(s: Tensor) -> tuple[Tensor, Tensor]:
+        t = (eps + (1 - eps) * s)[:, None]
+        p = t**size * (1 - t) ** (length - size)
+        loss = sums / t / length
+        return (p * loss).sum(dim=1), (p * loss**2).sum(dim=1)
+
+    s, w = (torch.tensor(x, dtype=torch.float64) for x in zip(*gauss(0, 1, 60), strict=True))
+    mean, square = moments(s)
+    bound = (w * mean).sum()
+    independent = ((w * square).sum() - bound**2) / samples
+    shifts, v = (torch.tensor(x, dtype=torch.float64) for x in zip(*gauss(0, 1, 12), strict=True))
+    means = torch.stack([moments((torch.arange(samples) + u) / samples)[0].mean() for u in shifts])
+    even = (w * (square - mean**2)).sum() / samples + (v * (means - bound) ** 2).sum()
+    ratio = (even / independent).item()
+
+    # The same from the draws themselves.
+    steps, rows = 2000, 2000 * samples
+    place = torch.arange(samples)
+    strata = torch.cat([low_discrepancy(5, step, place, samples) for step in range(steps)])
+    layout = row_layout(torch.ones(rows, length, dtype=torch.bool))
+    ids = torch.tensor([CHAIN_TEXT]).expand(rows, -1)
+    variance = {}
+    for name, uniforms in (("even", strata), ("independent", None)):
+        drawn = draw(ids, layout, layout.is_token, MASK, Objective(eps=eps), noise_seed=torch.arange(rows),
+                     strata=uniforms)  # fmt: skip
+        mask = (drawn.noised.is_masked.long() << torch.arange(length)).sum(dim=1)
+        losses = (sums[mask] / drawn.noised.t[:, 0] / length).view(steps, samples).mean(dim=1)
+        variance[name] = losses.var()
+        assert abs(losses.mean() - bound) < 5 * losses.std() / steps**0.5
+    found = (variance["even"] / variance["independent"]).item()
+    assert found < 0.85
+    assert found == pytest.approx(ratio, rel=0.25)
+    documented = (Path(__file__).parents[1] / "docs" / "math.md").read_text()
+    assert f"{ratio:.2f} times the variance" in documented, ratio

@@ -280,10 +280,13 @@ def draw(
 
 def _position_seeds(layout: Layout, noise_seed: Int[Tensor, "..."] | None) -> Int[Tensor, "B L"]:
     """Spread seeds of rows (B,) or documents (B, D) over positions; from torch's generator if None."""
+    document = layout.document
     if noise_seed is None:
-        shape, device = layout.document.shape, layout.document.device
-        noise_seed = torch.randint(-(2**63), 2**63 - 1, shape, device=device)
-    return _per_position(layout, noise_seed)
+        noise_seed = torch.randint(-(2**63), 2**63 - 1, document.shape, device=document.device)
+    seed = _per_position(layout, noise_seed)
+    if noise_seed.dim() == 1:  # the further documents of a row get seeds of their own
+        seed = torch.where(document == 0, seed, keyed_hash(seed, STREAM_SEED, document))
+    return seed
 
 
 def _per_position(layout: Layout, values: Tensor) -> Tensor:

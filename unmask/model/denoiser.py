@@ -138,25 +138,26 @@ class MaskedDiffusionMixin:
         draws = [drawn]
         if objective.complementary:
             draws.append(drawn.complement(input_ids, self._mask_token_id()))
-        logits, targets, total = None, input_ids if labels is None else labels, 0.0
-        for one in draws:
-            # 2. The model's view of the masked tokens; the head sees no other unless logits are wanted.
-            is_masked = one.noised.is_masked
-            hidden = self._denoised(given, one, objective)
-            # 3. Cross-entropy, weighted by the preset: 1/t by default.
-            dtype = torch.promote_types(hidden.dtype, torch.float32)
-            weights = loss_weights(one, objective, dtype)[is_masked]
-            if return_logits and logits is None:
-                logits = self.lm_head(hidden)
-                nll = token_nll(logits[is_masked], targets[is_masked])
-                total = total + (nll * weights.to(nll.dtype)).sum()
-            else:
-                total = total + weighted_nll(self.lm_head, hidden[is_masked], targets[is_masked], weights)
-        # 4. One divisor: by default the number of supervised tokens.
+        # 2. One divisor: by default the number of supervised tokens. Each weight is divided, not the sum,
+        # which would cost the head another pass over its gradient.
         if divisor is None:
             divisor = loss_divisor(drawn, objective)
-        divisor = torch.as_tensor(divisor, device=input_ids.device).clamp(min=1)
-        return DenoiserOutput(logits, cast(Tensor, total) / (divisor * len(draws)))
+        divisor = torch.as_tensor(divisor, device=input_ids.device).clamp(min=1) * len(draws)
+        logits, loss, targets = None, None, input_ids if labels is None else labels
+        for one in draws:
+            # 3. The model's view of the masked tokens; the head sees no other unless logits are wanted.
+            is_masked = one.noised.is_masked
+            hidden = self._denoised(given, one, objective)
+            # 4. Cross-entropy, weighted by the preset: 1/t by default.
+            dtype = torch.promote_types(hidden.dtype, torch.float32)
+            weights = loss_weights(one, objective, dtype)[is_masked] / divisor
+            if return_logits and logits is None:
+                logits = self.lm_head(hidden)
+                part = (token_nll(logits[is_masked], targets[is_masked]) * weights).sum()
+            else:
+                part = weighted_nll(self.lm_head, hidden[is_masked], targets[is_masked], weights)
+            loss = part if loss is None else loss + part
+        return DenoiserOutput(logits, loss)
 
     def draw_noise(
         self,

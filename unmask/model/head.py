@@ -33,14 +33,14 @@ class Chunks(NamedTuple):
 def chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Chunks:
     """Choose the chunk sizes, from the size of the logits and the device alone.
 
-    Every chunk of `rows` reads the head's weight and adds to its gradient, so a chunk should be large: 128
-    MiB of logits make the matrix products as fast as one over all rows. A block should stay in the cache
-    between the passes of a softmax, with a row at least for each thread. Both are measured on CPUs
-    (`benchmarks/loss.py`). On other devices memory is larger and a small kernel costs as much as a larger
-    one; the sizes there are a guess that nobody has measured.
+    Every chunk of `rows` reads the head's weight and adds to its gradient, so a chunk should be large: from
+    64 MiB of logits on, the matrix products are as fast as one over all rows. A block should stay in the
+    cache between the passes of a softmax, with a row at least for each thread. Both are measured on a CPU
+    (`benchmarks/loss.py`). Other devices have more memory, and a small kernel there costs as much as a
+    larger one; the sizes for them are a guess that nobody has measured.
     """
     on_cpu = device.type == "cpu"
-    most = max(1, (128 if on_cpu else 512) * MIB // (vocab_size * dtype.itemsize))
+    most = max(1, (64 if on_cpu else 512) * MIB // (vocab_size * dtype.itemsize))
     rows = ceil(num_rows / ceil(num_rows / most)) if num_rows else 1  # equal chunks, no small last one
     block = (4 if on_cpu else 256) * MIB // (vocab_size * 4)
     return Chunks(rows, max(1, block, torch.get_num_threads() if on_cpu else 1))
