@@ -74,7 +74,7 @@ def main() -> None:
 
         def prepared(number: int) -> None:
             manifest = prepare(recipe, folder / f"out{number}", console=Console(quiet=True))
-            assert manifest.rows == RECORDS
+            assert manifest.counts["rows"] == RECORDS
 
         ratios = []
         for number in range(ROUNDS):

@@ -20,7 +20,7 @@ import unmask
 from unmask import cli, load_model, load_tokenizer
 from unmask.errors import UnmaskError
 
-COMMANDS = ("convert", "data", "train", "generate", "score")
+COMMANDS = ("convert", "data", "prepare", "train", "generate", "score")
 
 
 @dataclass

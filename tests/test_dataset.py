@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def recipe(**data: Any) -> Recipe:
     )
 
 
-def texts(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def texts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What each example teaches."""
     return [
         str(tokenizer.decode([i for i, source in zip(e.input_ids, e.src_mask, strict=True) if not source]))

@@ -588,7 +588,8 @@ def test_packed_documents_are_examples_of_their_own_with_their_end_token() -> No
     end = "<|im_end|>"
     # The string in a document is plain text; a document as long as a row leaves its end token to the next.
     assert texts == [f"abcd{end}", "e<|im_", f"end|>{end}", "012345", f"6789{end}", f"vwxyz{end}"]
-    assert [part.input_ids.count(tokenizer.eos_token_id) for part in parts] == [1, 0, 1, 0, 1, 1]
+    end_id = int(tokenizer.convert_tokens_to_ids(end))  # pyright: ignore[reportArgumentType]
+    assert [part.input_ids.count(end_id) for part in parts] == [1, 0, 1, 0, 1, 1]
     assert [part.sample_id for part in parts] == list(range(6))
     assert not any(any(part.src_mask) for part in parts)
     assert (report.truncated, report.tokens, report.supervised_tokens) == (0, 34, 34)

@@ -38,7 +38,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Files of records, some of which are cut, dropped or bad, and of texts."""
     monkeypatch.chdir(tmp_path)
     for name, first in (("a.jsonl", 0), ("b.jsonl", 30)):
-        records = [
+        records: list[dict[str, Any]] = [
             {"prompt": f"Say {n} <|im_end|>", "completion": f"{n}! " * (n % 9 + 1)}
             for n in range(first, first + 30)
         ]

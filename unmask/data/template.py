@@ -195,9 +195,7 @@ class ChatLayout:
 
         changed, shown = _in_texts(given, lambda text: self._special.sub(hide, text))
         if given[0] is not messages:
-            changed = [
-                {**message, "content": text} for message, text in zip(messages, changed, strict=True)
-            ]
+            changed = [{**message, "content": text} for message, text in zip(messages, changed, strict=True)]
         return changed, shown, mark, hidden
 
     def _find_end_token(self) -> str:
