@@ -96,6 +96,11 @@ def block_index(layout: Layout, maskable: Bool[Tensor, "B L"], block_length: int
     return (number - _latest(number, documents)).clamp(min=0)
 
 
+def count_by_document(layout: Layout, flag: Bool[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+    """Count the flagged tokens of each document: column d has those of the row's document d."""
+    return torch.zeros_like(layout.document).scatter_add(1, layout.document, flag.long())
+
+
 def attend_within_documents(layout: Layout) -> Bool[Tensor, "B L L"]:
     """Let every token attend to every token of its document."""
     return _allowed(layout, layout.document[:, :, None] == layout.document[:, None, :])

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from unmask.diffusion.attention import Layout
+from unmask.diffusion.attention import Layout, count_by_document
 from unmask.diffusion.noise import Drawn
 from unmask.diffusion.objective import Objective, Schedule
 
@@ -91,7 +91,7 @@ def _by_time(drawn: Drawn, objective: Objective, dtype: torch.dtype) -> Tensor:
 
 
 def _by_time_per_document(drawn: Drawn, objective: Objective, dtype: torch.dtype) -> Tensor:
-    count = _supervised_of_documents(drawn).gather(1, drawn.layout.document)
+    count = count_by_document(drawn.layout, drawn.maskable).gather(1, drawn.layout.document)
     return _by_time(drawn, objective, dtype) / count.clamp(min=1)
 
 
@@ -107,11 +107,6 @@ def _supervised(drawn: Drawn) -> Tensor:
     return drawn.maskable.sum()
 
 
-def _supervised_of_documents(drawn: Drawn) -> Int[Tensor, "B L"]:
-    document = drawn.layout.document
-    return torch.zeros_like(document).scatter_add(1, document, drawn.maskable.long())
-
-
 PRESETS: dict[str, Preset] = {
     "elbo": Preset(
         _by_time,
@@ -121,7 +116,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "llada": Preset(
         _by_time_per_document,
-        lambda drawn: (_supervised_of_documents(drawn) > 0).sum(),
+        lambda drawn: (count_by_document(drawn.layout, drawn.maskable) > 0).sum(),
         True,
         "the mean over samples of the negative ELBO per token: short responses count as much as long ones",
     ),

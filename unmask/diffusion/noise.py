@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from unmask.diffusion.attention import Layout, block_index
+from unmask.diffusion.attention import Layout, block_index, count_by_document
 from unmask.diffusion.keyed import (
     STREAM_CELLS,
     STREAM_CUT,
@@ -299,7 +299,7 @@ def _per_position(layout: Layout, values: Tensor) -> Tensor:
 def _rank(layout: Layout, flag: Tensor) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B L"]]:
     """Count the flagged tokens of each token's document: those before it, and all."""
     ones = flag.long()
-    total = torch.zeros_like(ones).scatter_add(1, layout.document, ones)  # of each document of the row
+    total = count_by_document(layout, flag)
     before_document = total.cumsum(dim=1) - total
     before = ones.cumsum(dim=1) - ones
     return before - before_document.gather(1, layout.document), total.gather(1, layout.document)

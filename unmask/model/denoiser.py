@@ -19,7 +19,6 @@ from unmask.diffusion.attention import (
     attend_block_causal,
     attend_two_copies,
     attend_within_documents,
-    block_index,
     kernel_mask,
     predicting_column,
     row_layout,
@@ -204,7 +203,8 @@ class MaskedDiffusionMixin:
         if (is_masked & ~given.maskable).any():  # a block model's clean copy would show the token
             raise ValueError("is_masked must be False at padding and where src_mask is True.")
         x_t = torch.where(is_masked, self._mask_token_id(), input_ids)
-        hidden = self._aligned(given, x_t) if given.block is None else self._two_copies(given, x_t, given)
+        in_blocks = given.block_length is not None
+        hidden = self._two_copies(given, x_t, given) if in_blocks else self._aligned(given, x_t)
         return row_nll(self.lm_head, hidden[is_masked], input_ids[is_masked])
 
     def _given(
@@ -231,13 +231,12 @@ class MaskedDiffusionMixin:
             allowed = allowed & (labels != IGNORED)
         maskable = allowed if source is None else allowed & ~source
         layout = row_layout(is_token, segment_ids)
-        length = block_length_of(self.config)
         return Given(
             input_ids,
             layout,
             maskable,
             None if source is None else source & allowed,
-            None if length is None else block_index(layout, maskable, length),
+            block_length_of(self.config),
             padded,
             segment_ids is not None,
         )
@@ -254,7 +253,7 @@ class MaskedDiffusionMixin:
             source=given.source,
             noise_seed=noise_seed,
             strata=strata,
-            block_length=block_length_of(self.config),
+            block_length=given.block_length,
         )
 
     def _denoised(self, given: Given, drawn: Drawn, objective: Objective) -> Float[Tensor, "B L H"]:
@@ -274,8 +273,8 @@ class MaskedDiffusionMixin:
     ) -> Float[Tensor, "B L H"]:
         """Run the network on ids as they are, so that the output at i predicts token i."""
         layout = given.layout
-        if attend is None and given.block is not None:
-            attend = attend_block_causal(layout, given.block)
+        if attend is None and (block := given.block) is not None:
+            attend = attend_block_causal(layout, block)
         if attend is None and given.packed:
             attend = attend_within_documents(layout)
         if attend is not None or given.padded:
@@ -373,8 +372,7 @@ class MaskedDiffusionMixin:
             layout = row_layout(is_token)
             canvas = torch.arange(ids.shape[1], device=ids.device) >= input_ids.shape[1]
             maskable = is_token & canvas
-            block = None if block_length is None else block_index(layout, maskable, block_length)
-            given = Given(ids, layout, maskable, None, block, padded=True, packed=False)
+            given = Given(ids, layout, maskable, None, block_length, padded=True, packed=False)
             return self.lm_head(self._aligned(given, ids)[where])
 
         if is_token is None:

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers.utils import logging
 
-from unmask.diffusion.attention import Layout
+from unmask.diffusion.attention import Layout, block_index
 
 logger = logging.get_logger(__name__)
 
@@ -24,9 +24,16 @@ class Given(NamedTuple):
     layout: Layout
     maskable: Bool[Tensor, "B L"]
     source: Bool[Tensor, "B L"] | None  # source tokens, which a progressive source mask may open
-    block: Int[Tensor, "B L"] | None  # of each token, in a block-causal model
+    block_length: int | None  # of a block-causal model
     padded: bool
     packed: bool
+
+    @property
+    def block(self) -> Int[Tensor, "B L"] | None:
+        """Block of each token, in a block-causal model; a training step has that of its draw instead."""
+        return (
+            None if self.block_length is None else block_index(self.layout, self.maskable, self.block_length)
+        )
 
 
 def check_inputs(
