@@ -22,8 +22,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextDiffusio
 from unmask import DiffusionGenerationConfig, Qwen3ForCausalLM
 from unmask.errors import UnmaskError
 from unmask.generation.complete import complete
-from unmask.generation.engine import DiffusionGenerationOutput, denoise
-from unmask.generation.policy import share_steps, tokens_at_step
+from unmask.generation.engine import DiffusionGenerationOutput, View, respond
+from unmask.generation.policy import share_steps
 
 PAD, END, MASK = 0, 1, 31
 
@@ -36,6 +36,11 @@ def model() -> Any:
 @pytest.fixture(scope="module")
 def shifted() -> Any:
     return tiny_model(logit_shift=True, seed=1).eval()
+
+
+def tokens_at_step(step: int, steps: int, canvas: int) -> int:
+    """Tokens spread evenly over steps."""
+    return (step + 1) * canvas // steps - step * canvas // steps
 
 
 def plain_greedy(
@@ -165,7 +170,11 @@ def test_the_seed_decides_the_sample(model: Any) -> None:
     prompt = random_ids(1, 4)
 
     def sample(seed: int) -> list[int]:
-        return model.generate(prompt, max_new_tokens=8, temperature=1.0, seed=seed).sequences[0].tolist()
+        return (
+            model.generate(prompt, max_new_tokens=8, temperature=3.0, seed=seed, eos_token_id=[])
+            .sequences[0]
+            .tolist()
+        )
 
     torch.manual_seed(1)
     first = sample(0)
@@ -183,11 +192,11 @@ class Recorder:
         self.logits = logits
         self.seen: list[Tensor] = []
 
-    def __call__(self, ids: Tensor, is_token: Tensor, where: Tensor) -> Tensor:
-        assert not (where & ~is_token).any()
-        assert (ids[where] == MASK).all()
-        self.seen.append(ids.clone())
-        return self.logits(ids)[where]
+    def __call__(self, view: View) -> list[Tensor]:
+        assert not (view.where & ~view.is_token).any()
+        assert (view.ids[view.where] == MASK).all()
+        self.seen.append(view.ids.clone())
+        return [self.logits(view.ids)[view.where]]
 
 
 def random_logits(ids: Tensor, seed: int = 0) -> Tensor:
@@ -202,7 +211,7 @@ def run_stub(batch: int = 3, prompt: int = 2, **settings: Any) -> tuple[Diffusio
     config = DiffusionGenerationConfig(mask_token_id=MASK, **settings)
     recorder = Recorder(random_logits)
     ids = random_ids(batch, prompt, seed=batch)
-    return denoise(recorder, ids, torch.ones_like(ids, dtype=torch.bool), config), recorder
+    return respond(recorder, ids, torch.ones_like(ids, dtype=torch.bool), config), recorder
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -314,16 +323,16 @@ def test_two_tokens_are_drawn_from_the_enumerated_joint_distribution() -> None:
             exact[:, b] += chance * p(MASK, b)[0]
     assert exact.sum().item() == pytest.approx(1)
 
-    def denoiser(ids: Tensor, is_token: Tensor, where: Tensor) -> Tensor:
+    def denoiser(view: View) -> list[Tensor]:
         logits = torch.full((1, 2, 32), -torch.inf, dtype=torch.float64)
-        logits[0, :, :vocab] = tables[int(ids[0, 0]), int(ids[0, 1])]
-        return logits[where]
+        logits[0, :, :vocab] = tables[int(view.ids[0, 0]), int(view.ids[0, 1])]
+        return [logits[view.where]]
 
     drawn = torch.zeros(vocab, vocab, dtype=torch.float64)
     none = torch.zeros(1, 0, dtype=torch.long)
     for seed in range(1200):
         config = DiffusionGenerationConfig(max_new_tokens=2, temperature=1.0, seed=seed, mask_token_id=MASK)
-        sequences = denoise(denoiser, none, none.bool(), config).sequences
+        sequences = respond(denoiser, none, none.bool(), config).sequences
         assert sequences is not None
         drawn[sequences[0, 0], sequences[0, 1]] += 1
     assert chi_square_p(drawn.flatten(), exact.flatten()) > 1e-6
@@ -332,7 +341,7 @@ def test_two_tokens_are_drawn_from_the_enumerated_joint_distribution() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"top_p": 0.9}, "unknown generation setting 'top_p'"),
+        ({"top_q": 0.9}, "unknown generation setting 'top_q'"),
         ({"max_new_token": 4}, "did you mean 'max_new_tokens'"),
         ({"max_new_tokens": 4, "steps": 5}, "steps must be an integer from 1 to max_new_tokens = 4; got 5"),
         ({"steps": 0}, "steps must be an integer from 1 to max_new_tokens = 128; got 0"),
@@ -447,7 +456,7 @@ def test_of_an_autoregressive_config_only_the_special_tokens_hold() -> None:
     stock = GenerationConfig(temperature=0.6, top_p=0.9, do_sample=True, eos_token_id=[1, 2], pad_token_id=0)
     read = DiffusionGenerationConfig.from_generic(stock)
     assert (read.temperature, read.eos_token_ids, read.pad_token_id) == (0.0, [1, 2], 0)
-    assert not hasattr(read, "top_p")
+    assert read.top_p is None
 
 
 # Streamers.
@@ -530,7 +539,7 @@ def plain_blocks(
     response: list[int] = []
     committed: list[int] = []
     forwards, step = 0, 0
-    counts = share_steps(steps, canvas, min(length, canvas))
+    counts = share_steps(steps, [min(length, canvas - start) for start in range(0, canvas, length)])
     for number, count in enumerate(counts):
         size = min(length, canvas - number * length)
         own: list[int | None] = [None] * size
@@ -607,7 +616,7 @@ def test_an_answer_in_blocks_does_not_depend_on_its_batch(shift: bool, temperatu
         "steps": 6,
         "temperature": temperature,
         "seed": 3,
-        "eos_token_id": list(range(2, 30, 4)),
+        "eos_token_id": list(range(1, 30, 4)),
         "pad_token_id": PAD,
         "return_trace": True,
     }
@@ -644,11 +653,18 @@ def run_blocks(
     batch: int, steps: int, block_length: int, **settings: Any
 ) -> tuple[DiffusionGenerationOutput, Recorder]:
     config = DiffusionGenerationConfig(
-        mask_token_id=MASK, max_new_tokens=10, pad_token_id=PAD, return_trace=True, steps=steps, **settings
+        mask_token_id=MASK,
+        max_new_tokens=10,
+        pad_token_id=PAD,
+        return_trace=True,
+        steps=steps,
+        block_length=block_length,
+        canvas="growing",
+        **settings,
     )
     recorder = Recorder(random_logits)
     ids = random_ids(batch, 2, seed=batch)
-    return denoise(recorder, ids, ids == ids, config, block_length=block_length), recorder
+    return respond(recorder, ids, ids == ids, config), recorder
 
 
 @pytest.mark.parametrize("steps", [10, 7, 4])
@@ -657,7 +673,7 @@ def test_blocks_are_filled_in_order_and_what_is_committed_stays(steps: int) -> N
     assert out.sequences is not None and out.commit_step is not None
     assert len(recorder.seen) == steps
     states = [ids[0] for ids in recorder.seen]
-    shares = share_steps(steps, 10, 3)
+    shares = share_steps(steps, [3, 3, 3, 1])
     block_of_step = [block for block, count in enumerate(shares) for _ in range(count)]
     for step, (ids, block) in enumerate(zip(states, block_of_step, strict=True)):
         start, stop = 2 + 3 * block, 2 + min(3 * block + 3, 10)
@@ -701,7 +717,7 @@ def test_each_forward_sees_the_block_as_training_does() -> None:
     network = model.model.register_forward_pre_hook(
         lambda _, __, given: shown.append(given["input_ids"].clone()), with_kwargs=True
     )
-    model.generate(prompt, mask, max_new_tokens=8, steps=5, eos_token_id=[])
+    model.generate(prompt, mask, max_new_tokens=8, steps=5, eos_token_id=[], use_cache=False)
     hook.remove()
     network.remove()
     assert [ids.shape[1] - 4 for ids in shown] == [3, 6, 6, 8, 8]
@@ -718,9 +734,7 @@ def test_fewer_steps_than_blocks_are_refused() -> None:
     model = block_model(4)
     with pytest.raises(UnmaskError) as caught:
         model.generate(random_ids(1, 3), max_new_tokens=10, steps=2)
-    assert str(caught.value) == (
-        "steps must be at least 3, one for each block of 4 tokens in a canvas of 10; got 2."
-    )
+    assert str(caught.value) == "steps must be at least 3, one for each block; got 2."
     assert model.generate(random_ids(1, 3), max_new_tokens=10, steps=3, eos_token_id=[]).num_forwards == 3
 
 

@@ -6,22 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask.errors import UnmaskError
-from unmask.generation.policy import most_confident, share_steps, tokens_at_step
-
-
-@given(canvas=st.integers(1, 300), data=st.data())
-@settings(max_examples=200, deadline=None)
-def test_tokens_are_spread_evenly_over_the_steps(canvas: int, data: st.DataObject) -> None:
-    steps = data.draw(st.integers(1, canvas))
-    counts = [tokens_at_step(step, steps, canvas) for step in range(steps)]
-    assert sum(counts) == canvas
-    assert min(counts) >= 1  # no forward is spent without committing
-    assert max(counts) - min(counts) <= 1
-
-
-def test_one_token_a_step_and_all_at_once() -> None:
-    assert [tokens_at_step(step, 5, 5) for step in range(5)] == [1] * 5
-    assert [tokens_at_step(step, 1, 5) for step in range(1)] == [5]
+from unmask.generation.policy import most_confident, share_steps
 
 
 @given(canvas=st.integers(1, 200), data=st.data())
@@ -30,7 +15,7 @@ def test_steps_are_shared_out_over_the_blocks(canvas: int, data: st.DataObject) 
     block_length = data.draw(st.integers(1, canvas))
     sizes = [min(block_length, canvas - start) for start in range(0, canvas, block_length)]
     steps = data.draw(st.integers(len(sizes), canvas))
-    shares = share_steps(steps, canvas, block_length)
+    shares = share_steps(steps, sizes)
     assert len(shares) == len(sizes) and sum(shares) == steps
     for share, size in zip(shares, sizes, strict=True):
         assert 1 <= share <= size  # every step of a block has a token to commit
@@ -39,12 +24,13 @@ def test_steps_are_shared_out_over_the_blocks(canvas: int, data: st.DataObject) 
 
 
 def test_shares_of_steps() -> None:
-    assert share_steps(12, 12, 4) == [4, 4, 4]
-    assert share_steps(6, 12, 4) == [2, 2, 2]
-    assert share_steps(5, 10, 10) == [5]
-    assert share_steps(3, 9, 4) == [1, 1, 1]
-    with pytest.raises(UnmaskError, match="steps must be at least 3, one for each block of 4 tokens"):
-        share_steps(2, 9, 4)
+    assert share_steps(12, [4, 4, 4]) == [4, 4, 4]
+    assert share_steps(6, [4, 4, 4]) == [2, 2, 2]
+    assert share_steps(5, [10]) == [5]
+    assert share_steps(3, [4, 4, 1]) == [1, 1, 1]
+    assert share_steps(4, [1, 4, 3]) == [1, 1, 2]  # the rest of a prompt's block, then whole ones
+    with pytest.raises(UnmaskError, match="steps must be at least 3, one for each block; got 2"):
+        share_steps(2, [4, 4, 1])
 
 
 @given(

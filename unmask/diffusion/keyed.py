@@ -17,7 +17,7 @@ from torch import Tensor
 
 # Streams keep draws for different purposes independent of one another under the same seed.
 STREAM_SEED, STREAM_TIME, STREAM_MASK, STREAM_SAMPLE, STREAM_COMMIT, STREAM_ATTENTION = range(6)
-STREAM_CUT, STREAM_CELLS, STREAM_STRATA, STREAM_SCORE = range(6, 10)
+STREAM_CUT, STREAM_CELLS, STREAM_STRATA, STREAM_SCORE, STREAM_REMASK = range(6, 11)
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 / golden ratio, as a signed 64-bit integer
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -59,6 +59,14 @@ def keyed_uniform(seed: Int[Tensor, "..."] | int, *keys: Int[Tensor, "..."] | in
     bits = _shift_right(keyed_hash(seed, *keys), 11)  # 53 random bits
     uniform = bits.to(torch.float32) * 2.0**-53
     return uniform.clamp(max=1.0 - 2.0**-24)  # rounding to nearest may have reached 1
+
+
+def keyed_double(seed: Int[Tensor, "..."] | int, *keys: Int[Tensor, "..."] | int) -> Float[Tensor, "..."]:
+    """Draw uniforms in [0, 1) as `keyed_uniform` does, but in float64, with 53 bits.
+
+    For inverting a distribution function, whose tail 24 bits would cut off.
+    """
+    return _shift_right(keyed_hash(seed, *keys), 11).double() * 2.0**-53
 
 
 def keyed_below(

@@ -1,12 +1,29 @@
-"""From logits to a token and a confidence, as pure functions over the last axis."""
+"""From logits to a token and how sure the model is of it, as pure functions over the last axis.
+
+Shapes: M positions, V vocabulary.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from unmask.diffusion.keyed import STREAM_SAMPLE, keyed_uniform
+from unmask.diffusion.keyed import STREAM_SAMPLE, keyed_double
+
+
+class Sampled(NamedTuple):
+    """A token for each position, and the model's own view of it: before temperature and filters."""
+
+    token: Int[Tensor, "M"]
+    confidence: Float[Tensor, "M"]
+    """Probability of the token, in [0, 1]."""
+    margin: Float[Tensor, "M"]
+    """Probability of the most likely token over that of the second, in [0, 1]."""
+    entropy: Float[Tensor, "M"]
+    """Nats."""
 
 
 def suppress(logits: Float[Tensor, "*rows V"], ids: Int[Tensor, "K"]) -> Float[Tensor, "*rows V"]:
@@ -14,28 +31,66 @@ def suppress(logits: Float[Tensor, "*rows V"], ids: Int[Tensor, "K"]) -> Float[T
     return logits.index_fill(-1, ids, -torch.inf)
 
 
-def gumbel_noise(
-    seed: Int[Tensor, "M"], position: Int[Tensor, "M"], step: int, vocab_size: int
-) -> Float[Tensor, "M V"]:
-    """Draw Gumbel noise as a pure function of (seed, position, step, token)."""
-    token = torch.arange(vocab_size, device=seed.device)
-    uniform = keyed_uniform(seed[:, None], STREAM_SAMPLE, position[:, None], step, token[None])
-    return -torch.log(-torch.log(uniform.clamp(min=1e-30)))
+def keep_top_k(logits: Float[Tensor, "M V"], k: int) -> Float[Tensor, "M V"]:
+    """Give all but the k most likely tokens probability 0; ties with the k-th stay."""
+    if k >= logits.shape[-1]:
+        return logits
+    least = logits.topk(k, dim=-1).values[:, -1:]
+    return logits.masked_fill(logits < least, -torch.inf)
 
 
-def pick(
-    logits: Float[Tensor, "M V"], temperature: float, noise: Float[Tensor, "M V"] | None
-) -> tuple[Int[Tensor, "M"], Float[Tensor, "M"]]:
-    """Choose a token for each row and say how confident the model is in it.
+def keep_top_p(logits: Float[Tensor, "M V"], p: float) -> Float[Tensor, "M V"]:
+    """Keep the fewest most likely tokens that have probability p together (Holtzman et al., 1904.09751)."""
+    ordered, index = logits.sort(dim=-1, descending=True, stable=True)
+    probability = torch.softmax(ordered, dim=-1)
+    before = probability.cumsum(dim=-1) - probability
+    keep = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, index, before < p)
+    return logits.masked_fill(~keep, -torch.inf)
 
-    With noise the choice is a sample from softmax(logits / temperature) by the Gumbel-max trick, without
-    it the most likely token. The confidence is the model's own probability of the chosen token, before
-    any temperature.
 
-    Returns:
-        (tokens, confidences), confidences in [0, 1].
+def uniforms(
+    seed: Int[Tensor, "M"], position: Int[Tensor, "M"], step: Int[Tensor, "M"] | int
+) -> Float[Tensor, "M"]:
+    """Draw the one uniform in [0, 1) that a token takes, as a function of (seed, position, step)."""
+    return keyed_double(seed, STREAM_SAMPLE, position, step)
+
+
+def sample(
+    logits: Float[Tensor, "M V"],
+    uniform: Float[Tensor, "M"] | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    raw: Float[Tensor, "M V"] | None = None,
+) -> Sampled:
+    """Choose a token for each position and say how sure the model is.
+
+    With uniforms the choice is a sample from softmax(logits / temperature) among the tokens that the filters
+    keep, by inverting its distribution function; without them it is the most likely token.
+
+    Args:
+        raw: the model's own logits where `logits` are changed ones; they decide what it is sure of.
     """
-    log_p = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
-    scores = log_p if noise is None else log_p / temperature + noise
-    tokens = scores.argmax(dim=-1)
-    return tokens, log_p.gather(-1, tokens[:, None])[:, 0].exp()
+    log_p = _log_softmax(logits if raw is None else raw)
+    if uniform is None:
+        token = (log_p if raw is None else logits).argmax(dim=-1)
+    else:
+        logits = logits.to(log_p.dtype) / temperature
+        if top_k is not None:
+            logits = keep_top_k(logits, top_k)
+        if top_p is not None:
+            logits = keep_top_p(logits, top_p)
+        reached = torch.softmax(logits, dim=-1).double().cumsum(dim=-1)
+        token = torch.searchsorted(reached, uniform[:, None] * reached[:, -1:], right=True)[:, 0]
+    best = log_p.topk(2, dim=-1).values.exp()
+    p = log_p.exp()
+    return Sampled(
+        token,
+        p.gather(-1, token[:, None])[:, 0],
+        best[:, 0] - best[:, 1],
+        -torch.where(p > 0, p * log_p, 0.0).sum(dim=-1),
+    )
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)

@@ -7,7 +7,6 @@ H hidden size, M masked tokens.
 
 from __future__ import annotations
 
-import copy
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -28,8 +27,8 @@ from unmask.diffusion.noise import Drawn, draw
 from unmask.diffusion.objective import Objective
 from unmask.errors import UnmaskError
 from unmask.generation.config import DiffusionGenerationConfig
-from unmask.generation.engine import DiffusionGenerationOutput, denoise
 from unmask.model.config import block_length_of
+from unmask.model.generate import GenerateMixin
 from unmask.model.head import row_nll, weighted_nll
 from unmask.model.inputs import IGNORED, Given, check_inputs
 
@@ -43,7 +42,7 @@ class DenoiserOutput(NamedTuple):
     """Nats per supervised token; None in eval mode without labels."""
 
 
-class MaskedDiffusionMixin:
+class MaskedDiffusionMixin(GenerateMixin):
     """Masked diffusion on a stock `...ForCausalLM` of transformers."""
 
     # Provided by the stock class beside it.
@@ -319,66 +318,6 @@ class MaskedDiffusionMixin:
         return self.model(
             input_ids=ids, attention_mask=attend, position_ids=position_ids, use_cache=False
         ).last_hidden_state
-
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Int[Tensor, "B P"],
-        attention_mask: Tensor | None = None,
-        generation_config: DiffusionGenerationConfig | None = None,
-        streamer: Any | None = None,
-        **settings: Any,
-    ) -> DiffusionGenerationOutput | Int[Tensor, "B L"]:
-        """Fill a canvas of masks after each prompt, the most confident tokens first.
-
-        A block-causal model fills it block by block, the first block starting after the prompt.
-
-        Args:
-            input_ids: prompts (B, P), padded on any side; P = 0 generates without a prompt. A mask token
-                in a prompt is text like any other.
-            attention_mask: (B, P), 1 = token, 0 = padding; all tokens by default.
-            generation_config: settings; those of the checkpoint by default.
-            streamer: see `unmask.generation.engine.denoise`.
-            **settings: fields of `DiffusionGenerationConfig` that override the config's.
-
-        Returns:
-            `DiffusionGenerationOutput`, or its `sequences` with `return_dict_in_generate=False`.
-
-        Raises:
-            UnmaskError: an unknown setting or one out of range, prompt and canvas longer than the
-                model's positions, or fewer steps than blocks.
-            ValueError: a prompt or a mask that `forward` refuses too.
-
-        >>> model.generate(prompt_ids, max_new_tokens=32, steps=16).sequences  # doctest: +SKIP
-        """
-        config = copy.deepcopy(
-            generation_config or DiffusionGenerationConfig.from_generic(self.generation_config)
-        )
-        config.set(**settings)
-        config.mask_token_id = self._mask_token_id()
-        if config.eos_token_id is None:
-            config.eos_token_id = self.config.eos_token_id
-        is_token, _ = check_inputs(input_ids, None, attention_mask, None, "pretrain", self.config.vocab_size)
-        longest = input_ids.shape[1] if is_token is None else int(is_token.sum(dim=1).max())
-        if longest + config.max_new_tokens > self.config.max_position_embeddings:
-            raise UnmaskError(
-                f"a prompt of {longest} tokens and max_new_tokens = {config.max_new_tokens} need more than"
-                f" the model's {self.config.max_position_embeddings} positions; shorten one of them."
-            )
-
-        block_length = block_length_of(self.config)
-
-        def denoiser(ids: Tensor, is_token: Tensor, where: Tensor) -> Tensor:
-            layout = row_layout(is_token)
-            canvas = torch.arange(ids.shape[1], device=ids.device) >= input_ids.shape[1]
-            maskable = is_token & canvas
-            given = Given(ids, layout, maskable, None, block_length, padded=True, packed=False)
-            return self.lm_head(self._aligned(given, ids)[where])
-
-        if is_token is None:
-            is_token = torch.ones_like(input_ids, dtype=torch.bool)
-        output = denoise(denoiser, input_ids, is_token, config, streamer, block_length)
-        return output if config.return_dict_in_generate else cast(Tensor, output.sequences)
 
     def _mask_token_id(self) -> int:
         if self.config.mask_token_id is None:

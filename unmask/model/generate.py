@@ -1,0 +1,273 @@
+"""`model.generate` and `model.infill`: the generation engine on a stock backbone."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from unmask.diffusion.attention import (
+    attend_block_causal,
+    block_index,
+    kernel_mask,
+    predicting_column,
+    row_layout,
+)
+from unmask.errors import UnmaskError
+from unmask.generation.config import DiffusionGenerationConfig
+from unmask.generation.engine import DiffusionGenerationOutput, Engine, View, respond
+from unmask.model.config import block_length_of
+from unmask.model.head import chunk_rows
+from unmask.model.inputs import check_inputs
+from unmask.model.partial import KeptKeys, last_layer_on
+
+_MASKED_KERNELS = ("sdpa", "eager")  # which take a mask (R, 1, queries, keys)
+
+
+class GenerateMixin:
+    """`generate` and `infill` for a masked-diffusion model."""
+
+    # Provided by the stock class beside it.
+    config: Any
+    model: Any
+    lm_head: Any
+    dtype: torch.dtype
+    generation_config: Any
+    _mask_token_id: Any
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Int[Tensor, "B P"],
+        attention_mask: Tensor | None = None,
+        generation_config: DiffusionGenerationConfig | None = None,
+        streamer: Any | None = None,
+        logits_processor: Any | None = None,
+        stopping_criteria: Any | None = None,
+        src_mask: Tensor | None = None,
+        **settings: Any,
+    ) -> DiffusionGenerationOutput | Int[Tensor, "B L"]:
+        """Fill a canvas of masks after each prompt.
+
+        Args:
+            input_ids: prompts (B, P), padded on any side; P = 0 generates without a prompt. A mask token
+                in a prompt is text like any other.
+            attention_mask: (B, P), 1 = token, 0 = padding; all tokens by default.
+            generation_config: settings; those of the checkpoint by default.
+            streamer: see `unmask.generation.engine.respond`.
+            logits_processor: transformers' `LogitsProcessorList`, called with (ids of the row, logits) of
+                every position asked for; the tokens are drawn from what it returns.
+            stopping_criteria: transformers' `StoppingCriteriaList`; a response ends where they are met.
+            src_mask: (B, P), False = a part of the prompt that training would mask, such as an earlier
+                response or the beginning of the text; True by default. It matters to block-causal models
+                alone, whose blocks start anew wherever it changes.
+            **settings: fields of `DiffusionGenerationConfig` that override the config's.
+
+        Returns:
+            `DiffusionGenerationOutput`, or its `sequences` with `return_dict_in_generate=False`.
+
+        Raises:
+            UnmaskError: an unknown setting or one out of range, prompt and canvas longer than the
+                model's positions, fewer steps than blocks, or a setting that this model cannot follow.
+            ValueError: a prompt or a mask that `forward` refuses too.
+
+        >>> model.generate(prompt_ids, max_new_tokens=32, steps=16).sequences  # doctest: +SKIP
+        """
+        config, length = self._settings(generation_config, settings)
+        mode = "pretrain" if src_mask is None else "sft"
+        is_token, source = check_inputs(
+            input_ids, None, attention_mask, src_mask, mode, self.config.vocab_size
+        )
+        if is_token is None:
+            is_token = torch.ones_like(input_ids, dtype=torch.bool)
+        longest = int(is_token.sum(dim=1).max()) if len(is_token) else 0
+        if longest + config.max_new_tokens > self.config.max_position_embeddings:
+            raise UnmaskError(
+                f"a prompt of {longest} tokens and max_new_tokens = {config.max_new_tokens} need more than"
+                f" the model's {self.config.max_position_embeddings} positions; shorten one of them."
+            )
+        block = None
+        if length is not None:
+            canvas = is_token.new_ones(len(input_ids), config.max_new_tokens)
+            layout = row_layout(torch.cat([is_token, canvas], dim=1))
+            given = torch.zeros_like(is_token) if source is None else is_token & ~source
+            block = block_index(layout, torch.cat([given, canvas], dim=1), length)
+        output = respond(
+            self._denoiser(config, len(input_ids), input_ids.shape[1] + config.max_new_tokens),
+            input_ids,
+            is_token,
+            config,
+            block=block,
+            cached=length is not None and config.use_cache,
+            streamer=streamer,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+        )
+        return output if config.return_dict_in_generate else cast(Tensor, output.sequences)
+
+    @torch.no_grad()
+    def infill(
+        self,
+        input_ids: Int[Tensor, "B L"],
+        is_gap: Bool[Tensor, "B L"],
+        attention_mask: Tensor | None = None,
+        generation_config: DiffusionGenerationConfig | None = None,
+        logits_processor: Any | None = None,
+        **settings: Any,
+    ) -> DiffusionGenerationOutput:
+        """Fill gaps of a text, given everything around them.
+
+        Args:
+            input_ids: text; what stands in a gap is not looked at.
+            is_gap: True = a position to fill. A gap has as many tokens as positions; no end token is written.
+            attention_mask, generation_config, logits_processor, **settings: as in `generate`;
+                `max_new_tokens` has no effect.
+
+        Returns:
+            `DiffusionGenerationOutput` with `sequences`, and the trace for all L positions.
+
+        Raises:
+            UnmaskError: as `generate`; and a block-causal model, which does not see what comes after a gap.
+            ValueError: a gap where padding is, or masks of another shape.
+        """
+        config, length = self._settings(generation_config, settings)
+        if length is not None:
+            raise UnmaskError(
+                "a block-causal model does not see the text after a gap: infill needs a bidirectional one."
+            )
+        is_token, _ = check_inputs(input_ids, None, attention_mask, None, "pretrain", self.config.vocab_size)
+        if is_token is None:
+            is_token = torch.ones_like(input_ids, dtype=torch.bool)
+        if is_gap.shape != input_ids.shape or (is_gap & ~is_token).any():
+            raise ValueError("is_gap must have the shape of input_ids, and be False at padding.")
+        if input_ids.shape[1] > self.config.max_position_embeddings:
+            raise UnmaskError(
+                f"{input_ids.shape[1]} tokens need more than the model's"
+                f" {self.config.max_position_embeddings} positions."
+            )
+        config.suppress_tokens = sorted({*(config.suppress_tokens or []), *config.eos_token_ids})
+        config.eos_token_id = []
+        ids = torch.where(is_gap, cast(int, config.mask_token_id), input_ids)
+        engine = Engine(
+            self._denoiser(config, *ids.shape),
+            ids,
+            is_token,
+            is_gap,
+            config,
+            logits_processor=logits_processor,
+        )
+        for _ in engine.steps():
+            pass
+        return engine.output(engine.ids, is_gap, slice(None))
+
+    def _settings(
+        self, generation_config: DiffusionGenerationConfig | None, settings: dict[str, Any]
+    ) -> tuple[DiffusionGenerationConfig, int | None]:
+        """The settings of a call, and the block length of a block-causal model."""
+        config = copy.deepcopy(
+            generation_config or DiffusionGenerationConfig.from_generic(self.generation_config)
+        )
+        config.set(**settings)
+        config.mask_token_id = self._mask_token_id()
+        if config.eos_token_id is None:
+            config.eos_token_id = self.config.eos_token_id
+        length = block_length_of(self.config)
+        if length is None:
+            return config, None
+        for name, default in (("canvas", "fixed"), ("approximate_cache", None)):
+            if getattr(config, name) != default:
+                raise UnmaskError(f"{name} has no effect on a block-causal model; remove it.")
+        if config.block_length not in (None, length):
+            warnings.warn(
+                f"the model was trained on blocks of {length} tokens; generating in blocks of"
+                f" {config.block_length}.",
+                stacklevel=3,
+            )
+        return config, config.block_length or length
+
+    def _denoiser(self, config: DiffusionGenerationConfig, rows: int, columns: int) -> BackboneDenoiser:
+        return BackboneDenoiser(self, rows * (2 if config.guidance_scale else 1), columns)
+
+
+class BackboneDenoiser:
+    """Answers the engine's views with a stock backbone and head, computing what is needed alone.
+
+    Args:
+        model: a masked-diffusion model.
+        slots, columns: size of the cache, which takes memory once it is used.
+    """
+
+    def __init__(self, model: Any, slots: int, columns: int):
+        self.model, self.kept = model, KeptKeys(slots, columns)
+
+    def __call__(self, view: View) -> Iterator[Tensor]:
+        """Compute the logits of the positions asked for, in chunks."""
+        layout = row_layout(view.is_token)
+        columns = torch.arange(view.ids.shape[1], device=view.ids.device).expand(view.ids.shape)
+        source = predicting_column(layout) if self.model.config.logit_shift else columns
+        wanted = torch.zeros_like(view.where, dtype=torch.long).scatter_add_(1, source, view.where.long()) > 0
+        compute = None if view.compute is None else view.compute | wanted
+        # Places of the computed columns, and among them of the wanted ones.
+        place = columns if compute is None else (compute.long().cumsum(dim=1) - 1).clamp(min=0)
+        narrow = self.model.config._attn_implementation in _MASKED_KERNELS
+        index = _columns_of(wanted, 0)[0] if narrow else None
+        hidden = self._run(view, layout.position, compute, None if index is None else place.gather(1, index))
+        if not view.where.any():
+            return iter(())
+        at = (wanted.long().cumsum(dim=1) - 1).clamp(min=0) if narrow else place
+        row, column = view.where.nonzero(as_tuple=True)
+        hidden = hidden[row, at.gather(1, source)[row, column]]
+        head = self.model.lm_head
+        size = chunk_rows(len(hidden), self.model.config.vocab_size, hidden.dtype, hidden.device).rows
+        return (head(part) for part in hidden.split(size))
+
+    def _run(self, view: View, position: Tensor, compute: Tensor | None, index: Tensor | None) -> Tensor:
+        """Run the backbone on the columns to compute; of the last layer on `index` of them."""
+        config = self.model.config
+        given: dict[str, Any] = {"use_cache": False}
+        ids, mask = view.ids, None
+        if compute is None:
+            if view.block is not None:
+                mask = self._mask(attend_block_causal(row_layout(view.is_token), view.block))
+            elif not view.is_token.all():
+                mask = view.is_token
+            else:
+                position = position[:1]
+        else:
+            column, valid = _columns_of(compute, ids.shape[1])
+            read = column.clamp(max=ids.shape[1] - 1)
+            ids, position = ids.gather(1, read), position.gather(1, read)
+            seen = view.is_token[:, None, :]
+            if view.block is not None:
+                seen = seen & (view.block[:, None, :] <= view.block.gather(1, read)[:, :, None])
+            seen = seen | (~valid[:, :, None] & view.is_token[:, None, :])  # no softmax over nothing
+            given["past_key_values"] = self.kept.at(view.rows, column, view.ids.shape[1])
+            if not seen.all():
+                mask = self._mask(seen.expand(-1, ids.shape[1], -1))
+        if "sliding_attention" in (getattr(config, "layer_types", None) or ()) and view.block is not None:
+            raise UnmaskError("layers with a sliding window cannot do block-causal attention.")
+        arguments = {"input_ids": ids, "attention_mask": mask, "position_ids": position, **given}
+        if index is None:
+            return self.model.model(**arguments).last_hidden_state
+        if index.shape[1] == 0:  # only keys and values are wanted
+            index = index.new_zeros(len(index), 1)
+        with last_layer_on(self.model.model, index):
+            return self.model.model(**arguments).last_hidden_state
+
+    def _mask(self, attend: Tensor) -> Any:
+        return kernel_mask(attend, self.model.config._attn_implementation, self.model.dtype)
+
+
+def _columns_of(flag: Bool[Tensor, "R S"], other: int) -> tuple[Int[Tensor, "R K"], Bool[Tensor, "R K"]]:
+    """List the flagged columns of each row in order, K the most of a row; `other` fills up, not valid."""
+    count = flag.sum(dim=1)
+    order = flag.long().argsort(dim=1, descending=True, stable=True)[
+        :, : int(count.max()) if len(flag) else 0
+    ]
+    valid = torch.arange(order.shape[1], device=flag.device) < count[:, None]
+    return torch.where(valid, order, other), valid
