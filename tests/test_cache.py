@@ -1,4 +1,4 @@
-"""Fast paths of generation against the slow ones: kept keys and values, and the last layer on some columns."""
+"""Fast paths of generation against the slow ones: kept keys and values, the last layer on some columns."""
 
 from __future__ import annotations
 
@@ -57,7 +57,12 @@ def same(one: Any, two: Any) -> None:
 def test_cached_decoding_equals_the_whole_forward(shift: bool, side: str, settings: dict[str, Any]) -> None:
     model = block_model(4, logit_shift=shift, num_hidden_layers=3, layer_types=["full_attention"] * 3)
     ids, mask = ragged([5, 0, 8, 3, 1], side)
-    arguments = {"max_new_tokens": 11, "eos_token_id": list(range(1, 30, 3)), "return_trace": True, **settings}
+    arguments = {
+        "max_new_tokens": 11,
+        "eos_token_id": list(range(1, 30, 3)),
+        "return_trace": True,
+        **settings,
+    }
     cached, whole = (model.generate(ids, mask, use_cache=flag, **arguments) for flag in (True, False))
     same(cached, whole)
     assert settings or len(set(cached.num_forwards.tolist())) > 1, "no row finishes before the others"

@@ -1,15 +1,35 @@
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given as given_
+from hypothesis import settings
 from hypothesis import strategies as st
+from test_sampling import chi_square_p
 
 from unmask.errors import UnmaskError
-from unmask.generation.policy import most_confident, share_steps
+from unmask.generation.policy import (
+    RANKED,
+    Draft,
+    EntropyBound,
+    Factor,
+    Move,
+    Ranked,
+    Remask,
+    Threshold,
+    ancestral,
+    most_confident,
+    share_steps,
+)
 
 
-@given(canvas=st.integers(1, 200), data=st.data())
+@given_(canvas=st.integers(1, 200), data=st.data())
 @settings(max_examples=300, deadline=None)
 def test_steps_are_shared_out_over_the_blocks(canvas: int, data: st.DataObject) -> None:
     block_length = data.draw(st.integers(1, canvas))
@@ -33,7 +53,7 @@ def test_shares_of_steps() -> None:
         share_steps(2, [4, 4, 1])
 
 
-@given(
+@given_(
     rows=st.lists(
         st.lists(
             st.tuples(st.sampled_from([0.0, 0.1, 0.5, 0.5, 0.9, 1.0]), st.booleans()), min_size=4, max_size=4
@@ -71,3 +91,183 @@ def test_the_count_may_differ_from_row_to_row() -> None:
 def test_a_candidate_without_confidence_is_still_taken(value: float) -> None:
     chosen = most_confident(torch.full((1, 2), value), torch.tensor([[False, True]]), 2)
     assert chosen.tolist() == [[False, True]]
+
+
+# Policies against plain loops over one row.
+
+
+def draft(rows: int = 40, length: int = 9, seed: int = 0, **fields: Any) -> Draft:
+    """A draft in which everything is random: some positions masked, some committed, some not of the block."""
+    make = torch.Generator().manual_seed(seed)
+    kind = torch.randint(0, 3, (rows, length), generator=make)
+    kind[:, 0] = 0
+    p = torch.rand(rows, length, generator=make)
+    values: dict[str, Any] = {
+        "candidates": kind == 0,
+        "token": torch.randint(0, 9, (rows, length), generator=make),
+        "confidence": p,
+        "margin": p * torch.rand(rows, length, generator=make),
+        "entropy": -p.log() * torch.rand(rows, length, generator=make),
+        "committed": kind == 1,
+        "quota": torch.randint(1, 4, (rows,), generator=make),
+        "step": torch.randint(0, 4, (rows,), generator=make),
+        "steps": torch.full((rows,), 6),
+        "seed": torch.arange(rows) * 977,
+        "position": torch.arange(length).expand(rows, -1),
+    }
+    return Draft(**{**values, **fields})
+
+
+def rows_of(given: Draft) -> Iterator[tuple[list[int], list[float], list[float], list[float], int]]:
+    for row in range(len(given.candidates)):
+        places = given.candidates[row].nonzero()[:, 0].tolist()
+        table = (given.confidence, given.margin, given.entropy)
+        yield places, *(column[row].tolist() for column in table), int(given.quota[row])  # type: ignore[misc]
+
+
+def chosen(policy: Any, given: Draft) -> list[list[int]]:
+    return [row.nonzero()[:, 0].tolist() for row in policy(given)]
+
+
+@pytest.mark.parametrize("name", ["maskgit_plus", "topk_margin", "entropy", "left_to_right"])
+def test_ranked_policies_take_the_best_of_their_score(name: str) -> None:
+    given = draft()
+    expected = []
+    for places, p, margin, entropy, quota in rows_of(given):
+        score = {
+            "maskgit_plus": lambda i, p=p: -p[i],
+            "topk_margin": lambda i, margin=margin: -margin[i],
+            "entropy": lambda i, entropy=entropy: entropy[i],
+            "left_to_right": lambda i: i,
+        }[name]
+        expected.append(sorted(sorted(places, key=score)[:quota]))
+    assert chosen(Ranked(RANKED[name]), given) == expected
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.6, 0.95])
+def test_threshold_takes_all_that_is_sure_enough(threshold: float) -> None:
+    given = draft()
+    expected = []
+    for places, p, _, _, quota in rows_of(given):
+        sure = [i for i in places if p[i] >= threshold]
+        best = sorted(places, key=lambda i, p=p: -p[i])[:quota]
+        expected.append(sorted({*sure, *best}))
+    assert chosen(Threshold(threshold), given) == expected
+
+
+@pytest.mark.parametrize("factor", [0.3, 1.0, 2.5])
+def test_factor_takes_the_largest_number_that_fits(factor: float) -> None:
+    given = draft()
+    expected = []
+    for places, p, _, _, quota in rows_of(given):
+        best = sorted(places, key=lambda i, p=p: -p[i])
+        fits = [n for n in range(1, len(best) + 1) if (n + 1) * (1 - p[best[n - 1]]) < factor]
+        expected.append(sorted(best[: max([quota, *fits])]))
+    assert chosen(Factor(factor), given) == expected
+
+
+@pytest.mark.parametrize("bound", [0.0, 0.2, 1.0, 100.0])
+def test_entropy_bound_takes_the_largest_set_within_it(bound: float) -> None:
+    given = draft()
+    expected = []
+    for places, _, _, entropy, quota in rows_of(given):
+        best = sorted(places, key=lambda i, entropy=entropy: entropy[i])
+        fits = [n for n in range(1, len(best) + 1) if sum(entropy[i] for i in best[: n - 1]) <= bound]
+        expected.append(sorted(best[: max([quota, *fits])]))
+    assert chosen(EntropyBound(bound), given) == expected
+
+
+def test_the_order_at_a_temperature_is_drawn_without_replacement() -> None:
+    """Of two candidates the first is taken with the probability of a softmax; Gumbel's trick against that."""
+    n = 8000
+    given = draft(n, 3)
+    fixed = torch.tensor([[0.9, 0.5, 0.7]]).expand(n, -1)
+    given = given._replace(
+        candidates=torch.tensor([[True, False, True]]).expand(n, -1),
+        confidence=fixed,
+        quota=torch.ones(n, dtype=torch.long),
+        step=torch.zeros(n, dtype=torch.long),
+    )
+    taken = Ranked(RANKED["maskgit_plus"], alg_temp=0.5)(given)
+    assert not taken[:, 1].any() and (taken.sum(dim=1) == 1).all()
+    p = torch.softmax(torch.tensor([0.9, 0.7]) / 0.5, dim=0)[0].item()
+    share = taken[:, 0].double().mean().item()
+    assert abs(share - p) < 5 * (p * (1 - p) / n) ** 0.5  # fails by chance once in a million seeds
+    cold = Ranked(RANKED["maskgit_plus"], alg_temp=1e-4)(given)
+    assert cold[:, 0].all()
+
+
+def test_random_order_is_one_order_and_uniform() -> None:
+    n, length = 6000, 3
+    given = draft(n, length)
+    every = given._replace(
+        candidates=torch.ones(n, length, dtype=torch.bool), quota=torch.ones(n, dtype=torch.long)
+    )
+    first = Ranked(RANKED["random"])(every)
+    assert torch.equal(first, Ranked(RANKED["random"])(every._replace(step=every.step + 1)))
+    shares = first.double().mean(dim=0)
+    assert (shares - 1 / 3).abs().max() < 5 * (2 / 9 / n) ** 0.5
+
+
+def test_the_ancestral_sampler_gives_every_token_an_even_step() -> None:
+    """The step of a token is uniform, and steps at which nothing would happen do not exist."""
+    n, length, steps = 4000, 3, 4
+    every = draft(n, length)._replace(
+        candidates=torch.ones(n, length, dtype=torch.bool), steps=torch.full((n,), steps)
+    )
+    times = torch.zeros(n, length, dtype=torch.long)  # how many tokens are committed before or with each
+    left, forwards = every.candidates.clone(), torch.zeros(n, dtype=torch.long)
+    while left.any():
+        now = ancestral(every._replace(candidates=left))
+        assert (now.any(dim=1) == left.any(dim=1)).all()
+        forwards += now.any(dim=1)
+        times += torch.where(now, forwards[:, None], 0)
+        left = left & ~now
+    # Distinct values of three uniform draws from four steps: exact by enumeration.
+    counts = Counter(len({*draw}) for draw in product(range(steps), repeat=length))
+    found = torch.bincount(forwards, minlength=4)[1:].double()
+    exact = torch.tensor([counts[k] for k in (1, 2, 3)]).double() / steps**length
+    assert chi_square_p(found, exact) > 1e-6
+
+
+@pytest.mark.parametrize("kind", ["cap", "rescale", "confidence"])
+@pytest.mark.parametrize("eta", [0.2, 1.0])
+def test_remasking_leaves_the_share_of_masked_tokens_as_it_is(kind: str, eta: float) -> None:
+    """The marginals: after step k of N the expected share committed is k / N, with and without remasking."""
+    n, length, steps = 3000, 8, 6
+    state = draft(n, length)
+    confidence = torch.rand(n, length, generator=torch.Generator().manual_seed(3))
+    committed = torch.zeros(n, length, dtype=torch.bool)
+    again = 0
+    for step in range(steps):
+        move = Remask(kind, eta)(
+            state._replace(
+                candidates=~committed,
+                committed=committed,
+                confidence=confidence,
+                step=torch.full((n,), step),
+                steps=torch.full((n,), steps),
+            )
+        )
+        assert isinstance(move, Move) and move.remask is not None
+        assert not (move.remask & ~committed).any() and not (move.commit & committed).any()
+        again += int(move.remask.sum())
+        committed = (committed | move.commit) & ~move.remask
+        share = committed.double().mean().item()
+        # The mean of n * length draws, of which those of a row depend on one another a little.
+        assert abs(share - (step + 1) / steps) < 6 * 0.5 / (n * length) ** 0.5
+    assert committed.all() and again > 0
+
+
+def test_remasking_by_confidence_takes_the_less_sure() -> None:
+    n = 4000
+    state = draft(n, 4)._replace(
+        candidates=torch.tensor([[True, True, False, False]]).expand(n, -1),
+        committed=torch.tensor([[False, False, True, True]]).expand(n, -1),
+        confidence=torch.tensor([[0.0, 0.0, 0.99, 0.01]]).expand(n, -1),
+        step=torch.full((n,), 3),
+    )
+    shares = Remask("confidence", 0.5)(state).remask
+    assert shares is not None
+    sure, doubtful = shares.double().mean(dim=0)[2:].tolist()
+    assert doubtful / sure == pytest.approx(math.exp(0.98), rel=0.15)

@@ -192,22 +192,25 @@ class Remask:
         before = (draft.step.to(dtype) / draft.steps)[:, None]
         after = ((draft.step + 1).to(dtype) / draft.steps)[:, None]
         largest = ((1 - after) / before.clamp(min=1e-12)).clamp(max=1.0)
-        sigma = torch.minimum(largest, torch.full_like(largest, self.eta))
-        if self.kind != "cap":
-            sigma = self.eta * largest
-        sigma = sigma.expand_as(draft.position)
-        mean = sigma[:, :1]
+        sigma = largest.clamp(max=self.eta) if self.kind == "cap" else self.eta * largest
+        rate = (after - (1 - sigma) * before) / (1 - before)
         if self.kind == "confidence":
-            doubt = torch.where(draft.committed, -draft.confidence.to(dtype), -torch.inf)
-            weight = torch.softmax(doubt, dim=1).nan_to_num()  # NaN where nothing is committed
-            count = draft.committed.sum(dim=1, keepdim=True)
-            sigma = torch.minimum(sigma * weight * count, largest)
-            mean = sigma.sum(dim=1, keepdim=True) / count.clamp(min=1)
-        rate = ((after - (1 - mean) * before) / (1 - before)).clamp(0, 1)
+            weight = torch.exp(-draft.confidence.to(dtype)) * draft.committed
+            sigma = _probabilities(weight, sigma * draft.committed.sum(dim=1, keepdim=True))
         key = (draft.seed[:, None], STREAM_REMASK, draft.position, draft.step[:, None])
         uniform = keyed_uniform(*key)
         commit = draft.candidates & ((uniform < rate) | (draft.step + 1 == draft.steps)[:, None])
         return Move(commit, draft.committed & (uniform < sigma))
+
+
+def _probabilities(weight: Float[Tensor, "R L"], total: Float[Tensor, "R 1"]) -> Float[Tensor, "R L"]:
+    """Scale weights to probabilities that sum to `total`; what would be above 1 is 1."""
+    ordered = weight.sort(dim=1, descending=True).values
+    certain = torch.arange(weight.shape[1], device=weight.device)  # how many are 1
+    rest = ordered.flip(1).cumsum(dim=1).flip(1)
+    scale = (total - certain).clamp(min=0) / rest.clamp(min=1e-300)
+    first = (scale * ordered <= 1).long().argmax(dim=1, keepdim=True)
+    return (weight * scale.gather(1, first)).clamp(max=1.0)
 
 
 RANKED: dict[str, Callable[[Draft], Float[Tensor, "R L"]]] = {
