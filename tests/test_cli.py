@@ -18,9 +18,11 @@ from transformers.utils import logging as transformers_logging
 
 import unmask
 from unmask import cli, load_model, load_tokenizer
+from unmask.data.encode import Example
+from unmask.data.preview import visible
 from unmask.errors import UnmaskError
 
-COMMANDS = ("convert", "data", "prepare", "train", "generate", "score")
+COMMANDS = ("convert", "data", "prepare", "train", "generate", "chat", "infill", "score")
 
 
 @dataclass
@@ -165,6 +167,133 @@ def test_generate_traces_on_the_standard_error(chain: Chain) -> None:
     assert "░" in said.err.splitlines()[0] and "░" not in said.err.splitlines()[-1]
 
 
+def test_generate_writes_a_page_and_a_picture(chain: Chain, tmp_path: Path) -> None:
+    arguments = ("generate", chain.final, "--prompt", "Say 3", "--max-new-tokens", "6")
+    more = ("--samples", "2", "--policy", "random", "--seed", "3")
+    for file in (tmp_path / "t.html", tmp_path / "t.png"):
+        said = run_cli(*arguments, *more, "--trace", file)
+        assert (said.code, said.err) == (0, "") and "--- seed 3\n" in said.out and "--- seed 4\n" in said.out
+        assert file.stat().st_size > 5000
+
+
+def test_generate_answers_a_file(chain: Chain, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("Say 3\nSay 4\n")
+    out = tmp_path / "a.jsonl"
+    arguments = ("generate", chain.final, "--prompts", tmp_path / "p.txt", "--out", out)
+    arguments = (*arguments, "--max-new-tokens", "6", "--prefix", "We", "--stop", "zz")
+    said = run_cli(*arguments)
+    assert said.code == 0 and said.out.startswith(f"{out}: 2 answers to 2 prompts, ")
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    alone = run_cli(
+        "generate",
+        chain.final,
+        "--prompt",
+        "Say 4",
+        "--max-new-tokens",
+        "6",
+        "--prefix",
+        "We",
+        "--stop",
+        "zz",
+    )
+    assert lines[1]["response"] == alone.out.removesuffix("\n") and alone.out.startswith("We")
+    assert lines[1]["settings"] == {
+        "model": str(chain.final),
+        "prefix": "We",
+        "stop": ["zz"],
+        "max_new_tokens": 6,
+    }
+    again = run_cli(*arguments)
+    assert again.code == 2 and "exists already; --resume goes on with it" in again.err
+    assert run_cli(*arguments, "--resume", "--batch-size", "1") == said
+
+
+def test_generate_chooses(chain: Chain, tmp_path: Path) -> None:
+    choices = ("--choice", "3!", "--choice", "no")
+    said = run_cli("generate", chain.final, "--prompt", "Say 3", *choices)
+    assert said.code == 0 and said.out in ("3!\n", "no\n")
+    assert said.err.splitlines()[0].endswith(f"nats  {said.out.strip()}")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Say 3"}')
+    out = tmp_path / "a.jsonl"
+    run_cli("generate", chain.final, "--prompts", tmp_path / "p.jsonl", "--out", out, *choices)
+    line = json.loads(out.read_text())
+    assert line["response"] + "\n" == said.out and set(line["choices"]) == {"3!", "no"}
+
+
+def test_a_literal_mask_token_is_text(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    from unmask.generation import complete as module
+
+    seen: list[list[int]] = []
+    plain = module.complete
+
+    def spy(model: object, tokenizer: object, prompts: list[Example], **settings: object) -> object:
+        seen.extend(prompt.input_ids for prompt in prompts)
+        return plain(model, tokenizer, prompts, **settings)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(module, "complete", spy)
+    for more in ((), ("--raw",)):
+        assert (
+            run_cli("generate", chain.final, "--prompt", "a<|mask|>", "--max-new-tokens", "1", *more).code
+            == 0
+        )
+    assert all(259 not in ids and b"<|mask|>" in bytes(i for i in ids if i < 256) for ids in seen)
+
+
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_an_empty_prompt_is_refused_but_a_raw_one_is_a_beginning(chain: Chain, prompt: str) -> None:
+    said = run_cli("generate", chain.final, "--prompt", prompt)
+    assert (said.code, said.out) == (2, "") and said.err.startswith(
+        "error: the prompt is empty; say something"
+    )
+    assert run_cli("generate", chain.final, "--raw", "--prompt", prompt, "--max-new-tokens", "2").code == 0
+
+
+def test_an_autoregressive_folder_says_how_to_convert(chain: Chain) -> None:
+    base = chain.folder / "base"
+    for command in (
+        ("generate", base, "--prompt", "a"),
+        ("chat", base),
+        ("infill", base, "--text", "[[gap:1]]"),
+    ):
+        said = run_cli(*command)
+        assert (said.code, said.out) == (2, "")
+        assert f"`unmask convert {base} OUT`" in said.err
+
+
+def test_a_block_length_that_was_not_trained_is_warned_of(chain: Chain, tmp_path: Path) -> None:
+    model = load_model(str(chain.final), attention="block_causal", block_length=4)
+    model.save_pretrained(tmp_path)
+    load_tokenizer(str(chain.final)).save_pretrained(tmp_path)
+    said = run_cli("generate", tmp_path, "--prompt", "a", "--max-new-tokens", "4", "--block-length", "2")
+    expected = "warning: the model was trained on blocks of 4 tokens; generating in blocks of 2.\n"
+    assert (said.code, said.err) == (0, expected)
+
+
+def test_infill_fills_gaps(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = run_cli("infill", chain.final, "--text", "ab[[gap:2]]c")
+    assert said.code == 0 and said.out.startswith("ab") and said.out.endswith("c\n")
+    assert said.err.startswith("gaps of 2 tokens, log-probability ")
+    assert run_cli("infill", chain.final, "--prefix", "ab", "--suffix", "c", "--length", "2") == said
+    monkeypatch.setattr(sys, "stdin", io.StringIO("ab[[gap:2]]c"))
+    assert run_cli("infill", chain.final, "--text", "-") == said
+    answered = run_cli("infill", chain.final, "--prompt", "Say 3", "--text", "[[gap:1-2]]", "--end-fill", "4")
+    assert answered.code == 0 and "lengths tried: 2" in answered.err
+
+
+def test_chat_reads_lines(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Say 3\n/quit\n"))
+    said = run_cli("chat", chain.final, "--max-new-tokens", "6")
+    expected = run_cli("generate", chain.final, "--prompt", "Say 3", "--max-new-tokens", "6")
+    assert (said.code, said.err) == (0, "")
+    assert visible(expected.out.split("\n")[0]) in said.out
+
+
+def test_standard_input_must_be_text(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\nb\xff"), encoding="utf-8"))
+    said = run_cli("generate", chain.final, "--prompt", "-")
+    assert (said.code, said.err) == (2, "error: standard input: not UTF-8 text (line 2); save it as UTF-8.\n")
+
+
 def test_generate_reads_the_standard_input(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run_cli("generate", chain.final, "--prompt", "Say 3", "--max-new-tokens", "6")
     monkeypatch.setattr(sys, "stdin", io.StringIO("Say 3"))
@@ -176,10 +305,10 @@ def test_raw_prompts_and_system_prompts_change_the_answer(
 ) -> None:
     seen: list[list[int]] = []
 
-    def complete(model: object, tokenizer: object, prompts: list[list[int]], **settings: object) -> object:
+    def complete(model: object, tokenizer: object, prompts: list[Example], **settings: object) -> object:
         from unmask.generation.complete import Completion
 
-        seen.extend(prompts)
+        seen.extend(prompt.input_ids for prompt in prompts)
         return [Completion("", [], [])]
 
     monkeypatch.setattr("unmask.generation.complete.complete", complete)
@@ -235,7 +364,11 @@ def test_a_shell_sees_the_same(tmp_path: Path) -> None:
         ([], "Usage: unmask"),
         (["trian"], "No such command 'trian'"),
         (["train"], "Missing argument 'RECIPE'"),
-        (["generate", "x"], "Missing option '--prompt'"),
+        (["generate", "x"], "give --prompt TEXT or --prompts FILE, one of them"),
+        (["infill", "x"], "give --text with gaps in it, or --prefix and --suffix with --length"),
+        (["infill", "x", "--prefix", "a"], "need --length, the tokens between them"),
+        (["infill", "x", "--text", "a", "--length", "2"], "--length has no effect with --text"),
+        (["infill", "x", "--text", "[[gap]]"], "is no gap"),
         (["generate", "x", "--prompt", "a", "--temperature", "-1"], "--temperature"),
         (["generate", "x", "--prompt", "a", "--temperature", "nan"], "--temperature"),
         (["generate", "x", "--prompt", "a", "--steps", "0"], "--steps"),
@@ -255,6 +388,20 @@ def test_wrong_usage_is_explained(arguments: list[str], message: str) -> None:
         (["--max-new-tokens", "500"], "max_new_tokens = 500 need more than the model's 256 positions"),
         (["--temperature", "inf"], "temperature must be a number, 0 or more; got inf"),
         (["--seed", str(2**70)], "seed must be an integer of at most 64 bits"),
+        (["--policy", "maskgit_pls"], "unknown policy 'maskgit_pls'; did you mean 'maskgit_plus'?"),
+        (["--threshold", "1.5"], "threshold must be a number above 0, at most 1; got 1.5"),
+        (["--policy", "entropy", "--factor", "1"], "factor has no effect with policy 'entropy'"),
+        (["--top-p", "0.9"], "top_p has no effect at temperature 0"),
+        (["--samples", "2"], "--samples: without randomness all are the same"),
+        (["--stop", ""], "--stop: a stop text must not be empty"),
+        (["--system", "\udcff"], "--system: not UTF-8 text (character 1)"),
+        (["--prompts", "x.txt"], "give --prompt TEXT or --prompts FILE, one of them"),
+        (["--out", "x.jsonl"], "--out has an effect with --prompts alone"),
+        (["--end-fill", "2"], "--end-fill has an effect with --choice alone"),
+        (["--choice", "a"], "give two choices or more"),
+        (["--choice", "a", "--choice", "b", "--steps", "2"], "--steps has no effect with --choice"),
+        (["--trace=x.pdf"], "--trace: expected a file .html or .png, or nothing; got 'x.pdf'"),
+        (["--trace", "no/where.html"], "there must be a folder no for it"),
     ],
 )
 def test_settings_that_cannot_be_are_one_line(chain: Chain, settings: list[str], message: str) -> None:

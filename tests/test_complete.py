@@ -11,7 +11,14 @@ from unmask.data.conversation import Conversation, Turn
 from unmask.data.encode import Encoder
 from unmask.data.tokenizer import byte_tokenizer
 from unmask.errors import UnmaskError
-from unmask.generation.complete import Completion, chat_prompt, complete
+from unmask.generation.complete import (
+    Completion,
+    begun,
+    chat_example,
+    chat_prompt,
+    chat_turns,
+    complete,
+)
 
 PROMPTS = [b"a longer prompt", b"ab", b"", b"xyz", b"ab", b"another one"]
 SETTINGS = {"max_new_tokens": 8, "eos_token_id": list(range(0, 250, 7))}
@@ -83,6 +90,55 @@ def test_without_a_chat_template_the_remedy_is_named() -> None:
     bare.chat_template = None
     with pytest.raises(UnmaskError, match="no chat template"):
         chat_prompt(bare, "Hi")
+
+
+def test_stop_texts_end_a_response_in_any_batch(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    prompts = [list(prompt) for prompt in PROMPTS]
+    free = complete(model, tokenizer, prompts, max_new_tokens=8)
+    stop = sorted({done.text[3] for done in free if len(done.text) > 3})
+    cut = complete(model, tokenizer, prompts, max_new_tokens=8, stop=stop, policy="left_to_right")
+    longer = complete(model, tokenizer, prompts, max_new_tokens=8, policy="left_to_right")
+    for short, whole in zip(cut, longer, strict=True):
+        place = min((whole.text.find(one) for one in stop if one in whole.text), default=len(whole.text))
+        assert short.text == whole.text[:place]
+        assert short.ids == whole.ids[: len(short.ids)]
+    assert any(len(short.ids) < len(whole.ids) for short, whole in zip(cut, longer, strict=True))
+
+
+def test_states_show_the_canvas_after_each_step(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    prompts = [list(b"ab"), list(b"hello")]
+    done = complete(model, tokenizer, prompts, keep_states=True, max_new_tokens=6, threshold=0.05)
+    for one in done:
+        assert len(one.states) == one.forwards
+        for place, (token, step) in enumerate(zip(one.ids, one.commit_step, strict=True)):
+            assert [state[place] for state in one.states] == [259] * step + [token] * (one.forwards - step)
+        assert len(one.confidence) == len(one.entropy) == len(one.ids)
+    assert complete(model, tokenizer, prompts, max_new_tokens=2)[0].states == []
+
+
+def test_earlier_responses_are_cut_into_blocks_as_in_training(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = byte_model(attention="block_causal", block_length=4).double().eval()
+    turns = [Turn("user", "Hi"), Turn("assistant", "Yes indeed"), Turn("user", "And?")]
+    example = chat_example(tokenizer, turns)
+    [done] = complete(model, tokenizer, [example], max_new_tokens=1)
+    # Training masks the last token of the same conversation, and sees it by its own forward.
+    whole = Encoder(tokenizer, layout="chat").encode(Conversation((*turns, Turn("assistant", "X")), "here"))
+    size = len(example.input_ids)
+    assert whole.input_ids[:size] == example.input_ids and whole.src_mask[:size] == example.src_mask
+    ids = torch.tensor([[*example.input_ids, 259]])
+    source = torch.tensor([[*example.src_mask, False]])
+    logits = model(input_ids=ids, src_mask=source, training_mode="sft").logits[0, -1]
+    logits[259] = -torch.inf
+    assert done.confidence[0] == pytest.approx(logits.softmax(dim=0).max().item(), rel=1e-5)
+    [other] = complete(model, tokenizer, [example.input_ids], max_new_tokens=1)
+    assert other.confidence[0] != pytest.approx(done.confidence[0], rel=1e-5)
+
+
+def test_a_begun_response_goes_on(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    prompt = chat_example(tokenizer, chat_turns("Hi"))
+    example = begun(prompt, "We<|mask|>", tokenizer)
+    assert example.input_ids == prompt.input_ids + list(b"We<|mask|>")
+    assert example.src_mask == [True] * len(prompt.input_ids) + [False] * 10
 
 
 def test_completion_is_plain_data() -> None:

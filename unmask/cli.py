@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import errno
-import logging
 import sys
-import warnings
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from unmask import __version__
+from unmask import __version__, cli_generate
+from unmask.cli_generate import quiet
 from unmask.errors import UnmaskError
 
 app = typer.Typer(
@@ -61,7 +60,7 @@ def convert(
     is shifted by one, and the tokenizer gets a mask token. Train the result
     before use.
     """
-    _quiet()
+    quiet()
     from unmask.model.convert import convert as run
 
     model, tokenizer = run(base, out)
@@ -95,7 +94,7 @@ def data(
     from unmask.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides or [])  # before the imports that take seconds
-    _quiet()
+    quiet()
     from unmask.data.page import check_page, write_page
     from unmask.data.preview import show_examples, show_report
     from unmask.data.survey import survey
@@ -180,7 +179,7 @@ def prepare(
     from unmask.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides or [])  # before the imports that take seconds
-    _quiet()
+    quiet()
     from unmask.training.prepare import prepare as run
 
     try:
@@ -203,68 +202,15 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from unmask.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides or [])  # before the imports that take seconds
-    _quiet()
+    quiet()
     from unmask.training.run import train as run
 
     run(settings)
 
 
-@app.command()
-def generate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Diffusion checkpoint: folder or hub name.")],
-    prompt: Annotated[str, typer.Option(help="What the user says; - reads it from the standard input.")],
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
-    ] = False,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Length of the canvas, in tokens.")
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Forwards at most; by default one a token.")
-    ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(min=0, help="0 takes the most likely token; 1 samples from the model."),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Seed of the sampling, 0 by default: another gives another text.")
-    ] = None,
-    trace: Annotated[bool, typer.Option("--trace", help="Show the tokens appearing out of masks.")] = False,
-) -> None:
-    """Answer a prompt: fill a canvas of masks step by step, the most confident tokens first."""
-    if raw and system is not None:
-        raise UnmaskError("--system has no effect with --raw; write it into the prompt.")
-    _quiet()
-    import torch
-
-    from unmask.data.tokenizer import load_tokenizer
-    from unmask.generation.complete import chat_prompt, complete
-    from unmask.generation.trace import trace_lines
-    from unmask.model.checkpoint import load_model
-
-    given = {
-        "max_new_tokens": max_new_tokens,
-        "steps": steps,
-        "temperature": temperature,
-        "seed": seed,
-    }
-    settings = {name: value for name, value in given.items() if value is not None}
-    denoiser = load_model(model)
-    if torch.accelerator.is_available():
-        cast(Any, denoiser).to(torch.accelerator.current_accelerator())
-    tokenizer = load_tokenizer(model)
-    text = sys.stdin.read() if prompt == "-" else prompt
-    if raw:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    else:
-        ids = chat_prompt(tokenizer, text, system)
-    [answer] = complete(denoiser, tokenizer, [ids], **settings)
-    if trace:
-        console = Console(stderr=True)
-        for line in trace_lines(answer.ids, answer.commit_step, tokenizer):
-            console.print(line)
-    print(answer.text)
+app.command()(cli_generate.generate)
+app.command()(cli_generate.chat)
+app.command()(cli_generate.infill)
 
 
 @app.command()
@@ -304,7 +250,7 @@ def score(
     Of a conversation the last response is scored, given all before it; plain
     text is scored block by block. The figures are upper bounds of -log p.
     """
-    _quiet()
+    quiet()
     from unmask.evaluation.score import score_file, show_records, show_total
 
     console = Console()
@@ -328,20 +274,10 @@ def score(
     show_total(scored, console)
 
 
-def _quiet() -> None:
-    """Keep libraries from writing between our own lines."""
-    warnings.filterwarnings("ignore")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("torch").setLevel(logging.ERROR)
-
-
 def main() -> None:
     """Run the command; bad input ends in one line on the standard error and exit code 2."""
     debug = "--debug" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    arguments = cli_generate.place_of_trace([one for one in sys.argv[1:] if one != "--debug"])
     try:
         app(arguments, prog_name="unmask")
     except UnmaskError as error:

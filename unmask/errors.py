@@ -1,4 +1,4 @@
-"""The one error a user should ever see from unmask, printed without a traceback."""
+"""The one error a user should ever see from unmask, printed without a traceback; and its milder sister."""
 
 from __future__ import annotations
 
@@ -10,3 +10,7 @@ class UnmaskError(ValueError):
     The `unmask` command prints it and exits with code 2; `--debug` adds the traceback. It is a
     `ValueError`, so code that calls the library catches it as such.
     """
+
+
+class UnmaskWarning(UserWarning):
+    """A setting that works, but perhaps not as meant; the `unmask` command prints it in one line."""

@@ -173,9 +173,17 @@ class Encoder:
 
     def encode_prompt(self, turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Encode `turns` up to where the next response would start: the ids that training shows."""
-        spans = self._layout.prompt_spans(self._filter(turns), tools=tools)
-        [(ids, _)] = self._tokenize([spans])
-        return ids
+        return self.prompt_example(turns, tools).input_ids
+
+    def prompt_example(self, turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]] = ()) -> Example:
+        """Encode as `encode_prompt`; `src_mask` False = an earlier response that training would mask.
+
+        The blocks of a block-causal model start anew where it changes.
+        """
+        turns = self._filter(turns)
+        trained = [self.train_on == "all" and turn.role == "assistant" and turn.train for turn in turns]
+        [(ids, src)] = self._tokenize([self._layout.prompt_spans(turns, tools=tools, trained=trained)])
+        return Example(ids, src)
 
     def _filter(self, turns: Sequence[Turn]) -> list[Turn]:
         return [turn for turn in turns if self.include_system_prompt or turn.role != "system"]

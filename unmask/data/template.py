@@ -107,7 +107,12 @@ class ChatLayout:
         messages, shown, mark, hidden = self._messages(turns, tools)
         places = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
         text, bounds = self._located(messages, shown, mark, places, where)
+        return self._show_specials(self._pieces(text, places, bounds, trained), mark, hidden)
 
+    def _pieces(
+        self, text: str, places: list[int], bounds: list[tuple[int, int]], trained: Sequence[bool]
+    ) -> list[Span]:
+        """`text` cut where the trained of the assistant turns at `places` stand, each with its end token."""
         pieces: list[Span] = []
         done = 0
         for place, (start, stop) in zip(places, bounds, strict=True):
@@ -117,8 +122,7 @@ class ChatLayout:
                 stop = end.end()
             pieces += [Span(text[done:start], False), Span(text[start:stop], True)]
             done = stop
-        pieces.append(Span(text[done:], False))
-        return self._show_specials(pieces, mark, hidden)
+        return [*pieces, Span(text[done:], False)]
 
     def _located(
         self,
@@ -156,16 +160,33 @@ class ChatLayout:
         return text, bounds
 
     def prompt_spans(
-        self, turns: Sequence[Turn], where: str = "the prompt", tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        turns: Sequence[Turn],
+        where: str = "the prompt",
+        tools: Sequence[Mapping[str, Any]] = (),
+        trained: Sequence[bool] = (),
     ) -> list[Span]:
-        """Render `turns` up to where the next response would begin."""
+        """Render `turns` up to where the next response would begin.
+
+        Earlier responses that are `trained` (by default none) are cut out as in `spans`.
+        """
         messages, shown, mark, hidden = self._messages(turns, tools)
         response = f"{mark}r\ue002"
-        messages = [*messages, {"role": "assistant", "content": response}]
-        anchors = _split(self._render(messages, where, shown), [response])
+        answered = [*messages, {"role": "assistant", "content": response}]
+        anchors = _split(self._render(answered, where, shown), [response])
         if anchors is None:
             raise UnmaskError(f"{where}: the chat template does not write a response after it.")
-        return self._show_specials([Span(anchors[0], False)], mark, hidden)
+        pieces = [Span(anchors[0], False)]
+        if any(trained):
+            places = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+            answered[-1] = {"role": "assistant", "content": "x"}
+            try:
+                text, bounds = self._located(answered, shown, mark, [*places, len(turns)], where)
+            except DropRecord:
+                return self._show_specials(pieces, mark, hidden)  # training drops such a conversation
+            if anchors[0].startswith(text[: bounds[-2][1]]):
+                pieces = self._pieces(anchors[0], places, bounds[:-1], trained)
+        return self._show_specials(pieces, mark, hidden)
 
     def _messages(
         self, turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]]

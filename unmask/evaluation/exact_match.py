@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from unmask.data.conversation import CustomFields, call_text, detect_format, to_conversation
-from unmask.data.encode import Encoder
+from unmask.data.encode import Encoder, Example
 from unmask.generation.complete import Completion
 
 
@@ -18,6 +18,13 @@ class Prompt:
     ids: list[int]
     text: str
     expected: str
+    src_mask: list[bool] = field(default_factory=list)
+    """False = an earlier response that training would mask; empty = all source."""
+
+    @property
+    def example(self) -> Example:
+        """What `complete` takes."""
+        return Example(self.ids, self.src_mask or [True] * len(self.ids))
 
 
 def is_exact(completion: Completion, prompt: Prompt) -> bool:
@@ -48,6 +55,6 @@ def make_prompts(
         turns = conversation.turns
         last = max(index for index, turn in enumerate(turns) if turn.role == "assistant")
         asked = next((turn for turn in reversed(turns[:last]) if turn.role == "user"), turns[0])
-        ids = encoder.encode_prompt(turns[:last], conversation.tools)
-        prompts.append(Prompt(ids, asked.content, call_text(turns[last])))
+        example = encoder.prompt_example(turns[:last], conversation.tools)
+        prompts.append(Prompt(example.input_ids, asked.content, call_text(turns[last]), example.src_mask))
     return prompts

@@ -201,6 +201,12 @@ class DiffusionGenerationConfig(GenerationConfig):
                 return name
         return "remdm_cap" if self.eta is not None else "maskgit_plus"
 
+    @property
+    def is_random(self) -> bool:
+        """Whether another seed may give another answer."""
+        random = callable(self.policy) or self.policy_name in ("random", "origin", *REMASK)
+        return random or self.temperature > 0 or bool(self.alg_temp)
+
     def make_policy(self) -> Policy | Callable[[Draft], Move]:
         """Make the policy's function."""
         if callable(self.policy):

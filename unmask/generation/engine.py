@@ -102,7 +102,8 @@ def respond(
         streamer: receives the prompt by `put`, each draft by `put_draft` where it has one, and the
             response by `put`, as transformers' diffusion streamers expect; a batch of one.
         logits_processor: transformers' `LogitsProcessorList`; called with the ids of each position's row.
-        stopping_criteria: transformers' `StoppingCriteriaList`; asked about a row's ids up to its first mask.
+        stopping_criteria: transformers' `StoppingCriteriaList`; asked about a row's ids up to its first
+            mask, and told the `prompt_length`, the tokens before the canvas.
 
     Raises:
         UnmaskError: fewer steps than blocks, or a policy that commits nothing.
@@ -424,7 +425,8 @@ class Engine:
             given = self.is_token[row]
             for length in range(int(self.read[row]) + 1, prefix + 1):
                 seen = given & (torch.arange(len(given), device=given.device) <= columns[length - 1])
-                if bool(torch.as_tensor(self.criteria(self.ids[row, seen][None], None)).all()):
+                ids, start = self.ids[row, seen][None], int(seen[: columns[0]].sum())
+                if bool(torch.as_tensor(self.criteria(ids, None, prompt_length=start)).all()):
                     self.limit[row] = length
                     break
             self.read[row] = prefix

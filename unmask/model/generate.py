@@ -18,7 +18,7 @@ from unmask.diffusion.attention import (
     predicting_column,
     row_layout,
 )
-from unmask.errors import UnmaskError
+from unmask.errors import UnmaskError, UnmaskWarning
 from unmask.generation.config import DiffusionGenerationConfig
 from unmask.generation.engine import DiffusionGenerationOutput, Engine, View, respond
 from unmask.model.config import block_length_of
@@ -186,6 +186,7 @@ class GenerateMixin:
             warnings.warn(
                 f"the model was trained on blocks of {length} tokens; generating in blocks of"
                 f" {config.block_length}.",
+                UnmaskWarning,
                 stacklevel=3,
             )
         return config, config.block_length or length

@@ -36,7 +36,7 @@ def answer_prompts(
         completions = complete(
             model,
             tokenizer,
-            [prompt.ids for prompt in prompts],
+            [prompt.example for prompt in prompts],
             batch_size=settings.batch_size,
             advance=lambda count: progress.advance(task, count),
             max_new_tokens=settings.max_new_tokens,

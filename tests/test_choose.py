@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import byte_model
+from transformers import PreTrainedTokenizerBase
+
+from unmask.diffusion.likelihood import likelihood
+from unmask.errors import UnmaskError
+from unmask.evaluation.choose import choose, chosen
+from unmask.generation.complete import chat_example, chat_turns, raw_example
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return byte_model().eval()
+
+
+def bound(model: Any, prompt: list[int], answer: list[int]) -> float:
+    batch = {
+        "input_ids": torch.tensor([prompt + answer]),
+        "src_mask": torch.tensor([[True] * len(prompt) + [False] * len(answer)]),
+    }
+    return likelihood(model, batch).nll.item()
+
+
+@pytest.mark.parametrize("end_fill", [1, 4])
+def test_the_likeliest_answer_with_its_end_comes_first(
+    model: Any, tokenizer: PreTrainedTokenizerBase, end_fill: int
+) -> None:
+    prompt = chat_example(tokenizer, chat_turns("Which?"))
+    ranked = choose(model, tokenizer, prompt, ["a", "ab", "<|mask|>"[:3]], end_fill=end_fill)
+    assert sorted(choice.text for choice in ranked) == ["<|m", "a", "ab"]
+    assert [choice.nats for choice in ranked] == sorted(choice.nats for choice in ranked)
+    assert sum(choice.probability for choice in ranked) == pytest.approx(1)
+    for choice in ranked:
+        ids = [*choice.text.encode(), 258]
+        ids += [258] * (-len(ids) % end_fill)
+        assert choice.nats == pytest.approx(bound(model, prompt.input_ids, ids), rel=1e-5)
+
+
+def test_a_raw_text_is_continued_without_an_end(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    ranked = choose(model, tokenizer, raw_example(tokenizer, "ab"), ["c", "d"])
+    found = {choice.text: choice.nats for choice in ranked}
+    assert found["c"] == pytest.approx(bound(model, list(b"ab"), list(b"c")), rel=1e-5)
+
+
+def test_lines_of_a_file(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    prompts = [raw_example(tokenizer, text) for text in ("ab", "x")]
+    told: list[int] = []
+    lines = chosen(model, tokenizer, ["c", "d"])(prompts, [0, 0], told.append)
+    assert told == [1, 1]
+    for prompt, line in zip(prompts, lines, strict=True):
+        best = choose(model, tokenizer, prompt, ["c", "d"])[0]
+        assert line["response"] == best.text
+        assert line["choices"][best.text]["nats"] == round(best.nats, 4)
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        (["a"], "two choices or more"),
+        (["a", "a"], "all different"),
+        (["a", ""], "must not be empty"),
+        (["a", "b" * 260], "has 262 tokens, more than the model's 256 positions"),
+    ],
+)
+def test_choices_that_cannot_be_compared(
+    model: Any, tokenizer: PreTrainedTokenizerBase, choices: list[str], message: str
+) -> None:
+    with pytest.raises(UnmaskError, match=message):
+        choose(model, tokenizer, raw_example(tokenizer, "ab"), choices)

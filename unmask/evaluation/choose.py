@@ -1,0 +1,108 @@
+"""Which of several answers a model finds most likely."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from unmask.data.collate import collate
+from unmask.data.encode import Encoder, Example, document_ids
+from unmask.diffusion.likelihood import likelihood
+from unmask.errors import UnmaskError
+from unmask.generation.prompts import Answer
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of the answers, with a bound on its -log p given the prompt, and its share among them."""
+
+    text: str
+    nats: float
+    stderr: float
+    probability: float
+    """exp(-nats) over the sum of those of all choices."""
+
+
+def choose(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Example,
+    choices: Sequence[str],
+    *,
+    end_fill: int = 1,
+    num_samples: int = 64,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> list[Choice]:
+    """Compare answers to a prompt by `unmask.likelihood`; the likeliest comes first.
+
+    The end token after an answer counts, so that the beginning of another answer has no advantage. After a
+    raw text, whose `src_mask` is all False, nothing is added.
+
+    Args:
+        end_fill: end tokens fill an answer to a multiple of so many tokens: what `data.sft.end_fill` was in
+            training.
+        num_samples, seed, batch_size: see `unmask.likelihood`.
+
+    Raises:
+        UnmaskError: fewer than two different choices, an empty one, or one that has no room.
+    """
+    if len(set(choices)) < 2 or len(set(choices)) < len(choices):
+        raise UnmaskError("give two choices or more, all different.")
+    if not all(choices):
+        raise UnmaskError("a choice must not be empty.")
+    ends = [Encoder(tokenizer, layout="chat").end_token_id] if any(prompt.src_mask) else []
+    examples = []
+    for text in choices:
+        ids = document_ids(text, tokenizer) + ends
+        ids += ends * (-len(ids) % end_fill)
+        whole = prompt.input_ids + ids
+        if len(whole) > model.config.max_position_embeddings:
+            raise UnmaskError(
+                f"the prompt with the choice {text!r} has {len(whole)} tokens, more than the model's"
+                f" {model.config.max_position_embeddings} positions."
+            )
+        examples.append(Example(whole, [True] * len(prompt.input_ids) + [False] * len(ids)))
+    found = likelihood(
+        model,
+        collate(examples, pad_token_id=0),
+        num_samples=num_samples,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    shares = torch.softmax(-found.nll, dim=0).tolist()
+    columns = zip(choices, found.nll.tolist(), found.stderr.tolist(), shares, strict=True)
+    return sorted((Choice(*column) for column in columns), key=lambda choice: choice.nats)
+
+
+def chosen(model: Any, tokenizer: PreTrainedTokenizerBase, choices: Sequence[str], **settings: Any) -> Answer:
+    """Answer each prompt by one of the choices, see `choose`; a line says the nats and share of each."""
+
+    def answer(
+        examples: Sequence[Example], seeds: Sequence[int], advance: Callable[[int], None] | None
+    ) -> list[dict[str, Any]]:
+        lines = []
+        for example, seed in zip(examples, seeds, strict=True):
+            ranked = choose(model, tokenizer, example, choices, seed=seed, **settings)
+            lines.append(
+                {
+                    "response": ranked[0].text,
+                    "choices": {
+                        choice.text: {
+                            "nats": round(choice.nats, 4),
+                            "stderr": round(choice.stderr, 4),
+                            "probability": round(choice.probability, 4),
+                        }
+                        for choice in ranked
+                    },
+                }
+            )
+            if advance is not None:
+                advance(1)
+        return lines
+
+    return answer
