@@ -5,7 +5,7 @@ to the block size, (b) padded to the longest of its batch, and packed. Its vocab
 head is as small a part of the work as it is in a large model.
 
     python benchmarks/data.py gsm8k_train.jsonl alpaca_en_demo.json --tokenizer FOLDER
-    python benchmarks/data.py alpaca_en_demo.json --tokenizer FOLDER --rows   # which row length is fastest?
+    python benchmarks/data.py alpaca_en_demo.json --tokenizer FOLDER --rows   # does the row length matter?
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from unmask import Qwen3DiffusionConfig, Qwen3ForCausalLM, load_tokenizer
 from unmask.data.collate import collate
 from unmask.data.conversation import CustomFields
 from unmask.data.encode import Encoder, Example, encode_records
-from unmask.data.pack import Row, filled, pack, row_length
+from unmask.data.pack import Row, filled, pack
 from unmask.data.sources import read_records
 from unmask.data.tokenizer import add_mask_token
 from unmask.training.dataset import ExampleDataset
@@ -143,11 +143,9 @@ def load(file: Path, tokenizer: Any) -> list[Example]:
 def compare(file: Path, tokenizer: Any) -> None:
     """Print the three ways and their ratios."""
     examples = load(file, tokenizer)
-    length = row_length([len(example.input_ids) for example in examples], BLOCK)
-    rows = list(pack(examples, length))
-    whole = filled(list(pack(examples, BLOCK)), BLOCK)
+    rows = list(pack(examples, BLOCK))
     print(f"{file.name}: {len(examples):,} examples, batch {BATCH}, block size {BLOCK}")
-    print(f"  rows of {BLOCK}: {whole:.1%} filled; of the chosen {length}: {filled(rows, length):.1%}")
+    print(f"  packed rows are {filled(rows, BLOCK):.1%} filled")
     ways = {
         "(a) padded to the block": Way(examples, SMALL, multiple=BLOCK),
         "(b) padded to the longest": Way(examples, SMALL),

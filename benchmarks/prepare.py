@@ -22,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 
 from unmask.data.encode import encode_records
-from unmask.data.prepare import open_prepared
+from unmask.data.prepared import open_prepared
 from unmask.data.sources import read_records
 from unmask.data.tokenizer import load_tokenizer
 from unmask.recipe import recipe_from_dict

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import assert_rate, random_ids, tiny_model, tiny_stock_model
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
-from torch.nn.functional import scaled_dot_product_attention
 
 from unmask.diffusion.attention import (
     attend_annealed,
@@ -18,7 +16,6 @@ from unmask.diffusion.attention import (
     attend_two_copies,
     attend_within_documents,
     block_index,
-    kernel_mask,
     predicting_column,
     previous_token,
     row_layout,
@@ -26,6 +23,7 @@ from unmask.diffusion.attention import (
 )
 from unmask.diffusion.objective import Objective
 from unmask.errors import UnmaskError
+from unmask.model.kernels import kernel_mask
 
 ROWS = st.lists(st.booleans(), min_size=1, max_size=12)
 
@@ -54,29 +52,6 @@ def test_rows_do_not_touch_one_another(first: list[bool], second: list[bool]) ->
     both = torch.tensor([first[:length], second[:length]])
     for function in (token_positions, previous_token):
         assert torch.equal(function(both), torch.cat([function(both[:1]), function(both[1:])]))
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_kernels_attend_alike() -> None:
-    """Flex attention forward alone: it has no backward on a CPU. Its blocks do not divide 200 columns."""
-    is_token = torch.ones(2, 200, dtype=torch.bool)
-    is_token[1, 150:] = False
-    segments = torch.arange(200).expand(2, -1) // 70
-    attend = attend_within_documents(row_layout(is_token, segments))
-    query, key, value = torch.randn(3, 2, 2, 200, 16)
-    expected = scaled_dot_product_attention(query, key, value, kernel_mask(attend, "sdpa", query.dtype))
-    added = kernel_mask(attend, "eager", query.dtype)
-    eager = (query @ key.transpose(2, 3) / 4 + added).softmax(dim=-1) @ value
-    assert torch.allclose(eager, expected, atol=1e-6)
-    blocks = kernel_mask(attend, "flex_attention", query.dtype)
-    assert blocks.shape == (2, 1, 200, 200)
-    flex = flex_attention(query, key, value, block_mask=blocks)
-    assert torch.allclose(cast(torch.Tensor, flex), expected, atol=1e-6)
-    # Documents far from one another: blocks that a kernel passes over.
-    far = attend_within_documents(row_layout(torch.ones(1, 512).bool(), torch.arange(512)[None] // 128))
-    assert kernel_mask(far, "flex_attention", query.dtype).sparsity() == 75
-    with pytest.raises(UnmaskError, match=r"'flash_attention_2' cannot do packed rows, .* use sdpa"):
-        kernel_mask(attend, "flash_attention_2", query.dtype)
 
 
 def test_padding_on_both_sides_and_in_the_middle() -> None:
@@ -227,18 +202,6 @@ def test_one_document_a_row_by_default(row: list[bool]) -> None:
     tokens = is_token[0]
     assert torch.equal(default.position[0, tokens], explicit.position[0, tokens])
     assert torch.equal(default.document[0, tokens], explicit.document[0, tokens])
-
-
-def test_kernels_masks_say_the_same() -> None:
-    attend = torch.rand(2, 3, 5) < 0.5
-    assert torch.equal(kernel_mask(attend, "sdpa", torch.float64)[:, 0], attend)
-    added = kernel_mask(attend, "eager", torch.float64)
-    assert added.dtype == torch.float64
-    assert (added[:, 0][attend] == 0).all()
-    assert (added[:, 0][~attend].exp() == 0).all()
-    assert (added[:, 0][~attend] > -torch.inf).all()
-    with pytest.raises(UnmaskError, match="attn_implementation 'flash_attention_2' cannot do packed rows"):
-        kernel_mask(attend, "flash_attention_2", torch.float64)
 
 
 # Annealed attention

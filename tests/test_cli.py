@@ -22,7 +22,7 @@ from unmask.data.encode import Example
 from unmask.data.preview import visible
 from unmask.errors import UnmaskError
 
-COMMANDS = ("convert", "data", "prepare", "train", "generate", "chat", "infill", "score")
+COMMANDS = ("convert", "data", "prepare", "train", "merge", "generate", "chat", "infill", "score")
 
 
 @dataclass
@@ -134,8 +134,7 @@ def test_data_writes_a_page(chain: Chain, tmp_path: Path) -> None:
     assert f"page: {page} (8 of 8 rows)" in said.out.replace("\n", " ")
     text = page.read_text(encoding="utf-8")
     assert text.count("<article>") == 8 and "data.json" in text
-    packing = ("data.packing=true", "data.row_length=64")
-    packed = run_cli("data", chain.folder / "recipe.yaml", *packing, "--show", "0", "--html", page)
+    packed = run_cli("data", chain.folder / "recipe.yaml", "data.packing=true", "--show", "0", "--html", page)
     assert packed.code == 0
     text = page.read_text(encoding="utf-8")
     assert text.count("<article>") == 4 and text.count("<section") == 8 and "padding ×" in text

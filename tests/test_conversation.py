@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -163,7 +164,14 @@ def test_tool_calls_in_openais_shape_and_flat() -> None:
     }
     conversation = to_conversation(record, where=WHERE)
     calls = [turn.tool_calls for turn in conversation.turns]
-    assert calls == [(), (flat,), (), (flat, flat), (), ()]
+    assert calls == [(), ({**flat, "id": "1"},), (), (flat, flat), (), ()]
+    assert [turn.tool_call_id for turn in conversation.turns] == [None, None, "1", None, None, None]
+    assert call_text(conversation.turns[1]) == call_text(Turn("assistant", "", tool_calls=(flat,)))
+    for place in (1, 2):
+        broken = json.loads(json.dumps(record["messages"]))
+        (broken[1]["tool_calls"][0] if place == 1 else broken[2])["id" if place == 1 else "tool_call_id"] = 7
+        with pytest.raises(RecordError, match=rf"messages {place + 1}.*id' must be text; got the number 7"):
+            to_conversation({"messages": broken}, where=WHERE)
     roles = ["user", "assistant", "tool", "assistant", "tool", "assistant"]
     assert [turn.role for turn in conversation.turns] == roles
     assert conversation.tools == ({"name": "add"},)

@@ -10,8 +10,9 @@ from tiny import autoregressive_folder
 from transformers import PreTrainedTokenizerBase
 
 from unmask.data.conversation import CustomFields
-from unmask.data.encode import Encoder, Example, encode_records, pack_text
+from unmask.data.encode import Encoder, Example, encode_records
 from unmask.data.sources import read_records
+from unmask.data.text import pack_text
 from unmask.errors import UnmaskError
 from unmask.recipe import Recipe, recipe_from_dict
 from unmask.training.dataset import ExampleDataset, custom_fields, load_data, make_encoder, run_tokenizer
@@ -60,13 +61,16 @@ def test_sft_data_is_what_the_encoder_makes_of_the_records(tokenizer: PreTrained
 def test_several_sources_follow_one_another_with_ids_of_their_own(tokenizer: PreTrainedTokenizerBase) -> None:
     loaded = load_data(recipe(dataset_name=["a.jsonl", "b.jsonl"]), tokenizer)
     assert texts(loaded.train, tokenizer) == [f"{n}!<|im_end|>" for n in range(20)]
-    assert [example.sample_id for example in loaded.train] == list(range(20))
+    # The file is in the upper bits.
+    ids = [*range(10), *range(1 << 39, (1 << 39) + 10)]
+    assert [example.sample_id for example in loaded.train] == ids
 
 
 def test_the_end_is_held_out(tokenizer: PreTrainedTokenizerBase) -> None:
     loaded = load_data(recipe(dataset_name=["a.jsonl", "b.jsonl"], max_records=14, eval_size=3), tokenizer)
-    assert [example.sample_id for example in loaded.train] == list(range(11))
-    assert [example.sample_id for example in loaded.held_out] == [11, 12, 13]
+    ids = [*range(10), *range(1 << 39, (1 << 39) + 4)]
+    assert [example.sample_id for example in loaded.train] == ids[:11]
+    assert [example.sample_id for example in loaded.held_out] == ids[11:]
 
 
 def test_evaluation_data_of_its_own_is_read_whole(tokenizer: PreTrainedTokenizerBase) -> None:

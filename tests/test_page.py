@@ -132,7 +132,11 @@ def test_of_thousands_the_first_are_shown_and_that_is_said(
     rows = [Example([97] * 10, [False] * 10, n) for n in range(1203)]
     shown, text = written(tmp_path, rows)
     assert shown.tags.count("article") == 1000
-    assert "the first 1,000 of 1,203 rows" in text and "203 more rows are not shown" in text
+    assert "the first 1,000 of 1,203 rows" in text and "row 7 of 1,203" in text
+    _, begun = written(tmp_path, rows, first_of_run=True)
+    assert "the first 1,000 rows of the run, padded" in begun and "row 7<" in begun
+    assert "the order of the data" not in begun and "not shown" not in begun
+    assert "the order of the data" in text and "203 more rows are not shown" in text
     monkeypatch.setattr(page, "TOKENS", 95)
     shown, text = written(tmp_path, rows)
     assert shown.tags.count("article") == 9 and "the first 9 of 1,203 rows" in text

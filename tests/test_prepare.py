@@ -7,9 +7,12 @@ import io
 import json
 import multiprocessing
 import os
+import platform
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,12 @@ from transformers import PreTrainedTokenizerBase
 import unmask
 from unmask import byte_tokenizer
 from unmask.cli import main
+from unmask.data import manifest
 from unmask.data import prepare as module
 from unmask.data.encode import EncodeReport, Example
+from unmask.data.manifest import PROGRESS, fingerprint, read_manifest
 from unmask.data.pack import PackedRows
-from unmask.data.prepare import PROGRESS, PreparedExamples, fingerprint, open_prepared
+from unmask.data.prepared import PreparedExamples, open_prepared
 from unmask.errors import UnmaskError
 from unmask.recipe import Recipe, recipe_from_dict
 from unmask.training.dataset import load_data
@@ -126,16 +131,31 @@ def test_the_end_is_held_out_and_rows_are_packed(tokenizer: PreTrainedTokenizerB
     assert found.totals() == expected.totals()
 
 
-def test_prepared_folders_are_sources_of_a_mixture(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_prepared_folders_are_sources_of_a_mixture_and_stay_on_disk(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = ["a.jsonl", "b.jsonl"]
     plan = recipe(dataset_name=None, sources=[{"dataset_name": name, "weight": 2.0} for name in names])
     for name in names:
         prepared(recipe(dataset_name=name), f"out-{name}")
     expected = load_data(plan, tokenizer)
     sources = [{"dataset_name": f"out-{name}", "weight": 2.0} for name in names]
-    found = load_data(recipe(dataset_name=None, sources=sources), tokenizer)
-    assert list(found.train) == list(expected.train)
-    assert {example.source for example in found.train} == {0, 1}
+    asked: list[Any] = []
+    original = PreparedExamples.__getitem__
+    with monkeypatch.context() as patch:
+        patch.setattr(PreparedExamples, "__getitem__", lambda *at: asked.append(at) or original(*at))
+        found = load_data(recipe(dataset_name=None, sources=sources), tokenizer)
+        assert found.totals() == expected.totals() and not asked
+        assert found.stream is not None and expected.stream is not None
+        rows = [row for row, _, _ in islice(found.stream.rows(), 80)]
+        assert len(asked) < 1000
+    assert rows == [row for row, _, _ in islice(expected.stream.rows(), 80)]
+    assert list(found.train) == list(expected.train) and found.train[-1] == expected.train[-1]
+    assert found.train[20:40:3] == expected.train[20:40:3] and {row.source for row in found.train} == {0, 1}
+    packed = {"dataset_name": None, "packing": True}
+    one = load_data(recipe(**packed, sources=sources), tokenizer)
+    other = load_data(recipe(**packed, sources=[{"dataset_name": name} for name in names]), tokenizer)
+    assert isinstance(one.rows, PackedRows) and list(one.rows) == list(other.rows)
 
 
 @pytest.mark.parametrize("name", ["several files", "text", "packed text"])
@@ -268,18 +288,48 @@ def test_another_preparation_in_the_same_folder_is_refused(monkeypatch: pytest.M
         prepared(recipe(dataset_name="b.jsonl", sft={"end_fill": 4}))
     assert str(caught.value) == (
         "out: holds data prepared otherwise (data.sft.end_fill: prepared 1, now 4; data.dataset_name:"
-        ' prepared ["a.jsonl"], now ["b.jsonl"]); name another folder, or remove this one.'
+        ' prepared ["a.jsonl"], now ["b.jsonl"]; files: prepared ["a.jsonl"], now ["b.jsonl"]); name another'
+        " folder, or remove this one."
     )
     os.rename("out/manifest.json", "manifest.json")
     head = {
-        "kind": module.KIND,
-        "version": 1,
-        "identity": module.read_manifest(Path()).identity,
+        "kind": manifest.KIND,
+        "version": manifest.VERSION,
+        "identity": read_manifest(Path()).identity,
         "inputs": {},
     }
     Path(f"out/{PROGRESS}").write_text(json.dumps(head) + "\n")
     with pytest.raises(UnmaskError, match=r"data.sft.end_fill: prepared 1, now 4"):
         prepared(recipe(sft={"end_fill": 4}))
+
+
+def test_two_preparations_at_once_are_refused_and_a_lock_that_was_left_is_not() -> None:
+    whole = contents(prepared(recipe(), "whole"))
+    context = multiprocessing.get_context("fork")
+    begun, go_on = context.Event(), context.Event()
+
+    def slow() -> None:
+        def wait(*_: Any) -> None:
+            begun.set()
+            go_on.wait(60)
+
+        module._Writer.close = wait  # pyright: ignore[reportAttributeAccessIssue]
+        prepared(recipe(), workers=2)
+
+    process = context.Process(target=slow)
+    process.start()
+    assert begun.wait(60)
+    with pytest.raises(UnmaskError) as caught:
+        prepared(recipe())
+    assert str(caught.value) == (
+        f"out: process {process.pid} on {platform.node()} is preparing data here at this moment; wait until"
+        " it is done, or name another folder."
+    )
+    process.kill()
+    process.join()
+    assert module.LOCK in contents("out")  # nobody's
+    prepared(recipe())
+    assert contents("out") == whole
 
 
 def test_a_folder_of_other_things_is_refused() -> None:
@@ -382,7 +432,7 @@ def test_missing_and_damaged_files_are_named(monkeypatch: pytest.MonkeyPatch) ->
         UnmaskError, match=r"out/shard-00001.parquet: this shard .* is damaged; prepare again"
     ):
         open_prepared("out")
-    monkeypatch.setattr(module, "VERIFIED", 0)  # a set too large to read whole at the start of a run
+    monkeypatch.setattr(manifest, "VERIFIED", 0)  # a set too large to read whole at the start of a run
     rows = open_prepared("out")
     with pytest.raises(UnmaskError, match=r"out/shard-00001.parquet: this shard .* is damaged"):
         list(rows)
@@ -401,9 +451,9 @@ def test_missing_and_damaged_files_are_named(monkeypatch: pytest.MonkeyPatch) ->
             UnmaskError, match=r"out/manifest.json: no manifest of prepared data, or a damaged"
         ):
             open_prepared("out")
-    text = whole["manifest.json"].decode().replace('"version": 1', '"version": 99')
+    text = whole["manifest.json"].decode().replace('"version": 2', '"version": 99')
     Path("out/manifest.json").write_text(text)
-    with pytest.raises(UnmaskError, match=r"version 99, but this is for version 1; prepare again"):
+    with pytest.raises(UnmaskError, match=r"version 99, but this is for version 2; prepare again"):
         open_prepared("out")
 
 
@@ -453,7 +503,7 @@ def test_a_checkpoint_of_prepared_data_is_that_of_the_data_itself() -> None:
     tree["data"]["dataset_name"] = "out"
     two = unmask.train(recipe_from_dict({**tree, "checkpoint_save_dir": "prepared"}), QUIET)
     assert two.held_out_loss == one.held_out_loss
-    names = {"README.md", "recipe.yaml"}  # which name the data
+    names = {"README.md", "recipe.yaml", "provenance.json"}  # which name the data
     before, after = contents("fly/final"), contents("prepared/final")
     assert {n: b for n, b in after.items() if n not in names} == {
         n: b for n, b in before.items() if n not in names
@@ -494,7 +544,8 @@ def test_reports_add_up() -> None:
     one.drop("why", "line 1")
     two.drop("why", "line 3")
     two.drop("else", "line 4")
-    module.merge_reports(one, two)
+    one.merge(two)
+    assert EncodeReport.from_json(json.loads(json.dumps(asdict(one)))) == one
     assert (one.records, one.formats) == (3, {"alpaca": 3})
     assert one.dropped == {"why": (2, "line 1"), "else": (1, "line 4")}
     assert module.Part.of([]).table().num_rows == 0 == len(module.Part.of([Example([], [])]).input_ids)

@@ -27,7 +27,8 @@ from transformers import PreTrainedTokenizerBase
 import unmask
 from unmask.data.collate import collate
 from unmask.data.encode import EncodeReport, Example
-from unmask.data.mixture import Source, Taken, shares
+from unmask.data.files import from_record_id, record_id
+from unmask.data.mixture import Taken, shares
 from unmask.data.sources import open_files
 from unmask.data.stream import CHUNK, RecordStream, Share, StreamLoader
 from unmask.data.tokenizer import byte_tokenizer
@@ -111,15 +112,17 @@ def flat(rows: Sequence[Any]) -> Counter:
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("window", [4, 10_000])
 def test_streamed_equals_in_memory(packing: bool, window: int) -> None:
-    plan = once("a.jsonl", "text2.jsonl", packing=packing)
+    plan = once("a.jsonl", "text2.jsonl", "parts", packing=packing)
     Path("text2.jsonl").write_text(lines(rows_of(50, 11)))
     streamed = flat(read(stream_of(**plan, shuffle_buffer=window)))
     assert streamed == flat(read(stream_of(**plan, streaming=False)))
-    assert sum(streamed.values()) == len(streamed) == 41
-    train = load_data(recipe(dataset_name="a.jsonl", streaming=False), byte_tokenizer()).train
+    assert sum(streamed.values()) == len(streamed) == 62
+    names = {"dataset_name": ["parts/2.jsonl", "a.jsonl", "parts/0.jsonl"]}
+    train = load_data(recipe(**names, streaming=False), byte_tokenizer()).train
     whole = {(e.sample_id, tuple(e.input_ids), tuple(e.src_mask)) for e in train}
-    single = islice(stream_of(dataset_name="a.jsonl").rows(), 30)
-    assert {(e.sample_id, tuple(e.input_ids), tuple(e.src_mask)) for e, _, _ in single} == whole  # type: ignore
+    several = islice(stream_of(**names, shuffle_buffer=window).rows(), 44)
+    found = {(e.sample_id, tuple(e.input_ids), tuple(e.src_mask)) for e, _, _ in several}  # type: ignore
+    assert found == whole and len(whole) == 44
 
 
 @pytest.mark.parametrize("data", [{"packing": True}, {"packing": True, "long_documents": "cut"}])
@@ -127,10 +130,9 @@ def test_streamed_documents_equal_those_in_memory(data: dict[str, Any]) -> None:
     plan: dict[str, Any] = {"training_mode": "pretrain", "block_size": 16, **data}
     streamed = read(stream_of(**once("text.jsonl"), **plan, shuffle_buffer=5))
     memory = load_data(recipe(dataset_name="text.jsonl", **plan, streaming=False), byte_tokenizer()).train
-    documents = Counter(tuple(example.input_ids) for example in memory)
-    assert Counter(ids for row in streamed for _, _, ids, _ in row) == documents
-    ids = [sample_id for row in streamed for sample_id, *_ in row]
-    assert len(set(ids)) == len(ids) == len(memory)  # parts of a document have ids of their own
+    documents = {(example.sample_id, tuple(example.input_ids)) for example in memory}
+    assert {(sample_id, ids) for row in streamed for sample_id, _, ids, _ in row} == documents
+    assert len({sample_id for sample_id, _ in documents}) == len(memory) == sum(map(len, streamed))
 
 
 def test_streamed_text_is_joined_within_a_window(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -176,6 +178,76 @@ def test_any_ranks_and_workers_read_the_same(
         assert list(chain.from_iterable(turns)) == whole[rank::ranks]
 
 
+def endless_parts(**data: Any) -> RecordStream:
+    """The folder's three files by URL, which are dealt out to up to three readers."""
+    return stream_of(dataset_name=f"file://{Path('parts').resolve()}/*.jsonl", **data)
+
+
+@given(
+    who=st.sampled_from([(1, 1), (2, 1), (3, 1), (1, 2), (1, 3), (2, 2), (3, 4)]),
+    batch_size=st.integers(1, 3),
+    window=st.integers(1, 30),
+    seed=st.integers(0, 5),
+)
+@settings(max_examples=25)
+def test_readers_with_files_of_their_own_miss_nothing(
+    who: tuple[int, int], batch_size: int, window: int, seed: int
+) -> None:
+    ranks, workers = who
+    stream = endless_parts(shuffle_buffer=window, seed=seed)
+    found: Counter[tuple[int, int]] = Counter()
+    files: dict[tuple[int, int], set[tuple[int, int]]] = {}  # of each reader, with the pass
+    for rank in range(ranks):
+        for worker in range(workers):
+            rows = stream.rows(share=Share(rank, ranks, worker, workers), batch_size=batch_size)
+            for row, _, _ in islice(rows, 120):
+                assert isinstance(row, Example)
+                if row.epoch == 2:
+                    break
+                found[row.epoch, row.sample_id] += 1
+                files.setdefault((rank, worker), set()).add((row.epoch, row.sample_id >> 38))
+    whole = {(row.epoch, row.sample_id) for row, _, _ in islice(stream.rows(), 42)}  # type: ignore
+    assert found == dict.fromkeys(whole, 1) and len(whole) == 42
+    if ranks * workers <= 3:  # nobody opens a file of another
+        assert sum(map(len, files.values())) == 6
+
+
+@given(point=st.integers(0, 60), who=st.sampled_from([Share(1, 2), Share(1, 3, 0, 2), Share(0, 1, 2, 3)]))
+@settings(max_examples=15)
+def test_a_reader_with_files_of_its_own_goes_on_where_it_was(point: int, who: Share) -> None:
+    stream = endless_parts(shuffle_buffer=5)
+    whole = [(row, after) for row, after, _ in islice(stream.rows(share=who), 65)]
+    position = json.loads(json.dumps(whole[point - 1][1])) if point else None
+    again = [row for row, _, _ in islice(stream.rows(position, who), 65 - point)]
+    assert again == [row for row, _ in whole[point:]]
+
+
+def test_weights_hold_for_readers_with_files_of_their_own_and_empty_files_are_passed_over() -> None:
+    Path("more").mkdir()
+    for number in range(4):
+        Path(f"more/{number}.jsonl").write_text(lines(rows_of(200 + 10 * number, 9 * (number < 2))))
+    sources = [
+        {"dataset_name": f"file://{Path(name).resolve()}/*.jsonl", "weight": weight}
+        for name, weight in (("parts", 1.0), ("more", 3.0))
+    ]
+    stream = stream_of(sources=sources, shuffle_buffer=20)
+    for rank in range(3):
+        rows = [row for row, _, _ in islice(stream.rows(share=Share(rank, 3)), 1000)]
+        taken = [row.source for row in rows]  # type: ignore
+        assert taken.count(0) / 1000 == pytest.approx(0.25, abs=5 * (0.25 * 0.75 / 1000) ** 0.5)
+    for file in Path("more").iterdir():
+        file.write_text("")
+    with pytest.raises(UnmaskError, match=r"\*.jsonl: there is no record to train on: empty"):
+        list(stream.mixture.windows(stream.mixture.start(), 2, 3))
+
+
+def test_local_files_and_streams_that_end_are_not_dealt_out() -> None:
+    url = f"file://{Path('parts').resolve()}/*.jsonl"
+    assert endless_parts().mixture.may_split(3) and not endless_parts().mixture.may_split(4)
+    assert not stream_of(dataset_name="parts").mixture.may_split(2)
+    assert not stream_of(**once(url)).mixture.may_split(2)
+
+
 @given(point=st.integers(0, 70), packing=st.booleans(), on_end=st.sampled_from(["repeat", "stop"]))
 @settings(max_examples=20)
 def test_resumed_equals_uninterrupted(point: int, packing: bool, on_end: str) -> None:
@@ -209,7 +281,7 @@ def test_going_on_costs_no_encoding_of_earlier_windows() -> None:
 def test_a_loader_goes_on_where_it_was(workers: int) -> None:
     stream = stream_of(dataset_name="a.jsonl", shuffle_buffer=16)
 
-    def make(ranks: int = 2, workers: int = workers) -> StreamLoader:
+    def make(ranks: int = 2, workers: int = workers, stream: RecordStream = stream) -> StreamLoader:
         return StreamLoader(stream, PAD, batch_size=4, workers=workers, rank=1, ranks=ranks)
 
     one = make()
@@ -221,10 +293,16 @@ def test_a_loader_goes_on_where_it_was(workers: int) -> None:
     second.load(state, "here")
     assert [batch["sample_ids"].tolist() for batch in islice(second, 4)] == whole[5:]
     assert second.counts == one.counts and second.counts[0][0] == 36
-    for change, name in (
+    changes: tuple[tuple[dict[str, Any], str], ...] = (
         ({"ranks": 3}, "processes = 2; this one has 3"),
         ({"workers": 3}, "data.num_workers"),
-    ):
+        ({"stream": stream_of(dataset_name="a.jsonl", shuffle_buffer=9)}, "together = 16; this one has 9"),
+        (
+            {"stream": stream_of(dataset_name="a.jsonl", shuffle_buffer=16, seed=6)},
+            "seed = 3; this one has 6",
+        ),
+    )
+    for change, name in changes:
         with pytest.raises(UnmaskError, match=name):
             make(**change).load(state, "here")
 
@@ -342,7 +420,7 @@ def test_every_kind_of_file_goes_on_from_any_record(place: Path) -> None:
         "memory://bucket/*.parquet",
     ]
     for name in names:
-        [file] = open_files(name)
+        [file] = open_files([name])
         whole = [(raw.record(), raw.where, at) for raw, at in file.read()]
         assert [record for record, _, _ in whole] == rows, name
         assert [at.number for _, _, at in whole] == list(range(1, 41))
@@ -350,7 +428,7 @@ def test_every_kind_of_file_goes_on_from_any_record(place: Path) -> None:
             rest = [(raw.record(), raw.where, at) for raw, at in file.read(whole[point][2])]
             assert rest == whole[point + 1 :], (name, point)
     assert (
-        next(iter(open_files("memory://bucket/x.jsonl")[0].read()))[0].where
+        next(iter(open_files(["memory://bucket/x.jsonl"])[0].read()))[0].where
         == "memory:///bucket/x.jsonl line 1"
     )
 
@@ -404,6 +482,38 @@ def test_a_bad_line_far_into_a_stream(place: Path) -> None:
     assert sum(len(batch["sample_ids"]) for batch in loader) == CHUNK + 500
     [((kind, reason), found)] = loader.left_out.items()
     assert (kind, reason, found) == ("skipped", "not valid JSON", (1, where))
+
+
+@pytest.mark.parametrize("window", [3, 1000])
+def test_of_a_broken_file_of_a_stream_the_rest_is_left_out_and_named(window: int) -> None:
+    """In every pass again, whether a run goes on before or after the place."""
+    text = lines(rows_of(300, 400))
+    Path("parts/3.jsonl.gz").write_bytes(gzip.compress(text.encode())[:-4])
+    pq.write_table(pa.Table.from_pylist(rows_of(800, 5)), "parts/4.parquet")
+    Path("parts/4.parquet").write_bytes(Path("parts/4.parquet").read_bytes()[:-5])
+    with pytest.raises(UnmaskError, match=r"(3.jsonl.gz line 401: cannot|4.parquet: not a) "):
+        read(stream_of(**once("parts"), shuffle_buffer=window))
+    plan: dict[str, Any] = {"on_bad_record": "skip", "shuffle_buffer": window}
+    stream = stream_of(**once("parts"), **plan)
+    reports: list[EncodeReport] = []
+    rows = []
+    for row, after, told in stream.rows():
+        rows.append((row, after))
+        reports += told
+    whole = EncodeReport()
+    for report in reports:
+        whole.merge(report)
+    assert len(rows) == len({row.sample_id for row, _ in rows}) == 421  # type: ignore
+    assert set(whole.skipped.items()) <= {
+        ("cannot be decompressed: the rest of 3.jsonl.gz is left out", (1, "3.jsonl.gz line 401")),
+        ("not a readable Parquet file: all of 4.parquet is left out", (1, "4.parquet")),
+    }
+    for point in range(0, 421, 60):
+        again = [row for row, _, _ in stream.rows(json.loads(json.dumps(rows[point][1])))]
+        assert again == [row for row, _ in rows[point + 1 :]]
+    memory = load_data(recipe(dataset_name="parts", streaming=False, on_bad_record="skip"), byte_tokenizer())
+    assert {e.sample_id for e in memory.train} == {row.sample_id for row, _ in rows}  # type: ignore
+    assert memory.report is not None and len(memory.report.skipped) == 2
 
 
 def test_a_file_that_goes_or_shrinks_during_the_run(place: Path) -> None:
@@ -462,12 +572,13 @@ def test_bad_sources_are_named(data: dict[str, Any], message: str) -> None:
 
 
 def test_more_records_than_a_file_of_many_may_have() -> None:
-    [file] = open_files("a.jsonl")
-    source = Source("many", [file] * 1025)
-    assert source.record_id(1024, 5) == 1024 << 29 | 5
+    [file] = open_files(["a.jsonl"])
+    files = [file] * 1025
+    assert record_id(1024, 5, files) == 1024 << 29 | 5
+    assert from_record_id(1024 << 29 | 5, 1025) == (1024, 5)
     with pytest.raises(UnmaskError, match="more than 536,870,912 records in one of 1,025 files"):
-        source.record_id(0, 1 << 29)
-    assert source.record_id(1024, (1 << 29) - 1) < 1 << 40
+        record_id(0, 1 << 29, files)
+    assert record_id(1024, (1 << 29) - 1, files) < 1 << 40
 
 
 # Training from a stream.
@@ -559,14 +670,14 @@ def test_what_a_position_does_not_fit_is_said() -> None:
     train(training("out"))
     for change, message in (
         ({"data": {"num_workers": 2}}, "data.num_workers = 1; this one has 2"),
-        ({"seed": 6}, "seed = 5; this one has 6"),
-        ({"data": {"shuffle_buffer": 9}}, "records shuffled together = 16; this one has 9"),
+        ({"seed": 6}, "seed was 5 and is now 6"),
+        ({"data": {"shuffle_buffer": 9}}, "data.shuffle_buffer was 16 and is now 9"),
     ):
         with pytest.raises(UnmaskError, match=message) as caught:
             train(training("other", resume_from_checkpoint="out/checkpoint-4", **change))
         assert "\n" not in str(caught.value)
     Path("out/checkpoint-4/data_position_0.json").unlink()
-    with pytest.raises(UnmaskError, match="holds positions in the stream of 0 processes; this run has 1"):
+    with pytest.raises(UnmaskError, match=r"data_position_0.json is missing"):
         train(training("other", resume_from_checkpoint="out/checkpoint-4"))
 
 

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from unmask.data.collate import collate
 from unmask.data.conversation import RecordError
 from unmask.data.encode import EncodeReport, Example
+from unmask.data.files import RecordFile, record_id
 from unmask.data.pack import pack
 from unmask.data.survey import Duplicates, Filling, SourceShare, place, record_rows, survey
 
@@ -44,6 +46,16 @@ def test_duplicates_of_whole_sequences_and_of_prompts() -> None:
     assert prompt.places == (("a record 1", "a record 2"), ("a record 1", "b record 1"))
 
 
+def test_a_record_of_several_files_is_named_by_its_file() -> None:
+    files = [["one.jsonl"], ["a.jsonl", "b.jsonl", "c.jsonl"]]
+    row = example([1], source=1, number=record_id(2, 16, [RecordFile(name, name) for name in files[1]]))
+    assert place(row, ["x", "parts"], files) == "parts c.jsonl record 17"
+    assert place(replace(row, source=0), ["parts"], files[1:]) == "c.jsonl record 17"
+    assert place(example([1], number=16), ["x", "parts"], files) == "x record 17"
+    repeats = survey([row, row], names=["x", "parts"], files=files).duplicates[0]
+    assert repeats.places == (("parts c.jsonl record 17",) * 2,)
+
+
 def test_a_prompt_is_no_duplicate_of_its_beginning() -> None:
     whole, prompt = survey([example([1, 2, 3], 1), example([1, 2, 4], 2), example([259, 0], 1)]).duplicates
     assert (whole.repeats, prompt.repeats) == (0, 0)
@@ -76,14 +88,9 @@ def test_filled_positions_are_those_of_real_batches() -> None:
 
 def test_the_rows_of_the_run_are_named() -> None:
     examples = [example([7] * 10) for _ in range(6)]
-    filling = survey(examples, block_size=64, row_length=30).filling
-    assert [(one.way, one.share) for one in filling[1:]] == [
-        ("packed into rows of 64", 60 / 64),
-        ("packed into rows of 30, as here", 1.0),
-    ]
-    assert survey(examples, block_size=64, row_length=64).filling[1:] == (
-        Filling("packed into rows of 64, as here", 60 / 64),
-    )
+    for packed, words in ((False, "packed into rows of 64"), (True, "packed into rows of 64, as here")):
+        filling = survey(examples, block_size=64, packed=packed).filling
+        assert filling[1:] == (Filling(words, 60 / 64),)
 
 
 def test_the_last_batch_may_be_small() -> None:

@@ -306,6 +306,29 @@ def test_calls_are_learnt_as_the_template_writes_them() -> None:
     assert control_tokens(encoder, row) == 2 * 5  # system, user, call, result, answer
 
 
+def test_ids_of_calls_reach_a_template_that_writes_them() -> None:
+    record = json.loads(json.dumps(CALLED))
+    record["messages"][1]["tool_calls"][0]["id"] = "c<|im_end|>1"
+    record["messages"][2]["tool_call_id"] = "c<|im_end|>1"
+    conversation = to_conversation(record, where="x")
+    without = to_conversation(CALLED, where="x")
+    for name in ("chatml", "llama", "tools"):  # none of them writes ids
+        assert ENCODERS[name].encode(conversation) == ENCODERS[name].encode(without)
+    tokenizer = encoder_of("tools").tokenizer
+    tokenizer.chat_template = TOOLS.replace(
+        '"name": "\' + call', '"id": "\' + call.id + \'", "name": "\' + call'
+    ).replace("<tool_response>\\n'", "<tool_response>\\n' + message.tool_call_id + ': '")
+    encoder = Encoder(tokenizer)
+    row = encoder.encode(conversation)
+    called, answer = learnt(encoder, row)
+    assert called == call_text(conversation.turns[1]).replace('{"name"', '{"id": "c<|im_end|>1", "name"')
+    assert answer == "It is 3."
+    assert "<tool_response>\nc<|im_end|>1: 3 <|im_end|>\n" in str(tokenizer.decode(row.input_ids))
+    assert control_tokens(encoder, row) == 2 * 5
+    prompt = encoder.encode_prompt(conversation.turns[:3], conversation.tools)
+    assert row.input_ids[: len(prompt)] == prompt
+
+
 def test_calls_with_words_before_them_and_several() -> None:
     encoder = ENCODERS["tools"]
     turns = (

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
+import time
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +24,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+RANK_SECONDS = 3.0  # that a process of several waits before it speaks of its error
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file with the recipe.")]
 Overrides = Annotated[
@@ -95,7 +100,7 @@ def data(
 
     settings = load_recipe(recipe, overrides or [])  # before the imports that take seconds
     quiet()
-    from unmask.data.page import check_page, write_page
+    from unmask.data.page import SEQUENCES, check_page, write_page
     from unmask.data.preview import show_examples, show_report
     from unmask.data.survey import survey
     from unmask.training.curriculum_plot import check_picture, draw_curriculum
@@ -122,14 +127,15 @@ def data(
         console.print("a stream: what follows is of the beginning of each source", highlight=False)
     names = source_names(settings)
     micro_batch = settings.micro_batch_size or settings.global_batch_size
-    show_examples(loaded.train, tokenizer, limit=show, names=names, console=console)
+    show_examples(loaded.train, tokenizer, limit=show, names=names, files=loaded.files, console=console)
     found = survey(
         loaded.train,
         loaded.report,
         names=names,
+        files=loaded.files,
         block_size=settings.data.block_size,
         micro_batch=micro_batch,
-        row_length=loaded.row_length,
+        packed=settings.data.packing,
         held_out=loaded.held_out,
         seed=settings.seed,
     )
@@ -149,17 +155,22 @@ def data(
         draw_curriculum(make_curriculum(settings), settings.max_steps, epoch, curriculum)
         console.print(f"curriculum: {curriculum}", highlight=False)
     if html is not None:
+        stream = loaded.stream
+        rows = loaded.rows if stream is None else [row for row, _, _ in islice(stream.rows(), SEQUENCES)]
         shown = write_page(
             html,
-            loaded.rows,
+            rows,
             found,
             tokenizer,
             title=title,
             names=names,
+            files=loaded.files,
             width=loaded.row_length,
             micro_batch=micro_batch,
+            first_of_run=stream is not None,
         )
-        console.print(f"page: {html} ({shown:,} of {len(loaded.rows):,} rows)", highlight=False)
+        which = f"{shown:,} of {len(rows):,}" if stream is None else f"the run's first {shown:,}"
+        console.print(f"page: {html} ({which} rows)", highlight=False)
 
 
 @app.command()
@@ -197,15 +208,52 @@ def prepare(
 
 
 @app.command()
-def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Train what the recipe describes; leaves a checkpoint in its checkpoint_save_dir."""
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Train nothing: show the memory that each device would need.")
+    ] = False,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="With --dry-run: this number of devices alone.")
+    ] = None,
+) -> None:
+    """Train what the recipe describes; leaves a checkpoint in its checkpoint_save_dir.
+
+    With --dry-run neither weights nor data are read, only the config of the
+    model. On several devices start it with torchrun --nproc_per_node=N -m
+    unmask train.
+    """
+    if devices is not None and not dry_run:
+        raise UnmaskError("--devices has no effect without --dry-run; torchrun --nproc_per_node=N starts N.")
     from unmask.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides or [])  # before the imports that take seconds
     quiet()
+    if dry_run:
+        from unmask.training.dry_run import dry_run as show
+
+        show(settings, devices)
+        return
     from unmask.training.run import train as run
 
-    run(settings)
+    try:
+        run(settings)
+    except KeyboardInterrupt:  # before the run listens by itself
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder that a run with lora.r leaves.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist or be empty.")],
+) -> None:
+    """Add an adapter to the weights it was trained on: a plain diffusion checkpoint."""
+    quiet()
+    from unmask.model.adapter import merge as run
+
+    model, _ = run(adapter, out)
+    print(f"{out}: {type(model).__name__}, {model.num_parameters():,} parameters, {model.dtype}")
 
 
 app.command()(cli_generate.generate)
@@ -295,5 +343,12 @@ def main() -> None:
 def _fail(error: Exception, message: str, debug: bool) -> None:
     if debug:
         raise error
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(f"error: {message}", file=sys.stderr)
+    else:
+        # Most often process 0 says the same, and torchrun ends this one meanwhile.
+        time.sleep(RANK_SECONDS)
+        print(f"error (process {rank}): {message}", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(2) if "RANK" in os.environ else sys.exit(2)

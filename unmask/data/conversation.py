@@ -30,17 +30,19 @@ class RecordError(UnmaskError):
     """A record that cannot be used; the message is "`where`: `reason``detail`.".
 
     `reason` is one of a few texts, so that skipped records can be counted by it; what differs from
-    record to record is in `detail`, a continuation of the sentence.
+    record to record is in `detail`, a continuation of the sentence. `counted`, if given, is what it is
+    counted as instead.
     """
 
-    def __init__(self, where: str, reason: str, detail: str = ""):
+    def __init__(self, where: str, reason: str, detail: str = "", counted: str = ""):
         super().__init__(f"{where}: {reason}{detail}.")
         self.where = where
         self.reason = reason
         self.detail = detail
+        self.counted = counted or reason
 
-    def __reduce__(self) -> tuple[type[RecordError], tuple[str, str, str]]:
-        return type(self), (self.where, self.reason, self.detail)  # from one process to another
+    def __reduce__(self) -> tuple[type[RecordError], tuple[str, str, str, str]]:
+        return type(self), (self.where, self.reason, self.detail, self.counted)  # from one process to another
 
 
 @dataclass(frozen=True)
@@ -49,23 +51,26 @@ class BadRecord:
 
     reason: str
     detail: str = ""
+    counted: str = ""
 
     def error(self, where: str) -> RecordError:
         """Return the error that says so."""
-        return RecordError(where, self.reason, self.detail)
+        return RecordError(where, self.reason, self.detail, self.counted)
 
 
 @dataclass(frozen=True)
 class Turn:
     """One message; its role is system, user, assistant or tool. `train` False: context only.
 
-    `tool_calls` of an assistant turn: {"name": text, "arguments": object}, written after its content.
+    `tool_calls` of an assistant turn: {"name": text, "arguments": object}, written after its content, and
+    where the record has it "id": text, which `tool_call_id` of a tool turn names.
     """
 
     role: str
     content: str
     train: bool = True
     tool_calls: tuple[Mapping[str, Any], ...] = ()
+    tool_call_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -225,7 +230,10 @@ def _turn(message: Any, place: str, format: str) -> Turn:
         content = _parts(_get(message, text_key, place, needs), text_key, place)
     if role == "assistant" and not calls:
         content = _response(content, text_key, place)
-    return Turn(role, content, _is_trained(message, place), calls)
+    answered = message.get("tool_call_id")
+    if answered is not None:
+        check_text(answered, "tool_call_id", place)
+    return Turn(role, content, _is_trained(message, place), calls, answered)
 
 
 def _is_trained(message: Mapping[str, Any], place: str) -> bool:
@@ -270,7 +278,8 @@ def _tool_calls(message: Mapping[str, Any], role: str, place: str) -> tuple[Mapp
         if not isinstance(arguments, Mapping):
             raise RecordError(at, "field 'arguments' must be an object", f"; got {_kind(arguments)}")
         check_text(json.dumps(arguments, ensure_ascii=False), "arguments", at)
-        read.append({"name": name, "arguments": dict(arguments)})
+        own = {} if call.get("id") is None else {"id": check_text(call["id"], "id", at)}
+        read.append({"name": name, "arguments": dict(arguments), **own})
     return tuple(read)
 
 
@@ -295,9 +304,8 @@ def call_text(turn: Turn) -> str:
         >>> call_text(Turn("assistant", "", tool_calls=({"name": "add", "arguments": {"a": 1}},)))
         '<tool_call>\\n{"name": "add", "arguments": {"a": 1}}\\n</tool_call>'
     """
-    calls = [
-        f"<tool_call>\n{json.dumps(dict(call), ensure_ascii=False)}\n</tool_call>" for call in turn.tool_calls
-    ]
+    shown = [{"name": call["name"], "arguments": call["arguments"]} for call in turn.tool_calls]
+    calls = [f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>" for call in shown]
     return "\n".join([turn.content] * bool(turn.content) + calls)
 
 

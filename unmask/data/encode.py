@@ -1,11 +1,11 @@
-"""Conversation or plain text -> Example: token ids and source mask, appended by the same helper."""
+"""Conversation -> Example: token ids and source mask, appended by the same helper."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import islice
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -16,11 +16,10 @@ from unmask.data.conversation import (
     CustomFields,
     RecordError,
     Turn,
-    check_text,
     detect_format,
     to_conversation,
 )
-from unmask.data.template import ChatLayout, DropRecord, Span, separator_template, special_strings
+from unmask.data.template import ChatLayout, DropRecord, Span, separator_template
 from unmask.errors import UnmaskError
 
 __all__ = [
@@ -29,9 +28,7 @@ __all__ = [
     "Encoder",
     "Example",
     "encode_records",
-    "pack_text",
     "separator_template",
-    "split_documents",
 ]
 
 SEPARATOR = "\n\n### Response:\n"
@@ -39,15 +36,18 @@ VANISHES = "response would vanish: the prompt alone fills block_size"
 TOO_LONG = "longer than block_size"
 UNTRAINED = "no turn is to be trained on"
 BATCH = 256  # records tokenized in one call
+SOURCE_BIT = 40  # of a sample id: below is the record's number in its source, from here up the source
+PART_BIT = 48  # from here up the part of a record that gives several examples
+SOURCES = 1 << PART_BIT - SOURCE_BIT
 
 
 @dataclass
 class Example:
     """Token ids of one sequence; `src_mask` True = instruction or context, never masked.
 
-    `sample_id` is the record's number in its source, from 0, with the source in the bits from 40 up; -1
-    where there is none. `source` is the number of the source in the recipe, `epoch` the pass over it
-    in a stream, -1 = the run's own.
+    `sample_id` is the record's number in its source (see `files.record_id`), from 0, with the source in the
+    bits from `SOURCE_BIT` up and the part of the record from `PART_BIT` up; -1 where there is none. `source`
+    is the number of the source in the recipe, `epoch` the pass over it in a stream, -1 = the run's own.
     """
 
     input_ids: list[int]
@@ -88,8 +88,8 @@ class EncodeReport:
 
     def skip(self, error: RecordError) -> None:
         """Count one record as skipped."""
-        skipped, first = self.skipped.get(error.reason, (0, error.where))
-        self.skipped[error.reason] = (skipped + 1, first)
+        skipped, first = self.skipped.get(error.counted, (0, error.where))
+        self.skipped[error.counted] = (skipped + 1, first)
 
     def left_out(self) -> list[str]:
         """Say what was dropped and skipped, and why: "2 skipped: not valid JSON (first: x.jsonl line 4)"."""
@@ -98,6 +98,28 @@ class EncodeReport:
             for what, reasons in (("dropped", self.dropped), ("skipped", self.skipped))
             for reason, (count, where) in reasons.items()
         ]
+
+    def merge(self, other: EncodeReport) -> None:
+        """Add what became of later records."""
+        for name in (item.name for item in fields(EncodeReport)):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if not isinstance(theirs, dict):
+                setattr(self, name, mine + theirs)
+                continue
+            for key, value in theirs.items():
+                if isinstance(value, tuple):  # how often, and where first
+                    count, first = mine.get(key, (0, value[1]))
+                    mine[key] = (count + value[0], first)
+                else:
+                    mine[key] = mine.get(key, 0) + value
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> EncodeReport:
+        """Read back a report that was written as JSON, in which pairs are lists."""
+        report = cls(**tree)
+        for counts in (report.dropped, report.skipped):
+            counts.update({reason: tuple(pair) for reason, pair in counts.items()})  # pyright: ignore
+        return report
 
 
 class Encoder:
@@ -139,13 +161,13 @@ class Encoder:
         block_size: int | None = None,
         too_long: Literal["truncate", "drop"] = "truncate",
     ) -> None:
-        _one_of("layout", layout, ("auto", "chat", "separator"))
-        _one_of("train_on", train_on, ("all", "last"))
-        _one_of("too_long", too_long, ("truncate", "drop"))
+        one_of("layout", layout, ("auto", "chat", "separator"))
+        one_of("train_on", train_on, ("all", "last"))
+        one_of("too_long", too_long, ("truncate", "drop"))
         if end_fill < 1:
             raise UnmaskError(f"end_fill must be at least 1 token; got {end_fill}.")
         if block_size is not None:
-            _check_block_size(block_size)
+            check_block_size(block_size)
         self.tokenizer = tokenizer
         self.train_on = train_on
         self.include_system_prompt = include_system_prompt
@@ -270,13 +292,13 @@ def encode_records(
     """Encode records with their places (see `read_records`), and report what became of them.
 
     An example's `sample_id` is its record's number, counting those left out too, with `source` in
-    the bits from 40 up.
+    the bits from `SOURCE_BIT` up.
 
     Raises:
         UnmaskError: A record is bad input (see `to_conversation`) and `on_bad_record` is "stop".
     """
     report = EncodeReport()
-    items = ((record, where, source << 40 | number) for number, (record, where) in enumerate(records))
+    items = ((record, where, source << SOURCE_BIT | number) for number, (record, where) in enumerate(records))
     examples = encode_each(items, encoder, format, custom_format, on_bad_record=on_bad_record, report=report)
     return list(examples), report
 
@@ -328,187 +350,12 @@ def encode_each(
                 report.drop(str(reason), where)
                 continue
             example.sample_id = sample_id
-            example.source = sample_id >> 40
+            example.source = sample_id >> SOURCE_BIT
             report.kept += 1
             report.truncated += cut
             report.tokens += len(example.input_ids)
             report.supervised_tokens += example.supervised
             yield example
-
-
-def usable_documents(
-    documents: Iterable[tuple[str | BadRecord, str]],
-    tokenizer: PreTrainedTokenizerBase,
-    report: EncodeReport,
-    on_bad_record: Literal["stop", "skip"] = "stop",
-) -> Iterator[str]:
-    """Yield the texts of (document, place), filling `report` with what they are and what was skipped.
-
-    Raises:
-        RecordError: A document could not be read, or is no text, and `on_bad_record` is "stop".
-    """
-    special = special_strings(tokenizer)
-    for document, where in documents:
-        report.records += 1
-        try:
-            if isinstance(document, BadRecord):
-                raise document.error(where)
-            check_text(document, "text", where)
-        except RecordError as error:
-            if on_bad_record == "stop":
-                raise
-            report.skip(error)
-            continue
-        report.kept += 1
-        report.formats["text"] = report.formats.get("text", 0) + 1
-        report.with_special_strings += special.search(document) is not None
-        yield document
-
-
-def pack_text(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: int
-) -> Iterator[Example]:
-    """Join documents with the end token between them and cut them into blocks for pre-training.
-
-    Every block has `block_size` tokens but the last, which may be shorter; `src_mask` is all False.
-    Special-token strings in a document are read as plain text.
-
-    Raises:
-        UnmaskError: `block_size` is below 2, the tokenizer has no end token, or there is no text.
-    """
-    _check_block_size(block_size)
-    if tokenizer.eos_token_id is None:
-        raise UnmaskError("the tokenizer has no end token (eos_token) to put between documents.")
-    return _cut(documents, tokenizer, TextBlocks(cast(int, tokenizer.eos_token_id), block_size))
-
-
-class TextBlocks:
-    """Joins tokenized documents into blocks, as `pack_text` says; what it carries on is here to be saved.
-
-    Attributes:
-        left: tokens that no block has yet; None before the first document.
-        number: blocks so far.
-    """
-
-    def __init__(self, end_token_id: int, block_size: int) -> None:
-        self.end_token_id = end_token_id
-        self.block_size = block_size
-        self.left: list[int] | None = None
-        self.number = 0
-
-    def add(self, ids: list[int]) -> Iterator[Example]:
-        """Yield the blocks that are full with this document."""
-        joined = ids if self.left is None else [*self.left, self.end_token_id, *ids]
-        whole = len(joined) - len(joined) % self.block_size
-        self.left = joined[whole:]
-        for start in range(0, whole, self.block_size):
-            self.number += 1
-            block = joined[start : start + self.block_size]
-            yield Example(block, [False] * len(block), self.number - 1)
-
-    def finish(self) -> Iterator[Example]:
-        """Yield the last block, which may be shorter.
-
-        Raises:
-            UnmaskError: There is no text at all.
-        """
-        block, self.left = self.left, []
-        if block:
-            self.number += 1
-            yield Example(block, [False] * len(block), self.number - 1)
-        elif self.number == 0:
-            raise UnmaskError("there is no text to pack: the documents are empty.")
-
-
-def split_documents(
-    documents: Iterable[str],
-    tokenizer: PreTrainedTokenizerBase,
-    block_size: int,
-    long_documents: Literal["split", "cut"] = "split",
-    *,
-    source: int = 0,
-    report: EncodeReport | None = None,
-) -> Iterator[Example]:
-    """Encode each document with its end token as an example of its own, for packed pre-training.
-
-    One longer than `block_size` becomes several examples ("split": every part but the last has
-    `block_size` tokens, the end token comes in the last) or loses its end ("cut", counted as truncated).
-    `src_mask` is all False, and `sample_id` counts the parts, with `source` in the bits from 40 up.
-    `report` is filled with the tokens as the documents are read. Special-token strings in a document are
-    read as plain text.
-
-    Raises:
-        UnmaskError: A setting is unknown or out of range, the tokenizer has no end token, or there is no
-            text.
-    """
-    _check_block_size(block_size)
-    _one_of("long_documents", long_documents, ("split", "cut"))
-    if tokenizer.eos_token_id is None:
-        raise UnmaskError("the tokenizer has no end token (eos_token) to end documents with.")
-    parts = TextParts(
-        cast(int, tokenizer.eos_token_id), block_size, cut=long_documents == "cut", source=source
-    )
-    if report is not None:
-        parts.report = report
-    return _cut(documents, tokenizer, parts)
-
-
-class TextParts:
-    """Cuts tokenized documents into examples of their own, as `split_documents` says.
-
-    Attributes:
-        number: examples so far.
-        report: filled with the tokens.
-    """
-
-    def __init__(self, end_token_id: int, block_size: int, *, cut: bool = False, source: int = 0) -> None:
-        self.end_token_id = end_token_id
-        self.block_size = block_size
-        self.cut = cut
-        self.source = source
-        self.number = 0
-        self.report = EncodeReport()
-
-    def add(self, ids: list[int]) -> Iterator[Example]:
-        """Yield the examples of this document."""
-        if not ids:
-            return  # a lone end token would teach nothing but where documents are empty
-        ids = [*ids, self.end_token_id]
-        if self.cut and len(ids) > self.block_size:
-            ids = ids[: self.block_size]
-            self.report.truncated += 1
-        self.report.tokens += len(ids)
-        self.report.supervised_tokens += len(ids)
-        for start in range(0, len(ids), self.block_size):
-            part = ids[start : start + self.block_size]
-            self.number += 1
-            sample_id = (self.source << 40) + self.number - 1
-            yield Example(part, [False] * len(part), sample_id, self.source)
-
-    def finish(self) -> Iterator[Example]:
-        """Yield nothing more.
-
-        Raises:
-            UnmaskError: There is no text at all.
-        """
-        if self.number == 0:
-            raise UnmaskError("there is no text to pack: the documents are empty.")
-        yield from ()
-
-
-def document_ids(document: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokenize a document for pre-training: special-token strings in it are plain text."""
-    return tokenizer(document, add_special_tokens=False, split_special_tokens=True, verbose=False)[
-        "input_ids"
-    ]  # pyright: ignore[reportReturnType]
-
-
-def _cut(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, way: TextBlocks | TextParts
-) -> Iterator[Example]:
-    for document in documents:
-        yield from way.add(document_ids(document, tokenizer))
-    yield from way.finish()
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, layout: str, separator: str) -> str:
@@ -534,11 +381,11 @@ def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
     return tokenizer.backend_tokenizer if same else None
 
 
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise UnmaskError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
 
 
-def _check_block_size(block_size: int) -> None:
+def check_block_size(block_size: int) -> None:
     if block_size < 2:
         raise UnmaskError(f"block_size must be at least 2 tokens; got {block_size}.")

@@ -17,12 +17,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from unmask.data.encode import Example
-from unmask.data.sources import START, HubShard, Place, Raw, RecordFile
+from unmask.data.encode import SOURCE_BIT, Example
+from unmask.data.files import START, HubShard, Place, Raw, RecordFile, record_id
 from unmask.errors import UnmaskError
 
-SOURCE_BIT = 40  # of a sample id: above are the source and further parts of a record, below its number
-PART_BIT = 48
 FILES, DRAW, ORDER = range(3)  # what a keyed hash is for
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -44,21 +42,29 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+class Encoded(NamedTuple):
+    """A record that is encoded already, in the place where it is."""
+
+    examples: Sequence[Example]
+    number: int
+
+
 @dataclass(frozen=True)
 class ExampleFile:
-    """Encoded examples in memory, read like a file."""
+    """Encoded examples, in memory or prepared, read like a file."""
 
     examples: Sequence[Example]
     label: str
+    remote = False
 
     def read(self, start: Place = START) -> Iterator[tuple[Raw, Place]]:
         """Yield the examples from `start` on, each with the place after it."""
         for number in range(start.number, len(self.examples)):
-            yield Raw(self.examples[number], _same, self.label, number + 1), Place(number + 1)
+            yield Raw(Encoded(self.examples, number), _example, self.label, number + 1), Place(number + 1)
 
 
-def _same(example: Example) -> Example:
-    return example
+def _example(place: Encoded) -> Example:
+    return place.examples[place.number]
 
 
 @dataclass(frozen=True)
@@ -75,16 +81,6 @@ class Source:
     epochs: int | None = None
     held_out: dict[int, int] = field(default_factory=dict)
 
-    def record_id(self, file: int, number: int) -> int:
-        """Number a record of one file (from 0) among those of all: the file is in the upper bits."""
-        bits = SOURCE_BIT - (len(self.files) - 1).bit_length()
-        if number >> bits:
-            raise UnmaskError(
-                f"{self.files[file].label}: more than {1 << bits:,} records in one of {len(self.files):,}"
-                " files; name the file as a source of its own."
-            )
-        return file << bits | number
-
 
 class Taken(NamedTuple):
     """A record in its place: its source, the pass over it, and its sample id."""
@@ -98,20 +94,20 @@ class Taken(NamedTuple):
 class _Reader:
     """Reads one source pass after pass, from a cursor on."""
 
-    def __init__(self, source: Source, index: int, seed: int, cursor: dict[str, Any]):
+    def __init__(self, source: Source, index: int, seed: int, cursor: dict[str, Any], part: int, parts: int):
         self.source, self.index, self.seed = source, index, seed
+        self.part, self.parts = part, parts
         self.epoch: int = cursor["epoch"]
         self.file: int = cursor["file"]  # in the order of this pass
         self.place = Place(*cursor["place"])
-        self.taken = self.file > 0 or self.place.number > 0  # whether this pass has had a record
+        self.empty: set[int] = set()  # files without a record since the last one
         self.opened: Iterator[tuple[Raw, Place]] | None = None
         self._order()
 
     def _order(self) -> None:
         files = np.arange(len(self.source.files))
-        self.order = np.argsort(
-            keyed(self.seed, FILES, self.index, self.epoch, files), kind="stable"
-        ).tolist()
+        order = np.argsort(keyed(self.seed, FILES, self.index, self.epoch, files), kind="stable")
+        self.order = order.tolist()[self.part :: self.parts]
 
     @property
     def cursor(self) -> dict[str, Any]:
@@ -125,7 +121,7 @@ class _Reader:
         """The next record of the pass, or None at its end.
 
         Raises:
-            UnmaskError: A file cannot be read, or the whole pass had no record.
+            UnmaskError: A file cannot be read, or none of the source has a record.
         """
         while self.file < len(self.order):
             file = self.order[self.file]
@@ -135,11 +131,13 @@ class _Reader:
                 self.place = place
                 if place.number <= self.source.held_out.get(file, 0):
                     continue
-                self.taken = True
-                number = self.source.record_id(file, place.number - 1)
+                self.empty.clear()
+                number = record_id(file, place.number - 1, self.source.files)
                 return Taken(self.index, self.epoch, self.index << SOURCE_BIT | number, raw)
+            if self.place.number <= self.source.held_out.get(file, 0):
+                self.empty.add(file)
             self.file, self.place, self.opened = self.file + 1, Place(), None
-        if not self.taken:
+        if len(self.empty) == len(self.source.files):
             what = (
                 "every record is held out; use less of it or more data" if self.source.held_out else "empty"
             )
@@ -149,7 +147,7 @@ class _Reader:
     def restart(self) -> None:
         """Begin the next pass."""
         self.close()
-        self.epoch, self.file, self.place, self.taken = self.epoch + 1, 0, Place(), False
+        self.epoch, self.file, self.place = self.epoch + 1, 0, Place()
         self._order()
 
     def close(self) -> None:
@@ -182,21 +180,34 @@ class Mixture:
         cursor = {"epoch": 0, "file": 0, "place": [0, 0, 0]}
         return {"counter": 0, "cursors": [cursor for _ in self.sources]}
 
-    def windows(self, state: State) -> Iterator[tuple[State, list[Taken]]]:
+    def may_split(self, parts: int) -> bool:
+        """Whether the files are worth dealing out to `parts` readers, and enough for it.
+
+        A mixture that ends is not dealt out: readers whose files are short would be done before others.
+        """
+        return self.endless and all(
+            len(source.files) >= parts and all(file.remote for file in source.files)
+            for source in self.sources
+        )
+
+    def windows(self, state: State, part: int = 0, parts: int = 1) -> Iterator[tuple[State, list[Taken]]]:
         """Yield from `state` on each window's records in their order, with the state at its start.
+
+        With `parts` > 1 they are those of one of several readers, each of which has files of its own, dealt
+        out anew in every pass, in a mixture and an order of its own.
 
         Raises:
             UnmaskError: A file cannot be read, is gone or changed, or a source has no record.
         """
         readers = [
-            _Reader(source, index, self.seed, cursor)
+            _Reader(source, index, self.seed, cursor, part, parts)
             for index, (source, cursor) in enumerate(zip(self.sources, state["cursors"], strict=True))
         ]
         counter = state["counter"]
         with closing(_All(readers)):
             while True:
                 begun = {"counter": counter, "cursors": [reader.cursor for reader in readers]}
-                records = self._window(readers, counter)
+                records = self._window(readers, counter, part, parts)
                 if not records:
                     return
                 counter += len(records)
@@ -205,10 +216,10 @@ class Mixture:
                 records[:] = [records[place] for place in order]
                 yield begun, records
 
-    def _window(self, readers: list[_Reader], counter: int) -> list[Taken]:
+    def _window(self, readers: list[_Reader], counter: int, part: int, parts: int) -> list[Taken]:
         records: list[Taken] = []
         left, bounds = _left(readers)
-        uniforms = keyed(self.seed, DRAW, counter + np.arange(self.window)) / 2.0**64
+        uniforms = keyed(self.seed, DRAW, (counter + np.arange(self.window)) * parts + part) / 2.0**64
         while left and len(records) < self.window:
             at = uniforms[len(records)] * bounds[-1]
             reader = left[min(bisect_right(bounds, at), len(left) - 1)]

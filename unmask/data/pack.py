@@ -1,6 +1,6 @@
 """Examples -> rows that several of them share: packing, so that little of a batch is padding.
 
-The rows are a function of the examples and of the two lengths alone: no seed, no device, no number of
+The rows are a function of the examples and of their length alone: no seed, no device, no number of
 processes. A window of examples is packed by itself, so a stream can be packed as it comes.
 """
 
@@ -15,8 +15,6 @@ from unmask.data.encode import Example
 from unmask.errors import UnmaskError
 
 WINDOW = 2048  # examples packed together
-FILLED = 0.97  # share of the positions that rows of a good length fill
-SAMPLE = 4 * WINDOW  # examples that the row length is chosen by
 
 Row = list[Example]
 """Examples that share a row, in their order in it."""
@@ -80,37 +78,6 @@ class PackedRows(Sequence[Row]):
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         return [self.examples[number] for number in self.indices[index]]
-
-
-def row_length(sizes: Sequence[int], block_size: int) -> int:
-    """Choose how long packed rows are: the least length that holds every example and fills 97% of a row.
-
-    Without a kernel for rows of several documents, attention over a row of R tokens costs R^2, whoever may
-    attend to whom: twice the row length is twice the attention for each token, and nothing gained once rows
-    are full. Where no length reaches 97%, the one that fills rows best is taken. docs/log.md has the
-    measurements.
-
-    Args:
-        sizes: tokens of each example; the first few thousand are looked at, of all of them the longest.
-        block_size: most tokens of a row.
-
-    Raises:
-        UnmaskError: an example is longer than `block_size`.
-    """
-    longest = max(sizes, default=block_size)
-    if longest > block_size:
-        raise UnmaskError(f"an example of {longest} tokens does not fit a row of {block_size}.")
-    sample = sizes[:SAMPLE]
-    best, best_share = block_size, 0.0
-    for length in [*range(longest, block_size, max(1, block_size // 16)), block_size]:
-        windows = (sample[start : start + WINDOW] for start in range(0, len(sample), WINDOW))
-        rows = sum(len(_rows(window, length)) for window in windows)
-        share = sum(sample) / (rows * length) if rows else 0.0
-        if share >= FILLED:
-            return length
-        if share > best_share:
-            best, best_share = length, share
-    return best
 
 
 def filled(rows: Sequence[Row], length: int) -> float:

@@ -87,8 +87,10 @@ def write_page(
     *,
     title: str,
     names: Sequence[str] = (),
+    files: Sequence[Sequence[str]] = (),
     width: int | None = None,
     micro_batch: int = 1,
+    first_of_run: bool = False,
 ) -> int:
     """Write the page, and return how many rows it shows: `SEQUENCES` at most, of about `TOKENS` tokens.
 
@@ -97,8 +99,10 @@ def write_page(
         found: the report above them.
         title: heading of the page.
         names: of the sources, in the recipe's order.
+        files: names of the files of each, see `survey.place`.
         width: tokens of a packed row; None = each row is padded to the longest of its micro batch.
         micro_batch: rows of one forward.
+        first_of_run: rows are those that a run begins with, in its order, and not all there are.
 
     Raises:
         UnmaskError: the file cannot be written.
@@ -114,12 +118,23 @@ def write_page(
                 break
             shown, tokens = shown + 1, tokens + size
             body.append(
-                _row(row, shown, len(rows), max(sizes) if width is None else width, tokenizer, names, counts)
+                _row(
+                    row,
+                    shown,
+                    None if first_of_run else len(rows),
+                    max(sizes) if width is None else width,
+                    tokenizer,
+                    names,
+                    files,
+                    counts,
+                )
             )
         else:
             continue
         break
-    page = "\n".join(_page(title, found, body, counts, shown, len(rows), width, micro_batch))
+    page = "\n".join(
+        _page(title, found, body, counts, shown, None if first_of_run else len(rows), width, micro_batch)
+    )
     try:
         # A file name may hold bytes that are no text.
         file.write_text(page, encoding="utf-8", errors="backslashreplace")
@@ -134,7 +149,7 @@ def _page(
     body: list[str],
     counts: Counter[str],
     shown: int,
-    total: int,
+    total: int | None,
     width: int | None,
     micro_batch: int,
 ) -> Iterator[str]:
@@ -159,8 +174,11 @@ def _page(
     if width is not None:
         laid = f"packed into rows of {width:,} tokens"
     else:
-        laid = f"padded to the longest of {micro_batch:,}, in the order of the data (training draws its own)"
-    which = f"all {total:,} rows" if shown == total else f"the first {shown:,} of {total:,} rows"
+        order = "" if total is None else ", in the order of the data (training draws its own)"
+        laid = f"padded to the longest of {micro_batch:,}{order}"
+    which = f"all {shown:,} rows" if shown == total else f"the first {shown:,} of {total or 0:,} rows"
+    if total is None:
+        which = f"the first {shown:,} rows of the run"
     yield f'<div class="dim">Shown: {which}, {laid}. ⏎ is a line break.</div>'
     yield "<nav><b>Tokens shown:</b> "
     for kind, meaning in (*MEANINGS.items(), ("pad", "padding, never masked or attended")):
@@ -171,7 +189,7 @@ def _page(
         yield f"<span>{swatches} {counts['documents']:,} documents that share rows</span>"
     yield "</nav>"
     yield from body
-    if shown < total:
+    if total is not None and shown < total:
         yield f'<p class="dim">{total - shown:,} more rows are not shown.</p>'
     yield "</body></html>\n"
 
@@ -196,22 +214,21 @@ def _lengths(found: Survey) -> Iterator[str]:
 def _row(
     row: Row,
     number: int,
-    total: int,
+    total: int | None,
     width: int,
     tokenizer: PreTrainedTokenizerBase,
     names: Sequence[str],
+    files: Sequence[Sequence[str]],
     counts: Counter[str],
 ) -> str:
     size = sum(len(example.input_ids) for example in row)
     supervised = sum(example.supervised for example in row)
     several = f", {len(row)} documents" if len(row) > 1 else ""
-    out = [
-        f"<article><header><b>row {number:,} of {total:,}</b>{several}: {size:,} tokens,"
-        f" {supervised:,} supervised</header>"
-    ]
+    title = f"row {number:,}" if total is None else f"row {number:,} of {total:,}"
+    out = [f"<article><header><b>{title}</b>{several}: {size:,} tokens, {supervised:,} supervised</header>"]
     for index, example in enumerate(row):
         out.append(f'<section style="--document:{DOCUMENTS[index % len(DOCUMENTS)]}">')
-        where = escape(visible(place(example, names)))
+        where = escape(visible(place(example, names, files)))
         of = f": {len(example.input_ids):,} tokens, {example.supervised:,} supervised" if several else ""
         if where or of:
             out.append(f"<p>{where or f'document {index + 1}'}{of}</p>")

@@ -33,11 +33,12 @@ def show_examples(
     *,
     limit: int = 3,
     names: Sequence[str] = (),
+    files: Sequence[Sequence[str]] = (),
     console: Console | None = None,
 ) -> None:
     """Print the first `limit` examples piece by piece, each piece with its kind and its tokens.
 
-    `names` are those of the sources, in the recipe's order.
+    `names` are those of the sources, in the recipe's order, `files` those of their files.
 
     Kinds: source (never masked), response, and the end tokens that close one; "text" in place of
     response where nothing is source (pre-training). A line break shows as ⏎ before it breaks.
@@ -47,7 +48,7 @@ def show_examples(
     plain = _plain(console)
     kinds: list[str] = []
     for number, example in enumerate(shown, 1):
-        name = f", {of}" if (of := place(example, names)) else ""
+        name = f", {of}" if (of := place(example, names, files)) else ""
         total = len(example.input_ids)
         console.print(
             f"example {number} of {len(examples)}{name}: {total} tokens, {example.supervised} supervised",

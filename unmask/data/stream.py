@@ -4,11 +4,15 @@ Every process and worker reads all of the stream, and decodes and encodes its ow
 the run is that of process k modulo their number, and a process's records go to its workers a batch at a time.
 As long as no record is left out, each optimizer step therefore has the same sequences on any number of
 processes, and the batches of a process come in the same order from any number of workers.
+
+Where files come over a network, and each source has one for everybody, they are dealt out instead: each
+worker or process reads its own alone, in a mixture and an order of its own.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -85,7 +89,8 @@ class RecordStream:
         position = position or self.start()
         chunk, done = position["chunk"], position["rows"]
         reports: list[EncodeReport] = []
-        for state, records in self.mixture.windows(position["window"]):
+        part, parts, share = self._split(share)
+        for state, records in self.mixture.windows(position["window"], part, parts):
             own = [
                 record
                 for k, record in enumerate(records, state["counter"])
@@ -102,6 +107,14 @@ class RecordStream:
                     reports = []
                 done = 0
             chunk = 0
+
+    def _split(self, share: Share) -> tuple[int, int, Share]:
+        """Which part of the files a worker reads, of how many, and which share of their records it takes."""
+        if self.mixture.may_split(share.ranks * share.workers):
+            return share.rank * share.workers + share.worker, share.ranks * share.workers, WHOLE
+        if self.mixture.may_split(share.ranks):
+            return share.rank, share.ranks, share._replace(rank=0, ranks=1)
+        return 0, 1, share
 
     def batches(
         self,
@@ -191,6 +204,7 @@ class StreamLoader:
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=self.processes,
+            worker_init_fn=ignore_stop_signals if self.processes else None,
             pin_memory=torch.cuda.is_available(),
         )
         with _no_threads_of_tokenizers(self.processes > 0):
@@ -235,6 +249,12 @@ class StreamLoader:
         self.next_worker = state["next_worker"]
         self.counts = [list(pair) for pair in state["counts"]]
         self.left_out = {(kind, reason): (n, first) for kind, reason, n, first in state["left_out"]}
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """Leave SIGTERM and SIGINT, which may reach every process of a run, to the one that trains."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(item: Any) -> Any:

@@ -6,10 +6,12 @@ import random
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from itertools import islice, takewhile
 
-from unmask.data.encode import EncodeReport, Example
+from unmask.data.encode import SOURCE_BIT, EncodeReport, Example
+from unmask.data.files import from_record_id
 from unmask.data.pack import filled, pack
 
 BINS = 10
@@ -66,9 +68,10 @@ def survey(
     report: EncodeReport | None = None,
     *,
     names: Sequence[str] = (),
+    files: Sequence[Sequence[str]] = (),
     block_size: int | None = None,
     micro_batch: int | None = None,
-    row_length: int | None = None,
+    packed: bool = False,
     held_out: Sequence[Example] = (),
     seed: int = 0,
 ) -> Survey:
@@ -77,9 +80,10 @@ def survey(
     Args:
         report: what became of the records.
         names: of the sources, in the recipe's order.
+        files: names of the files of each, see `place`.
         block_size: tokens of the longest row, for the share of filled positions.
         micro_batch: sequences of one forward, likewise.
-        row_length: tokens of the rows that the run packs, if it does, likewise.
+        packed: whether the run packs rows, likewise.
         held_out: sequences of the evaluation, to be found among `examples`.
         seed: of the order in which these batches are drawn.
     """
@@ -92,18 +96,29 @@ def survey(
         lengths=(ordered[0], ordered[len(ordered) // 2], ordered[-1]) if ordered else None,
         histogram=_histogram(sizes),
         sources=tuple(_sources(examples, names)),
-        duplicates=tuple(_duplicates(examples, held_out, names)),
-        filling=tuple(_filling(examples, block_size, micro_batch, row_length, seed)) if examples else (),
+        duplicates=tuple(_duplicates(examples, held_out, partial(place, names=names, files=files))),
+        filling=tuple(_filling(examples, block_size, micro_batch, packed, seed)) if examples else (),
         report=report,
         block_size=block_size,
     )
 
 
-def place(example: Example, names: Sequence[str] = ()) -> str:
-    """Name the record of `example`: "alpaca.json record 17"; of a single source just "record 17"."""
-    name = names[example.source] if len(names) > 1 else ""
-    number = f"record {(example.sample_id & (1 << 40) - 1) + 1:,}" if example.sample_id >= 0 else ""
-    return " ".join(part for part in (name, number) if part)
+def place(example: Example, names: Sequence[str] = (), files: Sequence[Sequence[str]] = ()) -> str:
+    """Name the record of `example`: "alpaca.json record 17"; of a single source just "record 17".
+
+    Args:
+        names: of the sources.
+        files: names of the files of each source; where there are several, the record is one of its file.
+    """
+    said = [names[example.source]] if len(names) > 1 else []
+    if example.sample_id >= 0:
+        number = example.sample_id & (1 << SOURCE_BIT) - 1
+        labels = files[example.source] if example.source < len(files) else ()
+        if len(labels) > 1:
+            file, number = from_record_id(number, len(labels))
+            said.append(labels[file])
+        said.append(f"record {number + 1:,}")
+    return " ".join(said)
 
 
 def sections(found: Survey) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
@@ -184,7 +199,7 @@ def _sources(examples: Sequence[Example], names: Sequence[str]) -> Iterator[Sour
 
 
 def _duplicates(
-    examples: Sequence[Example], held_out: Sequence[Example], names: Sequence[str]
+    examples: Sequence[Example], held_out: Sequence[Example], where: Callable[[Example], str]
 ) -> Iterator[Duplicates]:
     def whole(example: Example) -> list[int]:
         return example.input_ids
@@ -192,10 +207,10 @@ def _duplicates(
     def prompt(example: Example) -> list[int]:
         return example.input_ids[: sum(1 for _ in takewhile(bool, example.src_mask))]
 
-    yield _repeats("whole sequence", whole, examples, names)
+    yield _repeats("whole sequence", whole, examples, where)
     prompts = any(example.src_mask[:1] == [True] for example in examples)
     if prompts:
-        yield _repeats("prompt (all before the first response)", prompt, examples, names)
+        yield _repeats("prompt (all before the first response)", prompt, examples, where)
     if held_out:
         kind, part = ("prompt", prompt) if prompts else ("sequence", whole)
         seen = {_digest(part(example)) for example in examples}
@@ -208,7 +223,10 @@ def _digest(ids: list[int]) -> bytes:
 
 
 def _repeats(
-    what: str, part: Callable[[Example], list[int]], examples: Sequence[Example], names: Sequence[str]
+    what: str,
+    part: Callable[[Example], list[int]],
+    examples: Sequence[Example],
+    where: Callable[[Example], str],
 ) -> Duplicates:
     first: dict[bytes, int] = {}
     repeats = 0
@@ -221,7 +239,7 @@ def _repeats(
             continue
         repeats += 1
         if len(places) < PLACES:
-            places.append((place(examples[earlier], names), place(example, names)))
+            places.append((where(examples[earlier]), where(example)))
     return Duplicates(what, repeats, tuple(places))
 
 
@@ -229,7 +247,7 @@ def _filling(
     examples: Sequence[Example],
     block_size: int | None,
     micro_batch: int | None,
-    row_length: int | None,
+    packed: bool,
     seed: int,
 ) -> Iterator[Filling]:
     sizes = [len(example.input_ids) for example in examples]
@@ -240,9 +258,6 @@ def _filling(
         batches = iter(lambda: list(islice(shuffled, micro_batch)), [])
         computed = sum(max(batch) * len(batch) for batch in batches)
         yield Filling(f"padded to the longest of {micro_batch:,} in random order", sum(sizes) / computed)
-    for length in dict.fromkeys((block_size, row_length)):
-        if length is not None:
-            share = filled(list(pack(examples, length)), length)
-            yield Filling(
-                f"packed into rows of {length:,}{', as here' if length == row_length else ''}", share
-            )
+    if block_size is not None:
+        share = filled(list(pack(examples, block_size)), block_size)
+        yield Filling(f"packed into rows of {block_size:,}{', as here' if packed else ''}", share)

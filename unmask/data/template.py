@@ -83,6 +83,7 @@ class ChatLayout:
         self.chat_template = chat_template
         self._special = special_strings(tokenizer)
         self._writes_calls = "tool_calls" in chat_template
+        self._writes_ids = "tool_call_id" in chat_template or re.search(r"\bid\b", chat_template) is not None
         self.shows_tools = re.search(r"\btools\b", chat_template) is not None
         self._skeletons = Skeletons(chat_template, dict(tokenizer.special_tokens_map))
         self.end_token = self._find_end_token()
@@ -193,16 +194,19 @@ class ChatLayout:
     ) -> tuple[list[dict[str, Any]], list[Any], str, list[str]]:
         """What the template is given, messages and tools, with special-token strings hidden by marks.
 
-        Tool calls are left to a template that knows them; for others they are written into the content.
+        Tool calls are left to a template that knows them, with their ids if it writes ids; for others they
+        are written into the content.
         Also returns a mark that occurs nowhere in them, and what was hidden.
         """
         messages: list[dict[str, Any]] = []
         for turn in turns:
-            if not (turn.tool_calls and self._writes_calls):
-                messages.append({"role": turn.role, "content": call_text(turn)})
+            if turn.tool_calls and self._writes_calls:
+                calls = [self._call(call) for call in turn.tool_calls]
+                messages.append({"role": turn.role, "content": turn.content, "tool_calls": calls})
                 continue
-            calls = [{"type": "function", "function": dict(call)} for call in turn.tool_calls]
-            messages.append({"role": turn.role, "content": turn.content, "tool_calls": calls})
+            messages.append({"role": turn.role, "content": call_text(turn)})
+            if turn.tool_call_id is not None and self._writes_ids:
+                messages[-1]["tool_call_id"] = turn.tool_call_id
         given = [messages, list(tools) if self.shows_tools else []]
         if all(len(message) == 2 for message in messages) and not given[1]:
             # Nothing but contents: the usual case, and faster so.
@@ -218,6 +222,11 @@ class ChatLayout:
         if given[0] is not messages:
             changed = [{**message, "content": text} for message, text in zip(messages, changed, strict=True)]
         return changed, shown, mark, hidden
+
+    def _call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """A tool call as OpenAI writes it."""
+        own = {"id": call["id"]} if "id" in call and self._writes_ids else {}
+        return {**own, "type": "function", "function": {name: call[name] for name in ("name", "arguments")}}
 
     def _find_end_token(self) -> str:
         response = f"{_fresh_mark(())}r\ue002"

@@ -10,14 +10,13 @@ Shapes: B batch, L sequence, Q query columns, K key columns.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from unmask.diffusion.keyed import STREAM_ATTENTION, keyed_uniform
-from unmask.errors import UnmaskError
 
 
 class Layout(NamedTuple):
@@ -149,28 +148,3 @@ def _allowed(layout: Layout, wanted: Tensor) -> Tensor:
     both = layout.is_token[:, :, None] & layout.is_token[:, None, :]
     itself = torch.eye(wanted.shape[1], dtype=torch.bool, device=wanted.device)
     return (wanted & both) | (itself & ~layout.is_token[:, :, None])
-
-
-def kernel_mask(attend: Bool[Tensor, "B Q K"], implementation: str, dtype: torch.dtype) -> Any:
-    """Turn an attention mask into what transformers' kernel of this name takes, of shape (B, 1, Q, K).
-
-    That of flex attention is a `BlockMask`, which lets it pass over the blocks between packed documents.
-
-    Raises:
-        UnmaskError: a kernel that takes no mask of this shape.
-    """
-    if implementation == "sdpa":
-        return attend[:, None]
-    if implementation == "eager":  # added to the scores
-        return torch.zeros_like(attend, dtype=dtype).masked_fill(~attend, torch.finfo(dtype).min)[:, None]
-    if implementation == "flex_attention":
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        batch, queries, keys = attend.shape
-        return create_block_mask(
-            lambda b, h, q, k: attend[b, q, k], batch, None, queries, keys, device=attend.device
-        )
-    raise UnmaskError(
-        f"attn_implementation {implementation!r} cannot do packed rows, block-causal or annealed attention;"
-        " use sdpa."
-    )

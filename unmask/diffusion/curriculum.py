@@ -101,6 +101,18 @@ class Curriculum:
             future_share=_share(step, self.attention_annealing_steps),
         )
 
+    def state(self, objective: Objective) -> dict[str, float]:
+        """Name what one of its objectives has of the things this curriculum sets; {} for the plain bound."""
+        names = [name for name in PROBABILITIES if any(getattr(self, name))]
+        names += ["source_share"] if self.source_steps else []
+        names += ["future_share"] if self.attention_annealing_steps else []
+        state = {name: getattr(objective, name) for name in names}
+        if len(set(self.noise_eps)) > 1:
+            state["noise_eps"] = objective.eps
+        if any(self.block_masking_probability):
+            state["largest_mask_block"] = float(max(objective.mask_block_sizes))
+        return state
+
 
 PROBABILITIES = ("prefix_probability", "truncate_probability", "block_masking_probability")
 

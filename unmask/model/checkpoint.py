@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import Any, cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from unmask.data.hub import HUB_NAME, first_line, offline_hint, require_hub
@@ -20,18 +22,21 @@ from unmask.errors import UnmaskError
 from unmask.model.config import PREFIX, diffusion_values
 from unmask.model.families import MODEL_CLASSES
 
+ADAPTER_CONFIG = "adapter_config.json"
 SUPPORTED = tuple(name.removeprefix(PREFIX) for name in MODEL_CLASSES)
 
 
-def read_config(name: str) -> dict[str, Any]:
+def read_config(name: str, *, weights: bool = True) -> dict[str, Any]:
     """Read the `config.json` of a checkpoint folder or hub name and check that its weights are usable.
+
+    With `weights=False` a folder need not hold any.
 
     Raises:
         UnmaskError: not a checkpoint, of an unsupported family, quantised, or without safetensors weights.
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        values = _read_folder(path)
+        values = _read_folder(path, weights)
     elif path.exists():
         raise UnmaskError(f"{name}: a checkpoint is a folder with config.json and weights; this is a file.")
     elif not HUB_NAME.fullmatch(name):
@@ -56,7 +61,7 @@ def read_config(name: str) -> dict[str, Any]:
     return values
 
 
-def _read_folder(path: Path) -> dict[str, Any]:
+def _read_folder(path: Path, weights: bool) -> dict[str, Any]:
     file = path / "config.json"
     if not file.exists():
         final = path / "final"  # where a training run leaves it
@@ -68,7 +73,7 @@ def _read_folder(path: Path) -> dict[str, Any]:
         raise UnmaskError(f"{file}: not valid JSON ({first_line(error)}).") from error
     if not isinstance(values, dict):
         raise UnmaskError(f"{file}: expected a JSON object; got {type(values).__name__}.")
-    if not any(path.glob("*.safetensors")):
+    if weights and not any(path.glob("*.safetensors")):
         pickled = next(path.glob("*.bin"), None) or next(path.glob("*.pt"), None)
         raise UnmaskError(
             f"{path}: no weights in *.safetensors"
@@ -79,6 +84,11 @@ def _read_folder(path: Path) -> dict[str, Any]:
             )
         )
     return values
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a folder holds an adapter in place of whole weights."""
+    return (Path(name).expanduser() / ADAPTER_CONFIG).is_file()
 
 
 def is_diffusion(values: dict[str, Any]) -> bool:
@@ -94,10 +104,10 @@ def load_model(
     convert_base: bool = False,
     **overrides: Any,
 ) -> PreTrainedModel:
-    """Load a diffusion checkpoint, its class picked by its config.
+    """Load a diffusion checkpoint, its class picked by its config, or the folder of an adapter with its base.
 
     Args:
-        name: folder or hub name.
+        name: folder or hub name; an adapter only as a folder.
         dtype: type of the weights; that of the checkpoint by default.
         attn_implementation: attention kernel, as transformers names them.
         convert_base: also take an autoregressive checkpoint and convert it in memory.
@@ -107,6 +117,11 @@ def load_model(
         UnmaskError: no checkpoint, an unsupported one, an autoregressive one without `convert_base`, or
             weights that are damaged or incomplete.
     """
+    if is_adapter(name):
+        from unmask.model.adapter import load_adapter  # which imports peft: seconds
+
+        adapter = load_adapter(name, dtype=dtype, attn_implementation=attn_implementation, **overrides)
+        return cast(PreTrainedModel, adapter)  # it has all that the model in it has
     values = read_config(name)
     if not is_diffusion(values):
         if not convert_base:
@@ -153,13 +168,7 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     Rows are added only when the tokenizer has ids beyond the embedding, and start as the mean of the rest.
     """
     ids = set(tokenizer.get_vocab().values())
-    any_model = cast(Any, model)
-    rows = any_model.get_input_embeddings().weight.shape[0]
-    if max(ids) >= rows:
-        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
-        for layer in (any_model.get_input_embeddings(), any_model.get_output_embeddings()):
-            with torch.no_grad():
-                layer.weight[rows:] = layer.weight[:rows].mean(dim=0)  # tied: the same values twice
+    add_rows(model, max(ids) + 1)
     config, generation = model.config, model.generation_config
     assert generation is not None
     for name in ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id"):
@@ -169,6 +178,29 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     if tokenizer.pad_token_id != tokenizer.eos_token_id:
         suppressed.add(cast(int, tokenizer.pad_token_id))
     generation.suppress_tokens = sorted(suppressed) or None
+
+
+def add_rows(model: PreTrainedModel, rows: int) -> None:
+    """Give the embedding and the head at least this many rows; new ones are the mean of the rest."""
+    any_model = cast(Any, model)
+    before = any_model.get_input_embeddings().weight.shape[0]
+    if rows <= before:
+        return
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    for layer in (any_model.get_input_embeddings(), any_model.get_output_embeddings()):
+        with torch.no_grad():
+            layer.weight[before:] = layer.weight[:before].mean(dim=0)  # tied: the same values twice
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Hash a sample of every parameter, rounded to bfloat16, so that it is the same in every precision."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, len(flat) // 64)][:64]
+        digest.update(name.encode())
+        digest.update(some.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -205,7 +237,15 @@ def written_aside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write config, generation config, weights (safetensors) and tokenizer as a Hugging Face folder."""
-    model.save_pretrained(folder)
+def save_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Write config, generation config, weights (safetensors) and tokenizer as a Hugging Face folder.
+
+    `weights` are those of a model that is divided over processes, gathered; by default the model's own.
+    """
+    model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)

@@ -18,7 +18,6 @@ from unmask.diffusion.attention import (
     attend_block_causal,
     attend_two_copies,
     attend_within_documents,
-    kernel_mask,
     predicting_column,
     row_layout,
 )
@@ -31,6 +30,7 @@ from unmask.model.config import block_length_of
 from unmask.model.generate import GenerateMixin
 from unmask.model.head import row_nll, weighted_nll
 from unmask.model.inputs import IGNORED, Given, check_inputs
+from unmask.model.kernels import SDPA, Flat, flatten, kernel_mask, takes_documents
 
 
 class DenoiserOutput(NamedTuple):
@@ -75,6 +75,11 @@ class MaskedDiffusionMixin(GenerateMixin):
         # An autoregressive folder's temperature and top-p were tuned for another sampler.
         model.generation_config = DiffusionGenerationConfig.from_generic(model.generation_config)
         return loaded
+
+    def get_correct_attn_implementation(self, *args: Any, **kwargs: Any) -> str:
+        """Replace transformers' `sdpa` by ours, which can go through packed rows document by document."""
+        found = cast(Any, super()).get_correct_attn_implementation(*args, **kwargs)
+        return SDPA if found == "sdpa" else found
 
     def forward(
         self,
@@ -268,14 +273,15 @@ class MaskedDiffusionMixin(GenerateMixin):
         return self._aligned(given, drawn.noised.x_t, attend)
 
     def _aligned(
-        self, given: Given, ids: Tensor, attend: Bool[Tensor, "B L L"] | None = None
+        self, given: Given, ids: Tensor, attend: Bool[Tensor, "B L L"] | Flat | None = None
     ) -> Float[Tensor, "B L H"]:
         """Run the network on ids as they are, so that the output at i predicts token i."""
         layout = given.layout
         if attend is None and (block := given.block) is not None:
             attend = attend_block_causal(layout, block)
         if attend is None and given.packed:
-            attend = attend_within_documents(layout)
+            flat = takes_documents(self.config._attn_implementation)
+            attend = flatten(layout) if flat else attend_within_documents(layout)
         if attend is not None or given.padded:
             hidden = self._network(ids, layout.is_token if attend is None else attend, layout.position)
         else:  # nothing to say: the kernel may be told that every token sees every other
@@ -306,15 +312,26 @@ class MaskedDiffusionMixin(GenerateMixin):
         return _take(raw, torch.where(same_block, in_noised[source], source))
 
     def _network(
-        self, ids: Tensor, attend: Tensor | None, position_ids: Tensor | None
+        self, ids: Tensor, attend: Tensor | Flat | None, position_ids: Tensor | None
     ) -> Float[Tensor, "B L H"]:
-        """Run the stock backbone; `attend` is None, (B, L) True = token, or (B, L, L) True = may attend."""
+        """Run the stock backbone.
+
+        Args:
+            attend: None = everyone to everyone, (B, L) True = token, (B, L, L) True = may attend, or the
+                documents, each of which attends to itself.
+        """
+        kernel = self.config._attn_implementation
+        whole = isinstance(attend, Flat) or (attend is not None and attend.dim() == 3)
+        if whole and "sliding_attention" in (getattr(self.config, "layer_types", None) or ()):
+            raise UnmaskError(
+                "layers with a sliding window cannot do packed rows, block-causal or annealed attention."
+            )
+        if isinstance(attend, Flat):
+            places = {"input_ids": attend.take(ids), "position_ids": attend.take(cast(Tensor, position_ids))}
+            found = self.model(**places, use_cache=False, **attend.kernel_arguments(kernel))
+            return attend.put_back(found.last_hidden_state, ids.shape)
         if attend is not None and attend.dim() == 3:
-            if "sliding_attention" in (getattr(self.config, "layer_types", None) or ()):
-                raise UnmaskError(
-                    "layers with a sliding window cannot do packed rows, block-causal or annealed attention."
-                )
-            attend = kernel_mask(attend, self.config._attn_implementation, self.dtype)
+            attend = kernel_mask(attend, kernel, self.dtype)
         return self.model(
             input_ids=ids, attention_mask=attend, position_ids=position_ids, use_cache=False
         ).last_hidden_state

@@ -14,7 +14,6 @@ from torch import Tensor
 from unmask.diffusion.attention import (
     attend_block_causal,
     block_index,
-    kernel_mask,
     predicting_column,
     row_layout,
 )
@@ -24,9 +23,10 @@ from unmask.generation.engine import DiffusionGenerationOutput, Engine, View, re
 from unmask.model.config import block_length_of
 from unmask.model.head import chunk_rows
 from unmask.model.inputs import check_inputs
+from unmask.model.kernels import SDPA, kernel_mask
 from unmask.model.partial import KeptKeys, last_layer_on
 
-_MASKED_KERNELS = ("sdpa", "eager")  # which take a mask (R, 1, queries, keys)
+_MASKED_KERNELS = (SDPA, "eager")  # which take a mask (R, 1, queries, keys)
 
 
 class GenerateMixin:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 MIB = 2**20
@@ -56,7 +57,8 @@ def weighted_nll(
 
     A plain linear head gets its gradient in the forward pass: it is weights[i] * (softmax - one-hot),
     which takes the place of the logits chunk by chunk, so that nothing is kept or computed twice (Hsu et
-    al., arXiv:2410.10989, section 3.2). Any other head (with hooks, a bias, an adapter, or sharded by
+    al., arXiv:2410.10989, section 3.2). So does the one row of a frozen head that peft lets learn; a weight
+    that is frozen costs no gradient. Any other head (with hooks, a bias, another adapter, or sharded by
     itself) is called on one chunk of rows after another and called again in the backward pass.
 
     Divide the weights, not the result: where the gradient of the result is 1, its backward pass is free.
@@ -72,10 +74,15 @@ def weighted_nll(
         differentiated once.
     """
     dtype = _compute_dtype(hidden)
-    if torch.is_grad_enabled() and _is_plain(head, hidden, dtype):
+    linear, learnt = _learnt_row(head)
+    if torch.is_grad_enabled() and _is_plain(linear, hidden, dtype):
+        if isinstance(linear, FSDPModule):
+            with torch.no_grad():
+                linear(hidden[:0])  # FSDP waits until each module of a unit has been called
         with torch.autocast(hidden.device.type, enabled=False):
-            weight = cast(Tensor, head.weight).to(dtype)
-            return cast(Tensor, _WeightedNll.apply(hidden.to(dtype), weight, targets, weights))
+            weight = cast(Tensor, linear.weight).to(dtype)
+            index, row = (None, None) if learnt is None else (learnt.index, learnt.row.to(dtype))
+            return cast(Tensor, _WeightedNll.apply(hidden.to(dtype), weight, targets, weights, index, row))
     nll = row_nll(head, hidden, targets)
     return (nll * weights.to(nll.dtype)).sum()
 
@@ -113,6 +120,23 @@ def row_nll(head: nn.Module, hidden: Float[Tensor, "M H"], targets: Int[Tensor, 
     return torch.cat([cast(Tensor, checkpoint(nll, rows, ids, use_reentrant=False)) for rows, ids in parts])
 
 
+class _Learnt(NamedTuple):
+    index: int
+    row: Tensor  # (1, H), in the place of the weight's row `index`
+
+
+def _learnt_row(head: nn.Module) -> tuple[nn.Module, _Learnt | None]:
+    """The plain head inside peft's wrapper for a token whose row learns alone, and that row."""
+    layer = cast(Any, getattr(head, "token_adapter", None))
+    if layer is None or layer.merged or layer.disable_adapters or len(layer.active_adapters) != 1:
+        return head, None
+    indices = layer.token_indices[layer.active_adapters[0]]
+    rows = layer.trainable_tokens_delta[layer.active_adapters[0]]
+    if len(indices) != 1 or type(rows) not in (nn.Parameter, Tensor) or layer.base_layer.weight.requires_grad:
+        return head, None
+    return layer.base_layer, _Learnt(indices[0], rows)
+
+
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
     """Dtype of the logits of a linear head: autocast leaves float64 alone."""
     device = hidden.device.type
@@ -126,12 +150,14 @@ def _is_plain(head: nn.Module, hidden: Tensor, dtype: torch.dtype) -> bool:
 
     Not in float16: the gradient would be computed before a gradient scaler has kept it from underflow.
     """
+    by_fsdp = int(isinstance(head, FSDPModule))  # which makes a class of its own, and hooks itself in once
     return (
-        type(head) is nn.Linear
+        type(head).__mro__[2 * by_fsdp] is nn.Linear
         and head.bias is None
-        and type(head.weight) in (nn.Parameter, Tensor)  # not a DTensor or a quantised one
+        and type(head.weight) in (nn.Parameter, Tensor)  # not quantised, nor a DTensor of its parts
         and "forward" not in vars(head)
-        and not (head._forward_hooks or head._forward_pre_hooks)
+        and len(head._forward_hooks) <= by_fsdp
+        and len(head._forward_pre_hooks) <= by_fsdp
         and not (head._backward_hooks or head._backward_pre_hooks)
         and (head.weight.dtype == hidden.dtype or torch.is_autocast_enabled(hidden.device.type))
         and dtype != torch.float16
@@ -142,19 +168,29 @@ class _WeightedNll(torch.autograd.Function):
     """`weighted_nll` of a plain linear head: gradients in the forward pass, scaled in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        index: int | None,
+        row: Tensor | None,
+    ) -> Tensor:
         chunks = chunk_rows(len(hidden), len(weight), hidden.dtype, hidden.device)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         weights = weights.to(wide)
         nll = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = None
+        d_weight, d_row = None, None if row is None else torch.zeros_like(row)
         logits_RV = hidden.new_empty(min(chunks.rows, len(hidden)), len(weight))
         block_BV, p_BV = (logits_RV.new_empty(chunks.block, len(weight), dtype=wide) for _ in range(2))
         for start in range(0, max(len(hidden), 1), chunks.rows):
             rows = slice(start, start + chunks.rows)
             hidden_RH = hidden[rows]
             d_logits_RV = torch.mm(hidden_RH, weight.t(), out=logits_RV[: len(hidden_RH)])
+            if row is not None:
+                d_logits_RV[:, index] = torch.mv(hidden_RH, row[0])
             # In the place of the logits: weight of the row * (softmax - one-hot).
             for first in range(start, start + len(hidden_RH), chunks.block):
                 some = slice(first, min(first + chunks.block, start + len(hidden_RH)))
@@ -169,6 +205,10 @@ class _WeightedNll(torch.autograd.Function):
                 d_logits.copy_(p.mul_(weights[some, None]))
             if d_hidden is not None:
                 torch.mm(d_logits_RV, weight, out=d_hidden[rows])
+            if row is not None and d_row is not None:
+                d_row[0] += torch.mv(hidden_RH.t(), d_logits_RV[:, index])
+                if d_hidden is not None:  # the product above took the row that this one replaces
+                    d_hidden[rows].addr_(d_logits_RV[:, index], row[0] - weight[index])
             if ctx.needs_input_grad[1]:
                 if d_weight is None:
                     d_weight = torch.mm(d_logits_RV.t(), hidden_RH)
@@ -176,15 +216,15 @@ class _WeightedNll(torch.autograd.Function):
                     d_weight.addmm_(d_logits_RV.t(), hidden_RH)
         # Saved tensors, unlike attributes, are let go before autograd adds up gradients, which it then
         # can do in place.
-        ctx.save_for_backward(d_hidden, d_weight, nll)
+        ctx.save_for_backward(d_hidden, d_weight, nll, d_row)
         return (nll * weights).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grad_outputs
-        d_hidden, d_weight, nll = ctx.saved_tensors
+        d_hidden, d_weight, nll, d_row = ctx.saved_tensors
         if scale.device.type == "cpu" and scale == 1:  # elsewhere the comparison would wait for the device
-            return d_hidden, d_weight, None, nll
-        scaled = (None if d is None else d * scale for d in (d_hidden, d_weight))
-        return *scaled, None, nll * scale
+            return d_hidden, d_weight, None, nll, None, d_row
+        d_hidden, d_weight, d_row = (None if d is None else d * scale for d in (d_hidden, d_weight, d_row))
+        return d_hidden, d_weight, None, nll * scale, None, d_row

@@ -98,18 +98,15 @@ class DataRecipe(Section):
     packing: bool = False
     """whether sequences share rows, each seeing only itself, so that little is padding; `global_batch_size`
     then counts rows. Text is no longer joined: each document is a sequence"""
-    row_length: TwoOrMore | None = None
-    """longest packed row, in tokens; null = as short as it can be with every sequence in one row and 97% of
-    the positions filled, at most `data.block_size`, and just that with flex_attention; `data.packing: true`
-    only"""
     long_documents: Literal["split", "cut"] = "split"
     """a document longer than `data.block_size`: split = it goes on in further rows, as a sequence of its
     own in each; cut = its end is left out, counted and reported; `training_mode: pretrain` with
     `data.packing: true` only"""
     max_records: Positive | None = None
     """records read from the start of the data; null = all"""
-    eval_dataset_name: str | None = None
-    """data of the evaluation loss, named as in `data.dataset_name`"""
+    eval_dataset_name: str | Texts | None = None
+    """data of the evaluation loss, named as in `data.dataset_name`; of a list the loss is logged for each
+    name too"""
     eval_size: Count = 0
     """held out for the evaluation loss: records, or blocks when pre-training, from the end of the data; of a
     stream records from its start"""
@@ -125,14 +122,8 @@ class DataRecipe(Section):
         if self.eval_dataset_name is not None and self.eval_size:
             raise ValueError("data.eval_size has no effect with data.eval_dataset_name; remove one of them")
         self._check_sources()
-        for name in ("row_length", "long_documents"):
-            if name in self.changed() and not self.packing:
-                raise ValueError(f"data.{name} has no effect with data.packing: false; set it to true")
-        if self.row_length is not None and self.row_length > self.block_size:
-            raise ValueError(
-                f"data.row_length must be at most data.block_size = {self.block_size}, the longest row; got"
-                f" {self.row_length}"
-            )
+        if "long_documents" in self.changed() and not self.packing:
+            raise ValueError("data.long_documents has no effect with data.packing: false; set it to true")
         if self.sft.custom_format.changed() and self.sft.format != "custom":
             raise ValueError(
                 "data.sft.custom_format has no effect with data.sft.format: "
@@ -154,11 +145,6 @@ class DataRecipe(Section):
         if self.streaming:
             if self.max_records is not None:
                 raise ValueError("data.max_records has no effect with data.streaming: true; use max_steps")
-            if self.row_length is not None:
-                raise ValueError(
-                    "data.row_length has no effect with data.streaming: true, where the longest sequence is"
-                    " not known: rows have data.block_size tokens"
-                )
         elif "shuffle_buffer" in changed:
             raise ValueError(
                 "data.shuffle_buffer has no effect with data.streaming: false, where all data is shuffled"

@@ -52,6 +52,9 @@ class ModelRecipe(Section):
     transformers config such as `hidden_size` and `num_hidden_layers`"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """type the weights are held in"""
+    freeze_embeddings: bool = False
+    """whether the input embeddings stay as they are, and with them an output head that shares their
+    weights"""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     """attention kernel"""
     logit_shift: bool | None = None

@@ -114,7 +114,7 @@ def _read_yaml(path: Path, where: str) -> DictConfig:
 
 def _validate(tree: Any, where: str, origin: dict[str, str]) -> Recipe:
     try:
-        return Recipe.model_validate(tree)
+        recipe = Recipe.model_validate(tree)
     except ValidationError as invalid:
         messages: dict[str, str] = {}
         # Unknown keys come first: a misspelt key is often why another one is missing.
@@ -127,6 +127,11 @@ def _validate(tree: Any, where: str, origin: dict[str, str]) -> Recipe:
             messages.setdefault(key, f"{source}: {message}")
         more = f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""
         raise UnmaskError(next(iter(messages.values())) + more) from invalid
+    known = [field.key for field in recipe_fields()]
+    for key in recipe.resume.allow:
+        if not any(name == key or name.startswith(f"{key}.") for name in known):
+            raise UnmaskError(f"{where}: resume.allow: {_unknown(key, None)[1]}")
+    return recipe
 
 
 def _explain(kind: str, loc: tuple[Any, ...], ctx: Mapping[str, Any], tree: Any) -> tuple[str, str]:

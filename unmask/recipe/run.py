@@ -8,10 +8,12 @@ from typing import Annotated, Any, Literal
 from omegaconf import OmegaConf
 from pydantic import Field, model_validator
 
+from unmask.recipe.adapter import LoraRecipe
 from unmask.recipe.data import DataRecipe
+from unmask.recipe.distributed import DistributedRecipe
 from unmask.recipe.model import ModelRecipe, by_phase
 from unmask.recipe.section import Count, Positive, Says, Section, refuse
-from unmask.recipe.training import EvaluationRecipe, OptimizerRecipe, SchedulerRecipe
+from unmask.recipe.training import EMARecipe, EvaluationRecipe, OptimizerRecipe, ResumeRecipe, SchedulerRecipe
 
 
 class Recipe(Section):
@@ -31,14 +33,23 @@ class Recipe(Section):
     """length of the run, in optimizer steps"""
     optimizer: OptimizerRecipe = OptimizerRecipe()
     lr_scheduler: SchedulerRecipe = SchedulerRecipe()
+    lora: LoraRecipe = LoraRecipe()
+    ema: EMARecipe = EMARecipe()
     precision: Literal["fp32", "bf16"] = "bf16"
     """type of the computation"""
     gradient_checkpointing: bool = False
     """whether activations are computed again to save memory"""
+    torch_compile: bool = False
+    """whether the model is compiled at the first steps, which takes minutes; worth it in long runs on GPUs"""
+    distributed: DistributedRecipe = DistributedRecipe()
     log_steps: Positive = 10
     """optimizer steps between two logged losses"""
     eval_steps: Positive | None = None
     """optimizer steps between two evaluation losses; null = only at the end"""
+    early_stopping_patience: Positive | None = None
+    """evaluations in a row without a lower held-out loss that end the run; the best weights are then the
+    result. `save_steps` must be `eval_steps`. null = the run has its `max_steps`, the last weights are the
+    result"""
     save_steps: Positive | None = None
     """optimizer steps between two checkpoints; null = only at the end"""
     save_total_limit: Positive | None = 2
@@ -51,6 +62,10 @@ class Recipe(Section):
     """folder the run writes"""
     resume_from_checkpoint: str | None = None
     """folder to go on from; auto = the newest in `checkpoint_save_dir`"""
+    resume: ResumeRecipe = ResumeRecipe()
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    """what a loss or gradient does that is NaN or infinite: stop = the run ends; skip = the optimizer step
+    is left out, and the run ends after 10 of them in a row"""
     evaluation: EvaluationRecipe = EvaluationRecipe()
 
     @model_validator(mode="after")
@@ -66,19 +81,30 @@ class Recipe(Section):
                 f"got {self.lr_scheduler.warmup_steps}"
             )
         self._check_schedule()
+        self._check_lora()
+        if self.optimizer.type == "adafactor" and self.distributed.type == "fsdp":
+            raise ValueError("optimizer.type: adafactor cannot be had with distributed.type: fsdp; use adamw")
+        if self.ema.decay is not None and self.distributed.type == "deepspeed":
+            raise ValueError("ema.decay cannot be had with distributed.type: deepspeed; use fsdp or ddp")
+        self._check_resume()
         if self.eval_steps and not (self.data.eval_size or self.data.eval_dataset_name):
             raise ValueError(
                 "eval_steps has no effect without evaluation data; "
                 "set data.eval_size or data.eval_dataset_name"
             )
+        if self.distributed.type == "deepspeed" and self.evaluation.prompts is not None:
+            raise ValueError(
+                "evaluation.prompts: prompts cannot be answered under distributed.type: deepspeed; remove it"
+                " and use `unmask generate` on the checkpoint, or set distributed.type: fsdp"
+            )
+        if self.early_stopping_patience and not (self.eval_steps and self.save_steps == self.eval_steps):
+            raise ValueError(
+                "early_stopping_patience needs evaluations and a checkpoint of each: set eval_steps, and"
+                f" save_steps to the same; got {self.eval_steps} and {self.save_steps}"
+            )
         if self.training_mode == "sft":
             for name in {"text_field", "long_documents"} & set(self.data.changed()):
                 refuse(f"data.{name}", "sft", "pretrain")
-        if self.data.packing and self.model.attn_implementation == "flash_attention_2":
-            raise ValueError(
-                "model.attn_implementation: flash_attention_2 cannot do data.packing: true; use sdpa or"
-                " flex_attention"
-            )
         for number, source in enumerate(self.data.sources or []):
             if self.training_mode == "sft" and source.text_field != "text":
                 refuse(f"data.sources.{number}.text_field", "sft", "pretrain")
@@ -104,6 +130,27 @@ class Recipe(Section):
             if self.model.masking_scheduler.source_steps:
                 refuse("model.masking_scheduler.source_steps", "pretrain", "sft")
         return self
+
+    def _check_resume(self) -> None:
+        if self.resume.allow and self.resume_from_checkpoint is None:
+            raise ValueError("resume.allow has no effect without resume_from_checkpoint")
+        if self.on_non_finite == "skip" and self.distributed.type == "deepspeed":
+            raise ValueError(
+                "on_non_finite: skip cannot be done under distributed.type: deepspeed, which takes its steps"
+                " by itself; use stop"
+            )
+
+    def _check_lora(self) -> None:
+        if self.lora.r is None:
+            return
+        if self.model.name_or_path is None:
+            raise ValueError("lora.r needs weights to adapt; set model.name_or_path, not model.config")
+        if self.model.freeze_embeddings:
+            raise ValueError("model.freeze_embeddings has no effect with lora.r: all weights are frozen")
+        if self.optimizer.type == "muon":
+            raise ValueError(
+                "optimizer.type: muon is for whole matrices, not for the factors of lora.r; use adamw"
+            )
 
     def _check_schedule(self) -> None:
         model, block_size = self.model, self.data.block_size

@@ -1,29 +1,30 @@
-"""The recipe's `optimizer`, `lr_scheduler` and `evaluation`."""
+"""The recipe's `optimizer`, `lr_scheduler`, `ema`, `resume` and `evaluation`."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from unmask.recipe.section import Amount, Count, Decay, Positive, PositiveFloat, Section
+from unmask.recipe.section import Amount, Count, Decay, OpenUnit, Positive, PositiveFloat, Says, Section
 
 
 class OptimizerRecipe(Section):
     """How a gradient changes the weights."""
 
-    type: Literal["adamw", "adafactor"] = "adamw"
-    """optimizer"""
+    type: Literal["adamw", "adafactor", "muon", "adamw_8bit"] = "adamw"
+    """muon = Muon for the matrices of the hidden layers and AdamW for the rest; adamw_8bit = AdamW with
+    its state in 8 bits, with bitsandbytes or torchao installed"""
     learning_rate: Amount = 1e-4
     """peak step size"""
     weight_decay: Amount = 0.0
     """decoupled weight decay, per unit of step size"""
     beta1: Decay = 0.9
-    """decay of the gradient's mean, per step; adamw only"""
+    """decay of the gradient's mean in AdamW, per step; not with adafactor"""
     beta2: Decay = 0.999
-    """decay of the gradient's square, per step; adamw only"""
+    """decay of the gradient's square in AdamW, per step; not with adafactor"""
     epsilon: PositiveFloat = 1e-8
-    """added to the denominator; adamw only"""
+    """added to the denominator of AdamW; not with adafactor"""
     max_grad_norm: Amount = 1.0
     """gradients are scaled down to this norm; 0 = never"""
 
@@ -53,8 +54,24 @@ class SchedulerRecipe(Section):
         return self
 
 
+class EMARecipe(Section):
+    """A moving average of the weights, evaluated and saved in their place."""
+
+    decay: OpenUnit | None = None
+    """share of the average that each optimizer step keeps, such as 0.999; null = no average"""
+
+
+class ResumeRecipe(Section):
+    """What going on from a checkpoint of another recipe takes."""
+
+    allow: Annotated[list[str], Says("a list of recipe keys")] = Field(default_factory=list)
+    """keys whose values may differ from those that the checkpoint was trained with, such as
+    [optimizer.learning_rate]; a group stands for all its keys. Lengths, cadences and what only divides the
+    work may always differ"""
+
+
 class EvaluationRecipe(Section):
-    """Exact match of generated answers, measured before and after training."""
+    """Generated answers: exact match before and after training, and a few of them at each evaluation."""
 
     prompts: str | None = None
     """file of held-out records whose responses are generated and compared; `training_mode: sft`
@@ -66,6 +83,7 @@ class EvaluationRecipe(Section):
     steps: Positive | None = None
     """forwards per answer; null = one per token of `max_new_tokens`"""
     show: Count = 3
-    """answers printed with their tokens appearing"""
+    """answers that are generated at each evaluation loss too, into `samples.jsonl` and TensorBoard, and at
+    the end printed with their tokens appearing"""
     batch_size: Positive = 64
     """prompts generated together"""

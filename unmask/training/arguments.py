@@ -11,13 +11,16 @@ from transformers import TrainingArguments
 
 from unmask.errors import UnmaskError
 from unmask.recipe import Recipe
+from unmask.training.optimizer import optimizer_name
+from unmask.training.parallel import batch_plan, num_processes, parallel_settings, settle
 
 
-def training_arguments(recipe: Recipe, eval_on_start: bool = True) -> TrainingArguments:
+def training_arguments(recipe: Recipe) -> TrainingArguments:
     """Translate a recipe into transformers' own settings.
 
     Raises:
-        UnmaskError: the global batch cannot be divided over the processes, or the folder is not writable.
+        UnmaskError: the global batch cannot be divided over the processes, `distributed` does not fit
+            them, or the folder is not writable.
     """
     out = Path(recipe.checkpoint_save_dir)
     try:
@@ -26,21 +29,16 @@ def training_arguments(recipe: Recipe, eval_on_start: bool = True) -> TrainingAr
         raise UnmaskError(f"checkpoint_save_dir: {out} cannot be made: {error.strerror}.") from error
     if not os.access(out, os.W_OK):
         raise UnmaskError(f"checkpoint_save_dir: {out} cannot be written to.")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    micro = recipe.micro_batch_size or max(1, recipe.global_batch_size // processes)
-    if recipe.global_batch_size % (micro * processes):
-        raise UnmaskError(
-            f"global_batch_size: {recipe.global_batch_size} is no multiple of micro_batch_size {micro} times"
-            f" {processes} processes."
-        )
+    processes = num_processes()
+    micro, accumulation = batch_plan(recipe, processes)
     optimizer = recipe.optimizer
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(out),
         per_device_train_batch_size=micro,
         per_device_eval_batch_size=micro,
-        gradient_accumulation_steps=recipe.global_batch_size // (micro * processes),
+        gradient_accumulation_steps=accumulation,
         max_steps=recipe.max_steps,
-        optim={"adamw": "adamw_torch", "adafactor": "adafactor"}[optimizer.type],
+        optim=optimizer_name(recipe),
         learning_rate=optimizer.learning_rate,
         weight_decay=optimizer.weight_decay,
         adam_beta1=optimizer.beta1,
@@ -52,11 +50,17 @@ def training_arguments(recipe: Recipe, eval_on_start: bool = True) -> TrainingAr
         bf16=recipe.precision == "bf16",
         use_cpu=not torch.accelerator.is_available(),
         **_recompute(recipe.gradient_checkpointing),
+        **parallel_settings(recipe, processes),
+        torch_compile=recipe.torch_compile,
         logging_steps=recipe.log_steps,
         logging_first_step=True,
+        logging_nan_inf_filter=False,  # the step is judged as a whole, see `StepGuard`
         eval_strategy="steps" if recipe.eval_steps else "no",
         eval_steps=recipe.eval_steps,
-        eval_on_start=eval_on_start and bool(recipe.data.eval_size or recipe.data.eval_dataset_name),
+        eval_on_start=bool(recipe.data.eval_size or recipe.data.eval_dataset_name),
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        load_best_model_at_end=recipe.early_stopping_patience is not None,
         save_strategy="steps" if recipe.save_steps else "no",
         save_steps=recipe.save_steps or recipe.max_steps,
         save_total_limit=recipe.save_total_limit,
@@ -71,6 +75,8 @@ def training_arguments(recipe: Recipe, eval_on_start: bool = True) -> TrainingAr
         label_names=[],
         disable_tqdm=True,
     )
+    settle(args)
+    return args
 
 
 def _recompute(wanted: bool) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 SHARE = "share/"  # before the name of a source whose share of the tokens is logged
+RATE = "supervised_tokens_per_second"
+STDERR = "eval_loss_stderr"
+BY_T = "by_t/"  # after "eval_", before the middle of a range of t: a loss by noise level
 
 
 class ConsoleProgress(TrainerCallback):
@@ -67,10 +71,15 @@ class ConsoleProgress(TrainerCallback):
         seconds = f"{time.monotonic() - self.started:6.0f} s"
         if "eval_loss" in logs:
             self.console.print(f"{step}  held-out loss {logs['eval_loss']:.4f} nats per token  {seconds}")
+            by_source = [(name, logs[name]) for name in logs if name.startswith("eval_loss_")]
+            sources = [(name.removeprefix("eval_loss_"), x) for name, x in by_source if name != STDERR]
+            if sources:
+                said = ", ".join(f"{name} {loss:.4f}" for name, loss in sources)
+                self.console.print(f"  by source: {said}", highlight=False, markup=False)
         elif "loss" in logs:
             self.console.print(
                 f"{step}  loss {float(logs['loss']):.4f} {self.unit}"
-                f"  learning rate {float(logs['learning_rate']):.2e}{seconds}",
+                f"  learning rate {float(logs['learning_rate']):.2e}{_rate(logs)}{seconds}",
                 highlight=False,
             )
             shares = [(name.removeprefix(SHARE), logs[name]) for name in logs if name.startswith(SHARE)]
@@ -88,6 +97,23 @@ class ConsoleProgress(TrainerCallback):
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
+
+
+class AtStart(TrainerCallback):
+    """Do something once the model is on its devices, before the first step, and keep what comes of it."""
+
+    def __init__(self, act: Callable[[], Any]):
+        self.act = act
+        self.result: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.result = self.act()
+
+
+def _rate(logs: dict[str, float]) -> str:
+    return f"{logs[RATE]:8,.0f} tokens/s" if RATE in logs else ""
 
 
 class LossCurve(TrainerCallback):
@@ -135,6 +161,43 @@ def draw_loss(log_history: list[dict[str, float]], file: Path, unit: str = "nats
         axes.set_yscale("log")  # or all of a run's second half would look like zero
     else:
         axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    figure.tight_layout()
+    figure.savefig(file)
+    plt.close(figure)
+
+
+class NoiseCurve(TrainerCallback):
+    """Draw `loss_by_t.png` into the run's folder at every evaluation: the first one and the newest."""
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.is_world_process_zero and args.output_dir is not None:
+            draw_loss_by_t(state.log_history, Path(args.output_dir) / "loss_by_t.png")
+
+
+def draw_loss_by_t(log_history: list[dict[str, float]], file: Path) -> None:
+    """Plot the mean nll of masked tokens against the masked share t, at the first evaluation and the last."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    prefix = f"eval_{BY_T}"
+    evaluations = [log for log in log_history if any(name.startswith(prefix) for name in log)]
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    last = evaluations[1:][-1:]
+    for log, colour in zip(evaluations[:1] + last, ("0.6", "C0"), strict=False):
+        points = sorted((float(k.removeprefix(prefix)), v) for k, v in log.items() if k.startswith(prefix))
+        levels, losses = zip(*points, strict=True)
+        axes.plot(levels, losses, "o-", color=colour, label=f"step {log['step']:,}", linewidth=1.5)
+    axes.set_xlabel("t, share of the sample that is masked")
+    axes.set_ylabel("nats per masked token, held out")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, TrainerState
 
-import unmask
 from unmask.recipe import Recipe
+from unmask.training.accounting import GIB, Usage
 from unmask.training.dataset import RunData
-from unmask.training.report import attention_of
+from unmask.training.report import attention_of, what_learns
 from unmask.training.schedule import loss_unit
 
 
@@ -28,15 +27,23 @@ def write_card(
     held_out_loss: float | None,
     exact_match: tuple[float, float] | None,
     left_out: Sequence[str] = (),
+    *,
+    usage: Usage | None = None,
+    origin: Mapping[str, str] | None = None,
 ) -> None:
     """Write `README.md` and `recipe.yaml` into `aside`, which is going to be `folder`.
 
-    `left_out` says which records were not trained on, and why.
+    Args:
+        left_out: which records were not trained on, and why.
+        usage: the work of this session and its time.
+        origin: what the run was made of, by name; see `Provenance.rows`.
     """
     rows = {
         "training mode": recipe.training_mode,
         "started from": recipe.model.name_or_path or "random weights",
         "parameters": f"{model.num_parameters():,}",
+        **({} if (learning := what_learns(model, recipe)) is None else {"trained": learning}),
+        **({} if recipe.ema.decay is None else {"weights": f"moving average, decay {recipe.ema.decay:g}"}),
         "logit shift": "on" if model.config.logit_shift else "off",
         "attention": attention_of(model.config),
         "data": _cell(_data_names(recipe)),
@@ -50,10 +57,18 @@ def write_card(
         rows["training time (s)"] = f"{metrics['train_runtime']:.0f}"
     if held_out_loss is not None:
         rows["held-out loss (nats per token)"] = f"{held_out_loss:.4f}"
+    if state.best_metric is not None:
+        rows["lowest held-out loss"] = f"{state.best_metric:.4f} at step {state.best_global_step:,}"
     if exact_match is not None:
         rows["exact match on held-out prompts"] = "{:.1%} before, {:.1%} after".format(*exact_match)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    rows["made with"] = f"unmask {unmask.__version__}, {versions}"
+    if usage is not None and usage.computed:
+        rows["supervised tokens per second"] = f"{usage.tokens_per_second:,.0f}"
+        rows["useful positions per computed position"] = f"{usage.useful_share:.1%}"
+        peak = f"{usage.peak_flops / 1e9:,.0f} GFLOP/s"
+        rows["model FLOP utilisation"] = f"{usage.utilisation:.1%} of the measured peak ({peak})"
+        if usage.peak_memory is not None:
+            rows["peak memory of a process"] = f"{usage.peak_memory / GIB:.2f} GiB"
+    rows |= {name: _cell(value) for name, value in (origin or {}).items()}
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     text = f"""---
 library_name: unmask

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import accumulate
+from typing import overload
 
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from unmask.data.encode import Encoder, EncodeReport, Example
-from unmask.data.pack import PackedRows, Row, pack, row_length
-from unmask.data.prepare import PreparedExamples, merge_reports
+from unmask.data.pack import PackedRows, Row, pack
+from unmask.data.prepared import PreparedExamples
 from unmask.data.stream import RecordStream
 from unmask.data.tokenizer import add_mask_token, check_tokenizer, load_tokenizer
 from unmask.errors import UnmaskError
@@ -22,8 +24,10 @@ from unmask.training.feed import (
     Feed,
     Group,
     custom_fields,
+    eval_names,
     memory_stream,
     open_stream,
+    short_names,
     source_names,
 )
 
@@ -51,6 +55,30 @@ class ExampleDataset(Dataset[Example | Row]):
         return self.examples[index]
 
 
+class Joined(Sequence[Example]):
+    """The examples of several sources, one source after the other; each stays where it is."""
+
+    def __init__(self, parts: Sequence[Sequence[Example]]):
+        self.parts = parts
+        self.ends = list(accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        part = bisect_right(self.ends, number)
+        return self.parts[part][number - self.ends[part]]
+
+
 @dataclass
 class RunData:
     """What a run sees; `encoder` is None in pre-training.
@@ -69,6 +97,10 @@ class RunData:
     """What batches come from, unless it is `rows`."""
     held_out_report: EncodeReport | None = None
     """What became of the records of `data.eval_dataset_name`."""
+    files: Sequence[Sequence[str]] = ()
+    """Names of the files of each source, where an example comes from one of them."""
+    held_out_sources: Sequence[str] = ()
+    """Names of the sources of `held_out`, if there are several."""
 
     def left_out(self, trained: list[str] | None = None) -> list[str]:
         """Say which records were dropped or skipped, and why; `trained` replaces what `report` says."""
@@ -79,10 +111,8 @@ class RunData:
 
     def totals(self) -> tuple[int, int]:
         """Count the tokens of `train`, and those of them that may be masked."""
-        if isinstance(self.train, PreparedExamples):
-            return self.train.totals()
-        tokens = sum(len(example.input_ids) for example in self.train)
-        return tokens, sum(example.supervised for example in self.train)
+        counts = [_totals(part) for part in _parts(self.train)]
+        return sum(tokens for tokens, _ in counts), sum(supervised for _, supervised in counts)
 
     @cached_property
     def rows(self) -> Sequence[Example | Row]:
@@ -138,23 +168,20 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
     report = EncodeReport()
     held_out: Sequence[Example] = []
     held_out_report = EncodeReport()
-    if data.eval_dataset_name is not None:
-        own = Group(
-            [data.eval_dataset_name],
-            data.split,
-            data.dataset_config,
-            data.text_field,
-            data.sft.format,
-            custom_fields(recipe),
-        )
-        held_out = _some(feed.whole, own, 0, held_out_report)
+    evaluated = eval_names(recipe)
+    if evaluated:
+        place = (data.split, data.dataset_config, data.text_field, data.sft.format, custom_fields(recipe))
+        own = [Group([name], *place) for name in evaluated]
+        found = [_some(feed.whole, one, number, held_out_report) for number, one in enumerate(own)]
+        held_out = found[0] if len(found) == 1 else Joined(found)
     if data.streaming:
         stream, train, first = open_stream(recipe, feed, report, held_out_report)
-        return RunData(train, held_out or first, encoder, report, feed.row_length, stream, held_out_report)
+        of_run = (train, held_out or first, encoder, report, feed.row_length, stream, held_out_report)
+        return RunData(*of_run, feed.labels(), short_names(evaluated))
     parts = [
         _some(feed.whole, group, number, report, data.max_records) for number, group in enumerate(feed.groups)
     ]
-    train = parts[0] if len(parts) == 1 else list(chain.from_iterable(parts))
+    train = parts[0] if len(parts) == 1 else Joined(parts)
     if data.eval_size:
         if data.eval_size >= len(train):
             raise UnmaskError(
@@ -162,9 +189,10 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
                 " examples; use less or more data."
             )
         train, held_out = train[: -data.eval_size], train[-data.eval_size :]
-    feed.row_length = _row_length(recipe, train, held_out)
+    feed.row_length = data.block_size if data.packing else None
     mixed = None if data.sources is None else memory_stream(recipe, feed, parts)
-    return RunData(train, held_out, encoder, report, feed.row_length, mixed, held_out_report)
+    of_run = (train, held_out, encoder, report, feed.row_length, mixed, held_out_report)
+    return RunData(*of_run, feed.labels(), short_names(evaluated))
 
 
 def _some(
@@ -181,35 +209,33 @@ def _some(
         why = "; ".join(one.left_out())
         raise UnmaskError(f"{', '.join(group.names)}: no record can be used{f': {why}' if why else ''}.")
     if report is not None:
-        merge_reports(report, one)
+        report.merge(one)
     return examples
 
 
+def _parts(examples: Sequence[Example]) -> Sequence[Sequence[Example]]:
+    return examples.parts if isinstance(examples, Joined) else [examples]
+
+
+def _totals(part: Sequence[Example]) -> tuple[int, int]:
+    if isinstance(part, PreparedExamples):
+        return part.totals()
+    return sum(len(example.input_ids) for example in part), sum(example.supervised for example in part)
+
+
 def _lengths(examples: Sequence[Example]) -> list[int]:
-    if isinstance(examples, PreparedExamples):
-        return examples.lengths()
-    return [len(example.input_ids) for example in examples]
+    return [
+        length
+        for part in _parts(examples)
+        for length in (
+            part.lengths()
+            if isinstance(part, PreparedExamples)
+            else [len(example.input_ids) for example in part]
+        )
+    ]
 
 
 def _packed(examples: Sequence[Example], length: int) -> Sequence[Row]:
-    if isinstance(examples, PreparedExamples):
-        return PackedRows(examples, examples.lengths(), length)  # which stay on disk
+    if any(isinstance(part, PreparedExamples) for part in _parts(examples)):
+        return PackedRows(examples, _lengths(examples), length)  # which stay on disk
     return list(pack(examples, length))
-
-
-def _row_length(recipe: Recipe, *parts: Sequence[Example]) -> int | None:
-    """The most tokens of a packed row; None without packing."""
-    data = recipe.data
-    if not data.packing:
-        return None
-    sizes = [size for examples in parts for size in _lengths(examples)]
-    if data.row_length is None:
-        # A kernel that passes over what lies between documents has no use for short rows.
-        passes = recipe.model.attn_implementation == "flex_attention"
-        return data.block_size if passes else row_length(sizes, data.block_size)
-    if max(sizes) > data.row_length:
-        raise UnmaskError(
-            f"data.row_length: {data.row_length} tokens, but the longest sequence has {max(sizes)}; make rows"
-            " longer, or data.block_size smaller."
-        )
-    return data.row_length

@@ -12,20 +12,20 @@ from transformers import PreTrainedTokenizerBase
 
 from unmask.data.conversation import CustomFields
 from unmask.data.encode import (
+    PART_BIT,
+    SOURCE_BIT,
     Encoder,
     EncodeReport,
     Example,
     encode_each,
-    encode_records,
-    pack_text,
-    split_documents,
-    usable_documents,
 )
-from unmask.data.mixture import PART_BIT, SOURCE_BIT, ExampleFile, Mixture, Source, Taken
+from unmask.data.files import RecordFile, record_id
+from unmask.data.manifest import is_prepared
+from unmask.data.mixture import Encoded, ExampleFile, Mixture, Source, Taken
 from unmask.data.pack import Row, pack
-from unmask.data.prepare import is_prepared, merge_reports
-from unmask.data.sources import document_text, open_files, read_records, read_texts
+from unmask.data.sources import HubTable, document_text, list_files, open_files, read_files
 from unmask.data.stream import CHUNK, RecordStream
+from unmask.data.text import pack_text, split_documents, usable_documents
 from unmask.errors import UnmaskError
 from unmask.recipe import Recipe
 from unmask.training.identity import load_prepared
@@ -70,6 +70,17 @@ def source_names(recipe: Recipe) -> list[str]:
         names = [given] if isinstance(given, str) else [", ".join(map(_short, given or ()))]
     else:
         names = [source.dataset_name for source in recipe.data.sources]
+    return short_names(names)
+
+
+def eval_names(recipe: Recipe) -> list[str]:
+    """The names in `data.eval_dataset_name`."""
+    given = recipe.data.eval_dataset_name
+    return [given] if isinstance(given, str) else list(given or ())
+
+
+def short_names(names: list[str]) -> list[str]:
+    """Names of sources as people are told them, each another one."""
     short = [_short(name) for name in names]
     if len(set(short)) == len(names):
         return short
@@ -96,12 +107,14 @@ class Feed:
 
     Attributes:
         row_length: most tokens of a packed row; None = examples are not packed.
+        files: names of the files of each source that has been read.
     """
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, encoder: Encoder | None):
         self.recipe, self.data, self.tokenizer, self.encoder = recipe, recipe.data, tokenizer, encoder
         self.groups = groups_of(recipe)
         self.row_length: int | None = None
+        self.files: dict[int, list[str]] = {}
 
     def whole(self, group: Group, source: int, report: EncodeReport, limit: int | None) -> Sequence[Example]:
         """Read and encode all records of a group, at most `limit` of them; prepared data is only opened.
@@ -111,23 +124,24 @@ class Feed:
         """
         if any(map(is_prepared, group.names)):
             prepared = load_prepared(group, source, limit, self.recipe, self.tokenizer, self.encoder)
-            merge_reports(report, prepared.manifest.report)
+            report.merge(prepared.manifest.report)
+            self.files[source] = prepared.manifest.identity["origin"]["files"]
             return prepared
-        place: dict[str, Any] = {"split": group.split, "config_name": group.config_name}
+        files = list_group(group, text=self.encoder is None)
+        self.files[source] = [file.label for file in files]
+        numbered = read_files(files, group.text_field if self.encoder is None else None)
+        some = ((record, where, source << SOURCE_BIT | number) for record, where, number in numbered)
+        some = islice(some, limit)
         if self.encoder is not None:
-            records = (read_records(name, **place, keep_bad=True) for name in group.names)
-            examples, one = encode_records(
-                islice(chain.from_iterable(records), limit),
+            examples = encode_each(
+                some,
                 self.encoder,
                 group.format,
                 group.custom_format,
                 on_bad_record=self.data.on_bad_record,
-                source=source,
+                report=report,
             )
-            merge_reports(report, one)
-            return examples
-        texts = (read_texts(name, **place, text_field=group.text_field) for name in group.names)
-        some = islice(chain.from_iterable(texts), limit)
+            return list(examples)
         documents = usable_documents(some, self.tokenizer, report, self.data.on_bad_record)
         if (first := next(documents, None)) is None:
             return []
@@ -135,12 +149,16 @@ class Feed:
         size = self.data.block_size
         if self.data.packing:
             way = self.data.long_documents
-            parts = split_documents(documents, self.tokenizer, size, way, source=source, report=report)
-            return list(parts)
-        blocks = list(pack_text(documents, self.tokenizer, size))
+            return list(split_documents(documents, self.tokenizer, size, way, report=report))
+        blocks = list(pack_text((text for text, _ in documents), self.tokenizer, size))
         for block in blocks:
             block.sample_id, block.source = block.sample_id | source << SOURCE_BIT, source
         return blocks
+
+    def labels(self) -> list[list[str]]:
+        """Return `files` in the order of the sources, or none where a sample id is of no record."""
+        joined = self.encoder is None and not self.data.packing
+        return [] if joined else [self.files[number] for number in range(len(self.groups))]
 
     def __call__(self, records: Sequence[Taken]) -> tuple[Sequence[Example | Row], EncodeReport]:
         """Encode a chunk of a stream to examples, or to rows of packed ones; also report on it."""
@@ -156,15 +174,16 @@ class Feed:
         Raises:
             UnmaskError: A record cannot be used.
         """
-        if records and isinstance(records[0].raw.data, Example):  # a mixture in memory
+        if records and isinstance(records[0].raw.data, Encoded):  # a mixture in memory
             return [replace(record.raw.record(), epoch=record.epoch) for record in records]
-        found: list[tuple[int, int, Example]] = []  # number in the chunk, part of the record, example
+        # Encoded as records of these numbers: a part of one is then in the upper bits of the sample id.
+        found: list[Example] = []
         for source, group in enumerate(self.groups):
             own = [(number, record) for number, record in enumerate(records) if record.source == source]
             if self.encoder is None:
                 found += self._text(own, group, report)
                 continue
-            examples = encode_each(
+            found += encode_each(
                 ((record.raw.record(), record.raw.where, number) for number, record in own),
                 self.encoder,
                 group.format,
@@ -172,46 +191,46 @@ class Feed:
                 on_bad_record=self.data.on_bad_record,
                 report=report,
             )
-            found += [(example.sample_id, 0, example) for example in examples]
-        for number, part, example in found:
+        numbers = [example.sample_id & (1 << PART_BIT) - 1 for example in found]
+        for number, example in zip(numbers, found, strict=True):
             record = records[number]
-            example.sample_id = part << PART_BIT | record.sample_id
+            example.sample_id += record.sample_id - number
             example.source, example.epoch = record.source, record.epoch
-        return [example for _, _, example in sorted(found, key=lambda item: item[:2])]
+        # Sorting is stable: the parts of a record stay in their order.
+        return [found[place] for place in sorted(range(len(found)), key=numbers.__getitem__)]
 
     def _text(
         self, records: list[tuple[int, Taken]], group: Group, report: EncodeReport
-    ) -> list[tuple[int, int, Example]]:
-        current = -1
-
-        def texts() -> Iterator[tuple[Any, str]]:
-            nonlocal current
-            for current, record in records:  # noqa: B007
-                text = document_text(record.raw.record(), group.text_field)
-                if not isinstance(text, str) or text.strip():
-                    yield text, record.raw.where
-
-        usable = usable_documents(texts(), self.tokenizer, report, self.data.on_bad_record)
-        documents = [(current, document) for document in usable]
+    ) -> Iterator[Example]:
+        texts = (
+            (document_text(record.raw.record(), group.text_field), record.raw.where, number)
+            for number, record in records
+        )
+        there = (item for item in texts if not isinstance(item[0], str) or item[0].strip())
+        usable = usable_documents(there, self.tokenizer, report, self.data.on_bad_record)
         size = self.data.block_size
-        if self.data.packing:
-            return [
-                (number, part, example)
-                for number, document in documents
-                for part, example in enumerate(
-                    split_documents([document], self.tokenizer, size, self.data.long_documents, report=report)
-                )
-            ]
+        documents = list(usable)
         if not documents:
-            return []
+            return
+        if self.data.packing:
+            way = self.data.long_documents
+            yield from split_documents(documents, self.tokenizer, size, way, report=report)
+            return
         # A joined block is of no one record: the blocks take the ids of the chunk's records in turn.
-        blocks = pack_text((document for _, document in documents), self.tokenizer, size)
-        turns = len(documents)
-        return [(documents[index % turns][0], index // turns, block) for index, block in enumerate(blocks)]
+        blocks = pack_text((text for text, _ in documents), self.tokenizer, size)
+        for index, block in enumerate(blocks):
+            part, turn = divmod(index, len(documents))
+            block.sample_id = part << PART_BIT | documents[turn][1]
+            yield block
+
+
+def list_group(group: Group, text: bool) -> list[RecordFile | HubTable]:
+    """Find the files of a group; with `text` any file that is named is a document."""
+    return list_files(group.names, split=group.split, config_name=group.config_name, text=text)
 
 
 def memory_stream(recipe: Recipe, feed: Feed, parts: Sequence[Sequence[Example]]) -> RecordStream:
-    """Mix sources that are in memory: each in an order of its own in every pass."""
+    """Mix sources that are in memory or prepared: each in an order of its own in every pass."""
     names = source_names(recipe)
     files = [[ExampleFile(part, name)] for part, name in zip(parts, names, strict=True)]
     return _stream(recipe, feed, files, window=sum(map(len, parts)), held_out={})
@@ -232,13 +251,10 @@ def open_stream(
                 f"data.streaming: {name} is prepared data, which is read row by row anyway; set it to false."
             )
     files = [
-        [
-            file
-            for name in group.names
-            for file in open_files(name, split=group.split, config_name=group.config_name, text=text)
-        ]
+        open_files(group.names, split=group.split, config_name=group.config_name, text=text)
         for group in feed.groups
     ]
+    feed.files = {number: [file.label for file in some] for number, some in enumerate(files)}
     held_out: list[Example] = []
     left_out: dict[int, int] = {}
     if wanted := recipe.data.eval_size:
@@ -270,7 +286,7 @@ def _usable(feed: Feed, source: Source, number: int, report: EncodeReport) -> li
         why = "; ".join(one.left_out())
         what = "no record can be used" if one.records else "there is no record to train on"
         raise UnmaskError(f"{source.label}: {what}{f': {why}' if why else ''}.")
-    merge_reports(report, one)
+    report.merge(one)
     return examples
 
 
@@ -279,7 +295,7 @@ def _from_the_start(source: Source, number: int) -> Iterator[tuple[int, Taken]]:
     for file, opened in enumerate(source.files):
         for raw, place in opened.read():
             if place.number > source.held_out.get(file, 0):
-                sample_id = number << SOURCE_BIT | source.record_id(file, place.number - 1)
+                sample_id = number << SOURCE_BIT | record_id(file, place.number - 1, source.files)
                 yield file, Taken(number, -1, sample_id, raw)
 
 

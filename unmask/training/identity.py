@@ -10,16 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from unmask.data.conversation import CustomFields
 from unmask.data.encode import Encoder
-from unmask.data.prepare import (
-    PreparedExamples,
-    differences,
-    digest,
-    fingerprint,
-    is_prepared,
-    open_prepared,
-    read_manifest,
-    say_differences,
-)
+from unmask.data.manifest import differences, digest, fingerprint, is_prepared, read_manifest, say_differences
+from unmask.data.prepared import PreparedExamples, open_prepared
 from unmask.errors import UnmaskError
 from unmask.recipe import DataRecipe, Recipe
 
@@ -33,7 +25,6 @@ USE = (
     "eval_dataset_name",
     "eval_size",
     "num_workers",
-    "row_length",
     "sources",
     "on_source_end",
     "streaming",

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from unmask.data.encode import Encoder, EncodeReport, Example, TextBlocks, TextParts, encode_each
+from unmask.data.encode import Encoder, EncodeReport, Example, encode_each
+from unmask.data.manifest import Manifest, is_prepared
 from unmask.data.prepare import (
     SHARD,
     Encoding,
-    Manifest,
     RecordEncoding,
     TextEncoding,
-    is_prepared,
     write_prepared,
 )
-from unmask.data.sources import read_records, read_texts
+from unmask.data.sources import read_files
+from unmask.data.text import TextBlocks, TextParts
 from unmask.errors import UnmaskError
 from unmask.recipe import Recipe
 from unmask.training.dataset import make_encoder, run_tokenizer
-from unmask.training.feed import Group, groups_of
+from unmask.training.feed import Group, groups_of, list_group
 from unmask.training.identity import identity
 
 
@@ -56,14 +56,16 @@ def prepare(
     encoding: Encoding
     if encoder is not None:
         encoding = RecordEncoding(_Records(group, encoder, recipe.data.on_bad_record))
-        items = _numbered(group)
     else:
         end, size = tokenizer.eos_token_id, recipe.data.block_size
         assert isinstance(end, int)  # `run_tokenizer` has seen to it
         cut = recipe.data.long_documents == "cut"
         way = TextParts(end, size, cut=cut) if recipe.data.packing else TextBlocks(end, size)
         encoding = TextEncoding(tokenizer, way, recipe.data.on_bad_record)
-        items = _documents(group)
+    files = list_group(group, text=encoder is None)
+    items = read_files(files, group.text_field if encoder is None else None)
+    whole = identity(recipe, group, tokenizer, encoder)
+    whole["origin"]["files"] = [file.label for file in files]
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         shown = bar.add_task("preparing", total=None)
@@ -73,7 +75,7 @@ def prepare(
 
         return write_prepared(
             out,
-            identity(recipe, group, tokenizer, encoder),
+            whole,
             islice(items, recipe.data.max_records),
             encoding,
             inputs=_stamps(group.names),
@@ -115,19 +117,6 @@ def _group(recipe: Recipe) -> Group:
         if is_prepared(name):
             raise UnmaskError(f"data.dataset_name: {name} is prepared data already.")
     return group
-
-
-def _numbered(group: Group) -> Iterator[tuple[Any, str, int]]:
-    place = {"split": group.split, "config_name": group.config_name}
-    records = (read_records(name, **place, keep_bad=True) for name in group.names)  # pyright: ignore
-    return ((record, where, number) for number, (record, where) in enumerate(chain.from_iterable(records)))
-
-
-def _documents(group: Group) -> Iterator[tuple[Any, str]]:
-    for name in group.names:
-        yield from read_texts(
-            name, text_field=group.text_field, split=group.split, config_name=group.config_name
-        )
 
 
 def _stamps(names: list[str]) -> dict[str, tuple[int, int]]:

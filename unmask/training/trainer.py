@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
-from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal, cast
 
 import torch
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.data import DataLoader
-from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput
 
-from unmask.data.hub import first_line
 from unmask.data.stream import RecordStream, StreamLoader
 from unmask.diffusion.curriculum import Curriculum
 from unmask.diffusion.loss import loss_divisor
-from unmask.diffusion.noise import document_strata, example_seeds, low_discrepancy
+from unmask.diffusion.noise import Drawn, document_strata, example_seeds, low_discrepancy
 from unmask.diffusion.objective import Objective
-from unmask.errors import UnmaskError
 from unmask.model.inputs import IGNORED
+from unmask.model.kernels import takes_documents
+from unmask.training.accounting import Accounting
 from unmask.training.callbacks import SHARE
+from unmask.training.ema import WeightAverage
+from unmask.training.held_out import HeldOutSums, exact_masks
+from unmask.training.optimizer import MuonWithAdamW, muon_groups
+from unmask.training.position import StreamPosition
+from unmask.training.saving import SavingTrainer, shielded
 
-POSITION = "data_position_{}.json"  # in a checkpoint: where each process stands in the stream
+CURRICULUM = "curriculum/"  # before what is logged of its state
 EVALUATION_EPOCH = -1  # evaluation noise is that of an epoch that training never reaches
 
 
 TimeSampling = Literal["independent", "low_discrepancy"]
 
 
-class DiffusionTrainer(Trainer):
+class DiffusionTrainer(SavingTrainer):
     """Train a masked-diffusion model on batches of `unmask.data.collate`.
 
     What it changes in `Trainer`:
@@ -47,9 +47,10 @@ class DiffusionTrainer(Trainer):
         epoch) alone, or with low discrepancy also of the sample's place in the optimizer step;
       - the evaluation loss is the bound (preset "elbo") in nats per supervised token over the whole
         evaluation set, whatever objective is trained: plain masks, the whole source as context, attention
-        as the checkpoint will have it. Its noise never changes, so two evaluations of one model agree to
-        the bit, and those of runs with other curricula compare;
-      - a checkpoint that cannot be written leaves the earlier ones as they are.
+        as the checkpoint will have it. Its noise never changes (see `unmask.training.held_out`), so two
+        evaluations of one model agree to the bit, and those of runs with other curricula compare;
+      - the log has the useful work done, the time it took, and the state of the curriculum;
+      - its checkpoints are those of `SavingTrainer`.
 
     With a `RecordStream` as train_dataset each process reads its own part of it, and a checkpoint holds each
     process's position; `args` then needs `ignore_data_skip=True`. Where the stream ends, on whichever
@@ -60,6 +61,9 @@ class DiffusionTrainer(Trainer):
         curriculum: the objective of each step; by default the plain bound with the config's `noise_eps`.
         time_sampling: "independent", or "low_discrepancy": the masking rates of an optimizer step are
             spread evenly over its rows, and over the samples of each packed row.
+        eval_sources: names of the sources of the evaluation set, whose losses are logged one by one too.
+        muon: train the hidden layers' matrices with Muon and the rest with the AdamW that `args` describes.
+        ema_decay: keep an average of the weights, which is evaluated in their place; None = none.
         Others as in `transformers.Trainer`; every example needs a sample id, and `args` needs
         `remove_unused_columns=False`.
     """
@@ -73,6 +77,9 @@ class DiffusionTrainer(Trainer):
         training_mode: str = "pretrain",
         curriculum: Curriculum | None = None,
         time_sampling: TimeSampling = "independent",
+        eval_sources: Sequence[str] = (),
+        muon: bool = False,
+        ema_decay: float | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
@@ -81,13 +88,40 @@ class DiffusionTrainer(Trainer):
         self.curriculum = Curriculum(noise_eps=(eps,)) if curriculum is None else curriculum
         self.time_sampling = time_sampling
         self.evaluated = Objective(eps=eps)
+        self.trained = self.evaluated  # what the newest optimizer step was trained on
+        self.eval_sources = eval_sources
+        dtype = torch.bfloat16 if self.args.bf16 else next(cast(Any, self.model).parameters()).dtype
+        self.accounting = Accounting(self.model, self.accelerator, dtype)
+        self.add_callback(self.accounting)
+        self.muon = muon
+        self.average = WeightAverage(self, ema_decay) if ema_decay is not None else None
+        if self.average is not None:
+            self.add_callback(self.average)
+            self.also_saved.append(self.average)
         self.loader: StreamLoader | None = None  # of a stream
+        self.data_ended = False  # whether a stream ended the run
+        self.also_saved.append(StreamPosition(self))
         self.model_accepts_loss_kwargs = True  # what older versions read instead of the attribute above
+
+    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+        """Make the optimizer that the arguments name, or Muon with AdamW."""
+        if self.muon and self.optimizer is None:
+            model = cast(torch.nn.Module, args[0] if args else self.model)
+            decayed = self.get_decay_parameter_names(model)
+            settings = self.args
+            self.optimizer = MuonWithAdamW(
+                muon_groups(model, decayed, settings.weight_decay),
+                lr=settings.learning_rate,
+                betas=(settings.adam_beta1, settings.adam_beta2),
+                eps=settings.adam_epsilon,
+            )
+        return cast(torch.optim.Optimizer, super().create_optimizer(*args))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | None]:
         """Take the micro-batches of one optimizer step, seed their noise, and count the step's divisor."""
+        self.accounting.mark("other")
         batches: list[dict[str, Any]] = []
         counted = [] if self.loader is None else [list(pair) for pair in self.loader.counts]
         taken = 0  # samples of this step in the micro-batches before, over all processes
@@ -108,14 +142,24 @@ class DiffusionTrainer(Trainer):
         if self.loader is not None and self._ended(len(batches) < num_batches):
             # An incomplete step is left out: some process may have nothing for it.
             self.loader.counts = counted
-            self.control.should_training_stop = True
+            self.control.should_training_stop = self.data_ended = True
             return [], None
-        return batches, self._get_num_items_in_batch(batches, device)
+        divisor = self._get_num_items_in_batch(batches, device)
+        self.accounting.mark("data")
+        return batches, divisor
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         if not batch_samples:
             return None
-        divisors = [self._divisor(batch, self._objective) for batch in batch_samples]
+        objective, divisors = self._objective, []
+        self.trained = objective
+        for batch in batch_samples:
+            drawn = self._drawn(batch, objective)
+            divisors.append(loss_divisor(drawn, objective))
+            kernel = cast(Any, self.model).config._attn_implementation
+            in_documents = "segment_ids" in batch and drawn.block is None and objective.future_share == 1
+            flat = in_documents and takes_documents(kernel) and not self.args.torch_compile
+            self.accounting.count(drawn, 2 if objective.complementary else 1, flat)
         divisor = torch.stack(divisors).sum().to(device)
         return cast(Tensor, self.accelerator.gather(divisor)).sum() if self.args.world_size > 1 else divisor
 
@@ -127,15 +171,32 @@ class DiffusionTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Compute the share of the optimizer step's loss that this micro-batch contributes."""
+        self.accounting.mark("data")  # its way to the device
         outputs = self._denoise(model, inputs, self._objective, num_items_in_batch)
         # Gradients are averaged over processes, and the divisor already counts all of them.
         loss = outputs.loss * self.accelerator.num_processes
+        self.accounting.mark("forward")
         return (loss, outputs) if return_outputs else loss
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Finish, but do not delete: Trainer would keep the best checkpoint alone of `save_total_limit` 1,
+        and a run goes on from its last one."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the loss of a micro-batch and its gradient."""
+        loss = super().training_step(*args, **kwargs)
+        self.accounting.mark("backward")
+        return loss
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of the training data; of a stream one for this process alone."""
         if not isinstance(self.train_dataset, RecordStream):
-            return super().get_train_dataloader()
+            return shielded(super().get_train_dataloader())
         self.loader = StreamLoader(
             self.train_dataset,
             cast(Any, self.data_collator),
@@ -173,11 +234,16 @@ class DiffusionTrainer(Trainer):
         return [f"{n:,} {kind}: {reason} (first: {where})" for (kind, reason), (n, where) in total.items()]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with each source's share of the tokens so far where there are several."""
+        """Log, with each source's share of the tokens so far where there are several, the state of the
+        curriculum, and what the accounting says."""
         if "loss" in logs and self.loader is not None and len(self.loader.counts) > 1:
             tokens = [tokens for _, tokens in self.source_counts()]
             for source, of_source in zip(self.loader.stream.mixture.sources, tokens, strict=True):
                 logs[SHARE + source.label] = of_source / max(1, sum(tokens))
+        if "loss" in logs:
+            state = self.curriculum.state(self.trained)
+            logs.update({CURRICULUM + name: value for name, value in state.items()})
+            logs.update(self.accounting.report().logs())
         super().log(logs, start_time)
 
     # Both change only after the last micro-batch of a step.
@@ -194,13 +260,13 @@ class DiffusionTrainer(Trainer):
     ) -> Any:
         return model(**self._arguments(batch, objective), divisor=divisor, return_logits=False)
 
-    def _divisor(self, batch: dict[str, Any], objective: Objective) -> Tensor:
-        """What a batch adds to the divisor of its optimizer step."""
+    def _drawn(self, batch: dict[str, Any], objective: Objective) -> Drawn:
+        """What is masked in a batch."""
         model = cast(Any, self.accelerator.unwrap_model(cast(Any, self.model)))
         arguments = self._arguments(batch, objective)
         # Repeated rows are no tokens either: a preset may divide by all tokens, prompts included.
         arguments["attention_mask"] = batch["attention_mask"] * (batch["labels"] != IGNORED)
-        return loss_divisor(model.draw_noise(**arguments), objective)
+        return model.draw_noise(**arguments)
 
     def _arguments(self, batch: dict[str, Any], objective: Objective) -> dict[str, Any]:
         """What `forward` and `draw_noise` are called with alike."""
@@ -236,23 +302,33 @@ class DiffusionTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Compute the loss over the whole set: one sum over one count, whatever the batch size."""
-        model = self._wrap_model(cast(Any, self.model), training=False, dataloader=dataloader)
+        model = cast(Any, self.accelerator.unwrap_model(cast(Any, self.model)))
         model.eval()
-        total = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # loss, tokens, samples
+        if "masked_nll" not in vars(model):  # of a model that is divided, gather the weights for it too
+            register_fsdp_forward_method(model, "masked_nll")
+        sums = HeldOutSums(self.eval_sources, self.args.device)
         for batch in dataloader:
             batch = cast(dict[str, Any], self._prepare_inputs(batch))
             batch = self._labelled(batch, self._repeated(len(batch["input_ids"])))
             batch["noise_seed"] = self._seeds(batch, EVALUATION_EPOCH)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                loss = self._denoise(model, batch, self.evaluated, divisor=1).loss
-            count = self._divisor(batch, self.evaluated)
-            learnt = (batch["labels"] != IGNORED).any(dim=1)
-            samples = (learnt * (batch["sample_ids"].view(len(learnt), -1) >= 0).sum(dim=1)).sum()
-            total += torch.stack([loss.double(), count.double(), samples.double()])
+            drawn = self._drawn(batch, self.evaluated)
+            masks = exact_masks(drawn, batch["sample_ids"], self.args.seed)
+            arguments = self._arguments(batch, self.evaluated)
+            shown = {name: arguments[name] for name in ("attention_mask", "src_mask", "segment_ids")}
+            with torch.no_grad(), self.accelerator.autocast():
+                nll = model.masked_nll(batch["input_ids"], masks.is_masked, **shown)
+            sums.add(masks, nll, drawn, batch["sample_ids"])
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        total = cast(Tensor, self.accelerator.reduce(total))
-        metrics = {f"{metric_key_prefix}_loss": (total[0] / total[1].clamp(min=1)).item()}
-        return EvalLoopOutput(None, None, metrics, num_samples=int(total[2]))  # type: ignore[arg-type]
+        metrics, samples = sums.metrics(self.accelerator, metric_key_prefix)
+        return EvalLoopOutput(None, None, metrics, num_samples=samples)  # type: ignore[arg-type]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Compute, log and return the held-out losses."""
+        self.accounting.mark("other")
+        with nullcontext() if self.average is None else self.average.in_place():
+            metrics = super().evaluate(*args, **kwargs)
+        self.accounting.mark("evaluation")
+        return metrics
 
     def _repeated(self, rows: int) -> int:
         """Count the rows of the newest batch, of all processes, that only repeat others.
@@ -276,70 +352,7 @@ class DiffusionTrainer(Trainer):
         learnt = row < len(ids) * self.accelerator.num_processes - repeated
         return {**batch, "labels": ids.masked_fill(~learnt[:, None], IGNORED)}
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        with _named(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _named(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.loader is not None:
-            self._load_position(Path(checkpoint))
-
-    def _load_position(self, checkpoint: Path) -> None:
-        assert self.loader is not None
-        saved = len(list(checkpoint.glob(POSITION.format("*"))))
-        processes = self.accelerator.num_processes
-        if saved != processes:
-            raise UnmaskError(
-                f"resume_from_checkpoint: {checkpoint} holds positions in the stream of {saved} processes;"
-                f" this run has {processes}: start as many."
-            )
-        file = checkpoint / POSITION.format(self.accelerator.process_index)
-        try:
-            state = json.loads(file.read_text(encoding="utf-8"))
-            self.loader.load(state, str(file))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UnmaskError(
-                f"resume_from_checkpoint: {file} cannot be read: {first_line(error)}; name an earlier"
-                " checkpoint."
-            ) from error
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if self.loader is not None:
-            file = Path(output_dir) / POSITION.format(self.accelerator.process_index)
-            file.write_text(json.dumps(self.loader.state()), encoding="utf-8")
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        try:
-            super()._save_checkpoint(model, trial)
-        except BaseException as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            if not _is_failed_write(error):
-                raise
-            raise UnmaskError(
-                f"{folder}: could not be written: {first_line(error)}; earlier checkpoints are as they were:"
-                " make room and go on with resume_from_checkpoint=auto."
-            ) from error
-
-
-@contextmanager
-def _named(checkpoint: str | None) -> Iterator[None]:
-    """Say which checkpoint it is that cannot be resumed from."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError, ValueError, UnpicklingError, EOFError) as error:
-        raise UnmaskError(
-            f"resume_from_checkpoint: {checkpoint} cannot be loaded: {first_line(error)}; it may be damaged,"
-            " or of another model or optimizer than the recipe's."
-        ) from error
-
-
-def _is_failed_write(error: BaseException) -> bool:
-    # torch.save speaks of a full disk in a RuntimeError with the words of its zip writer.
-    words = ("write", "inline_container", "iostream")
-    return isinstance(error, OSError | SafetensorError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    )
+        self.accounting.mark("other")
+        super()._save_checkpoint(model, trial)
+        self.accounting.mark("save")
