@@ -1,5 +1,6 @@
 """Everything README.md shows is run: its commands in their order, its Python, and the scripts."""
 
+import io
 import os
 import re
 import shlex
@@ -103,6 +104,8 @@ def run(command: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         if arguments[0] in ("train", "prepare"):
             streamed = "data.streaming=true" in arguments  # has no first records
             arguments += [key for key in SHORT if not (streamed and key.startswith("data.max_records"))]
+        if arguments[0] == "chat":
+            monkeypatch.setattr(sys, "stdin", io.StringIO("Say it twice: wool.\n/quit\n"))
         monkeypatch.setattr(sys, "argv", ["unmask", *arguments])
         main_ended_well()
 
