@@ -248,7 +248,8 @@ def draw(found: list[tuple[str, float, float]], file: Path) -> None:
         axes.plot(*zip(*points, strict=True), "o-", label=name, color=colours(index % 20), markersize=4)
     axes.set_xlabel("tokens a forward")
     axes.set_ylabel("exact match")
-    axes.set_ylim(0, 1.02)
+    shares = [share for _, _, share in found]
+    axes.set_ylim(max(0.0, min(shares) - 0.02), min(1.0, max(shares)) + 0.01)  # the ways differ by little
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2)
     figure.tight_layout()
