@@ -1,7 +1,7 @@
 # Every target makes the environment it needs: .venv, about 80 s and 1.5 GB the first time.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fix docs bench clean
+.PHONY: help install demo test check fix docs bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -22,6 +22,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -qq -c constraints.txt $(TORCH) -e '.[dev]'
 	@touch $@
+
+install: $(STAMP)  ## make the environment in .venv
 
 demo: $(STAMP)  ## fine-tune a small diffusion model on the CPU and measure it (ARGS="key=value ...")
 	@rm -rf outputs/demo

@@ -175,7 +175,7 @@ def test_one_number_of_devices(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(dry_run(recipe(distributed__type="fsdp"))) == [2, 4, 8]
     assert list(dry_run(recipe(), 4)) == [4]
     assert "2 x 1 x 4" in capsys.readouterr().out
-    with pytest.raises(UnmaskError, match="no multiple of micro_batch_size 2 times 3 processes"):
+    with pytest.raises(UnmaskError, match="cannot be divided evenly over 3 processes; set it to 9"):
         dry_run(recipe(), 3)
 
 

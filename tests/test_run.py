@@ -189,6 +189,36 @@ def test_a_run_leaves_everything_it_promises(place: Path) -> None:
     assert f"checkpoint: {Path('out') / 'final'}" in said
 
 
+def test_a_run_with_evaluations_and_without_checkpoints_ends_well() -> None:
+    """Trainer then has a lowest held-out loss, but not the step of it."""
+    result, _ = train(eval_steps=2)
+    assert "| lowest held-out loss | " in (result.checkpoint / "README.md").read_text()
+
+
+def test_two_runs_in_one_folder_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a process of its own, since a process does not keep out itself."""
+    started = run.build_model
+    other: list[str] = []
+
+    def build(*args: Any) -> Any:
+        program = (
+            "import sys; from unmask.recipe import recipe_from_dict; import json\n"
+            "from unmask.training.run import train\n"
+            "train(recipe_from_dict(json.loads(sys.argv[1])))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program, json.dumps(settings())], capture_output=True, text=True
+        )
+        other.append(done.stderr)
+        return started(*args)
+
+    monkeypatch.setattr(run, "build_model", build)
+    train()
+    assert f"out: process {os.getpid()} on " in other[0] and "is training here at this moment" in other[0]
+    monkeypatch.setattr(run, "build_model", started)
+    assert "holds no checkpoint yet: a new run" in train("fresh", resume_from_checkpoint="auto")[1]
+
+
 def test_every_run_logs_to_its_own_tensorboard(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "b"):
         train(name, report_to=["tensorboard"], max_steps=1)
@@ -623,7 +653,7 @@ def test_what_cannot_be_run_is_said_in_one_line(place: Path, changes: dict[str, 
 
 def test_the_batch_must_divide_over_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UnmaskError, match=r"global_batch_size: 8 is no multiple of .* 3 processes"):
+    with pytest.raises(UnmaskError, match=r"cannot be divided evenly over 3 processes; set it to 9"):
         train()
 
 
@@ -665,7 +695,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(
     assert "\n" not in str(caught.value)
     assert seen and tree_of(place / "out/checkpoint-2") == seen
     assert not (place / "out/checkpoint-4").exists() and not (place / "out/final").exists()
-    monkeypatch.undo()
+    monkeypatch.setattr(run, "build_model", started)
     # The remedy that the message names works.
     monkeypatch.chdir(place)
     resumed, _ = train(save_steps=2, save_total_limit=1, resume_from_checkpoint="auto")

@@ -180,7 +180,7 @@ def write_prepared(
     """
     folder = Path(out).expanduser()
     writer = _Writer(folder, identity, inputs or {}, encoding, shard_records)
-    with alone(folder):
+    with alone(folder, "preparing data"):
         manifest = writer.open()
         if manifest is not None:
             return manifest

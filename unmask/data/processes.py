@@ -104,8 +104,13 @@ def cores() -> int:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, doing: str) -> Iterator[None]:
     """Keep other processes from writing to the folder; the lock goes with the process that holds it.
+
+    Where the file system has no locks, nothing is kept from anybody.
+
+    Args:
+        doing: what is done there, for the message to the other one.
 
     Raises:
         UnmaskError: One is at work there, or nothing can be written there.
@@ -132,9 +137,13 @@ def alone(folder: Path) -> Iterator[None]:
             who = file.read().strip() or "another process"
             file.close()
             raise UnmaskError(
-                f"{folder}: {who} is preparing data here at this moment; wait until it is done, or name"
+                f"{folder}: {who} is {doing} here at this moment; wait until it is done, or name"
                 " another folder."
             ) from error
+        except OSError:
+            file.close()
+            yield
+            return
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
         file.close()  # the one before was just done, and removed it

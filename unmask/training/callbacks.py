@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def draw_loss(log_history: list[dict[str, float]], file: Path, unit: str = "nats
     if drawn and min(drawn) > 0 and max(drawn) > 20 * min(drawn):
         axes.set_yscale("log")  # or all of a run's second half would look like zero
     else:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, _above(drawn))
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
@@ -189,18 +190,24 @@ def draw_loss_by_t(log_history: list[dict[str, float]], file: Path) -> None:
     prefix = f"eval_{BY_T}"
     evaluations = [log for log in log_history if any(name.startswith(prefix) for name in log)]
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
-    last = evaluations[1:][-1:]
+    last, drawn = evaluations[1:][-1:], []
     for log, colour in zip(evaluations[:1] + last, ("0.6", "C0"), strict=False):
         points = sorted((float(k.removeprefix(prefix)), v) for k, v in log.items() if k.startswith(prefix))
         levels, losses = zip(*points, strict=True)
         axes.plot(levels, losses, "o-", color=colour, label=f"step {log['step']:,}", linewidth=1.5)
+        drawn += losses
     axes.set_xlabel("t, share of the sample that is masked")
     axes.set_ylabel("nats per masked token, held out")
     axes.set_xlim(0, 1)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, _above(drawn))
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
     figure.tight_layout()
     figure.savefig(file)
     plt.close(figure)
+
+
+def _above(values: Sequence[float]) -> float:
+    """A little more than the largest number among the values, so that no curve lies on the picture's edge."""
+    return 1.05 * max((value for value in values if isfinite(value)), default=0.0) or 1.0

@@ -58,7 +58,9 @@ def write_card(
     if held_out_loss is not None:
         rows["held-out loss (nats per token)"] = f"{held_out_loss:.4f}"
     if state.best_metric is not None:
-        rows["lowest held-out loss"] = f"{state.best_metric:.4f} at step {state.best_global_step:,}"
+        # Trainer notes the step only where a checkpoint of it can be saved.
+        step = "" if state.best_global_step is None else f" at step {state.best_global_step:,}"
+        rows["lowest held-out loss"] = f"{state.best_metric:.4f}{step}"
     if exact_match is not None:
         rows["exact match on held-out prompts"] = "{:.1%} before, {:.1%} after".format(*exact_match)
     if usage is not None and usage.computed:

@@ -37,6 +37,11 @@ def batch_plan(recipe: Recipe, processes: int) -> tuple[int, int]:
             f"global_batch_size: {total} sequences cannot be divided over {processes} processes; start at"
             f" most {total} processes or raise it."
         )
+    if micro is None and total % processes:
+        raise UnmaskError(
+            f"global_batch_size: {total} sequences cannot be divided evenly over {processes} processes; set"
+            f" it to {-(-total // processes) * processes}."
+        )
     micro = micro or total // processes
     together = micro * processes
     if total % together:

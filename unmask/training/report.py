@@ -145,7 +145,8 @@ def say_what_runs(
         console.print(line, markup=False)
     epochs = f", {recipe.max_steps * recipe.global_batch_size / len(data.rows):.3g} epochs"
     if data.stream is not None:
-        epochs = f", {len(data.stream.mixture.sources)} source(s) by weight"
+        sources = len(data.stream.mixture.sources)
+        epochs = f", {sources} sources by weight" if sources > 1 else ""
     rows = "sequences" if data.row_length is None else "rows"
     console.print(
         f"{recipe.max_steps:,} steps of {recipe.global_batch_size} {rows}"
@@ -191,7 +192,7 @@ def best_lines(state: TrainerState, patience: int | None) -> list[str]:
     lines = []
     if len(set(evaluations)) >= patience and state.global_step < state.max_steps:
         lines.append(
-            f"stopped early after step {state.global_step} of {state.max_steps}: {patience} evaluation(s) in"
+            f"stopped early after step {state.global_step} of {state.max_steps}: {patience} evaluations in"
             " a row without a lower held-out loss"
         )
     loss = f"{state.best_metric:.4f} nats per token"

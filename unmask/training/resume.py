@@ -99,7 +99,7 @@ def resume_point(recipe: Recipe, out: Path) -> Resumed:
                     f"resume_from_checkpoint: no checkpoint in {out} is whole: {'; '.join(wrong)}; move them"
                     " away to start anew."
                 )
-            return Resumed(None, [])
+            return Resumed(None, [f"{out} holds no checkpoint yet: a new run"])
         notes = [f"warning: {found}; going on from the one before" for found in wrong]
     else:
         start = Path(wanted)
@@ -110,7 +110,7 @@ def resume_point(recipe: Recipe, out: Path) -> Resumed:
             )
         verify(start)
         _check_newest(start, there)
-    notes += _compare(recipe, start)
+    notes += [f"going on from {start}", *_compare(recipe, start)]
     return Resumed(str(start), notes)
 
 

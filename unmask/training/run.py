@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from rich.console import Console
+from transformers import TrainingArguments
 from transformers.integrations.integration_utils import (
     TensorBoardCallback,
     get_reporting_integration_callbacks,
@@ -21,6 +22,7 @@ from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
 from unmask.data.collate import collate
 from unmask.data.encode import Encoder
 from unmask.data.hub import first_line
+from unmask.data.processes import alone
 from unmask.data.sources import read_records
 from unmask.errors import UnmaskError
 from unmask.evaluation.exact_match import Prompt, exact_share, make_prompts
@@ -92,7 +94,14 @@ def _train(recipe: Recipe, console: Console, signals: StopSignals) -> TrainResul
     out = Path(recipe.checkpoint_save_dir)
     args = training_arguments(recipe)
     if args.process_index != 0:
-        console = Console(quiet=True)
+        return _train_in(out, recipe, args, Console(quiet=True), signals)
+    with alone(out, "training"):
+        return _train_in(out, recipe, args, console, signals)
+
+
+def _train_in(
+    out: Path, recipe: Recipe, args: TrainingArguments, console: Console, signals: StopSignals
+) -> TrainResult:
     resume, notes = on_main(partial(resume_point, recipe, out), args.process_index == 0, args.world_size)
     args.eval_on_start = args.eval_on_start and resume is None
     _check_trackers(args.report_to or [])
