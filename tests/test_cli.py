@@ -17,7 +17,7 @@ from tiny import autoregressive_folder
 from transformers.utils import logging as transformers_logging
 
 import unmask
-from unmask import cli, load_model, load_tokenizer
+from unmask import cli, cli_generate, load_model, load_tokenizer
 from unmask.data.encode import Example
 from unmask.data.preview import visible
 from unmask.errors import UnmaskError
@@ -287,9 +287,15 @@ def test_chat_reads_lines(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None
     assert visible(expected.out.split("\n")[0]) in said.out
 
 
-def test_standard_input_must_be_text(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\nb\xff"), encoding="utf-8"))
-    said = run_cli("generate", chain.final, "--prompt", "-")
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the latter in the locale C
+@pytest.mark.parametrize("arguments", [("generate", "--prompt"), ("infill", "--text")])
+def test_standard_input_must_be_text(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, str], errors: str
+) -> None:
+    given = io.TextIOWrapper(io.BytesIO(b"a\nb\xff"), encoding="utf-8", errors=errors)
+    monkeypatch.setattr(sys, "stdin", given)
+    command, option = arguments
+    said = run_cli(command, chain.final, option, "-")
     assert (said.code, said.err) == (2, "error: standard input: not UTF-8 text (line 2); save it as UTF-8.\n")
 
 
@@ -297,6 +303,39 @@ def test_generate_reads_the_standard_input(chain: Chain, monkeypatch: pytest.Mon
     expected = run_cli("generate", chain.final, "--prompt", "Say 3", "--max-new-tokens", "6")
     monkeypatch.setattr(sys, "stdin", io.StringIO("Say 3"))
     assert run_cli("generate", chain.final, "--prompt", "-", "--max-new-tokens", "6") == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        (b"a", "a"),
+        (b"a\n", "a"),
+        (b"a\r\n", "a"),
+        (b"\xc3\xa9\n\n", "é\n"),
+        (b"a\r", "a\r"),
+        (b"\n", ""),
+        (b"", ""),
+    ],
+)
+def test_standard_input_is_read_without_its_last_line_end(
+    monkeypatch: pytest.MonkeyPatch, given: bytes, read: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding="ascii"))
+    assert cli_generate._read_stdin() == read
+
+
+@pytest.mark.parametrize(
+    ("arguments", "placed"),
+    [
+        ("--trace", "--trace -"),
+        ("--trace out.html --raw", "--trace out.html --raw"),
+        ("--trace three.txt", "--trace three.txt"),
+        ("--trace --seed 1", "--trace - --seed 1"),
+        ("--trace org/Qwen3-0.6B", "--trace - org/Qwen3-0.6B"),
+    ],
+)
+def test_a_trace_takes_a_file_or_nothing(arguments: str, placed: str) -> None:
+    assert cli_generate.place_of_trace(arguments.split()) == placed.split()
 
 
 def test_raw_prompts_and_system_prompts_change_the_answer(
@@ -399,6 +438,8 @@ def test_wrong_usage_is_explained(arguments: list[str], message: str) -> None:
         (["--end-fill", "2"], "--end-fill has an effect with --choice alone"),
         (["--choice", "a"], "give two choices or more"),
         (["--choice", "a", "--choice", "b", "--steps", "2"], "--steps has no effect with --choice"),
+        (["--trace", "three.txt"], "--trace: expected a file .html or .png, or nothing; got 'three.txt'"),
+        (["--canvas", "growing"], "canvas = growing has no effect without block_length"),
         (["--trace=x.pdf"], "--trace: expected a file .html or .png, or nothing; got 'x.pdf'"),
         (["--trace", "no/where.html"], "there must be a folder no for it"),
     ],

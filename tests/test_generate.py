@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import permutations, product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 from unmask import DiffusionGenerationConfig
 from unmask.errors import UnmaskError
 from unmask.generation.engine import View, respond
-from unmask.generation.policy import POLICIES, Draft
+from unmask.generation.policy import POLICIES, Draft, most_confident
 
 PAD = 0
 EVERY: list[dict[str, Any]] = [{"policy": name} for name in POLICIES] + [
@@ -212,6 +213,21 @@ def test_a_function_of_ones_own_is_a_policy() -> None:
         )
 
 
+def test_the_policy_of_the_documentation_runs() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "generation.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    made: dict[str, Any] = {"torch": torch, "most_confident": most_confident, "prompt_ids": random_ids(2, 3)}
+    asked: list[int] = []
+
+    class Watched:
+        def generate(self, ids: Tensor, policy: Any) -> None:
+            out = tiny_model().eval().generate(ids, max_new_tokens=5, policy=policy, steps=3, eos_token_id=[])
+            asked.extend(out.num_forwards.tolist())
+
+    exec(code, {**made, "model": Watched()})
+    assert len(asked) == 2 and max(asked) <= 3
+
+
 def test_an_end_token_is_held_back() -> None:
     model = tiny_model().eval()
     settings = {"max_new_tokens": 8, "temperature": 3.0, "pad_token_id": PAD, "suppress_tokens": [PAD]}
@@ -235,6 +251,56 @@ def test_a_logits_processor_of_transformers_decides_the_token_and_not_the_confid
     whole[:, MASK] = -torch.inf
     expected = torch.softmax(whole, dim=-1).gather(1, other.sequences[:, -1:])[:, 0]
     torch.testing.assert_close(other.confidence[:, 0].double(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+def test_logits_that_are_no_numbers_are_refused(wrong: float) -> None:
+    def denoiser(view: View) -> list[Tensor]:
+        logits = torch.zeros(int(view.where.sum()), 32)
+        logits[-1, 3 if wrong > 0 or wrong != wrong else slice(None)] = wrong
+        return [logits]
+
+    ids, config = random_ids(2, 3), DiffusionGenerationConfig(max_new_tokens=4, mask_token_id=MASK)
+    with pytest.raises(UnmaskError, match="the model's logits are not numbers"):
+        respond(denoiser, ids, ids >= 0, config)
+
+
+def test_what_a_logits_processor_returns_is_checked() -> None:
+    model, ids = tiny_model().eval(), random_ids(2, 3)
+    for returned, message in (
+        (lambda _, logits: logits * torch.nan, "the logits after logits_processor are not numbers"),
+        (lambda _, logits: logits - torch.inf, "the logits after logits_processor are not numbers"),
+        (lambda _, logits: logits[:, :-1], r"logits of shape \(8, 32\); got \(8, 31\)"),
+        (lambda _, logits: None, r"logits of shape \(8, 32\); got NoneType"),
+        (3, r"functions of \(ids, logits\); got int"),
+    ):
+        with pytest.raises(UnmaskError, match=message):
+            model.generate(ids, max_new_tokens=4, logits_processor=[returned])
+
+
+def test_a_plain_list_is_a_list_of_processors_and_criteria() -> None:
+    model, ids = tiny_model().eval(), random_ids(2, 3)
+    banned = NoBadWordsLogitsProcessor([[5]], eos_token_id=[1])
+    lengths: list[int] = []
+
+    def third(ids: Tensor, scores: None) -> bool:
+        lengths.append(ids.shape[1])
+        return ids.shape[1] == 6
+
+    settings = {"max_new_tokens": 5, "eos_token_id": [], "pad_token_id": PAD, "policy": "left_to_right"}
+    whole = model.generate(ids, logits_processor=LogitsProcessorList([banned]), **settings).sequences
+    cut = model.generate(ids, logits_processor=[banned], stopping_criteria=[third], **settings).sequences
+    assert torch.equal(cut[:, :6], whole[:, :6]) and (cut[:, 6:] == PAD).all() and set(lengths) == {4, 5, 6}
+    told: list[int] = []
+
+    def first(ids: Tensor, scores: None, **more: Any) -> Tensor:
+        told.append(more["prompt_length"])
+        return torch.tensor([True])
+
+    assert (model.generate(ids, stopping_criteria=first, **settings).sequences[:, 4:] == PAD).all()
+    assert told == [3, 3]
+    with pytest.raises(UnmaskError, match=r"functions of \(ids, scores\); got str"):
+        model.generate(ids, stopping_criteria=["stop"], **settings)
 
 
 class Contains(StoppingCriteria):
@@ -325,6 +391,15 @@ def test_infill_refuses_what_it_cannot_do() -> None:
         ({"canvas": "big"}, "canvas must be fixed or growing"),
         ({"approximate_cache": "full"}, "approximate_cache must be prefix or dual"),
         ({"guidance_scale": -1}, "guidance_scale must be a number, 0 or more"),
+        ({"policy": "random", "alg_temp": 0.5}, "alg_temp has no effect with policy 'random'"),
+        ({"policy": "left_to_right", "alg_temp": 0.5}, "alg_temp has no effect with policy 'left_to_right'"),
+        ({"check_cache": "yes", "approximate_cache": "dual"}, "check_cache must be True or False; got 'yes'"),
+        ({"policy": 3}, "policy must be the name of a policy or a function; got 3"),
+        ({"temperature": "warm"}, "temperature must be a number, 0 or more; got warm"),
+        ({"threshold": "high"}, "threshold must be a number above 0, at most 1; got high"),
+        ({"max_length": 9}, "unknown generation setting 'max_length'; set max_new_tokens"),
+        ({"num_return_sequences": 2}, "a seed for each row"),
+        ({"stop_strings": ["a"]}, "--stop"),
         ({"seed": [1, 2**70]}, "seed must be an integer of at most 64 bits"),
     ],
 )
@@ -332,6 +407,13 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: st
     with pytest.raises(UnmaskError) as caught:
         DiffusionGenerationConfig(**settings)
     assert message in str(caught.value)
+
+
+def test_a_growing_canvas_takes_blocks() -> None:
+    with pytest.raises(UnmaskError, match="canvas = growing has no effect without block_length"):
+        tiny_model().eval().generate(random_ids(1, 2), max_new_tokens=2, canvas="growing")
+    with pytest.raises(UnmaskError, match="'do_sample'; set temperature above 0"):
+        tiny_model().eval().generate(random_ids(1, 2), do_sample=True)
 
 
 def test_a_seed_for_each_row_or_one_for_all() -> None:

@@ -81,7 +81,11 @@ def test_a_system_prompt_is_for_those_that_have_none(
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}', "p.jsonl line 2: not UTF-8 text"),
         ("p.txt", b"\n \n", "there is no prompt in it"),
         ("p.jsonl", b'{"prompt": " "}', "p.jsonl line 1: the prompt is empty"),
-        ("p.jsonl", b'{"question": "a"}', "p.jsonl line 1: no known format has these fields"),
+        (
+            "p.jsonl",
+            b'{"question": "a"}',
+            "line 1: no known format has these fields: question; a prompt is read",
+        ),
         ("p.jsonl", b'{"messages": [{"role": "king", "content": "a"}]}', "unknown role 'king'"),
     ],
 )

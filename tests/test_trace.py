@@ -22,6 +22,11 @@ def test_tokens_appear_out_of_masks(tokenizer: PreTrainedTokenizerBase) -> None:
     ]
 
 
+def test_the_number_is_that_of_the_forward(tokenizer: PreTrainedTokenizerBase) -> None:
+    lines = plain(list(b"abc"), [4, 1, 9], tokenizer)  # forwards between wrote behind the end
+    assert [int(line.split()[0]) for line in lines] == [2, 5, 10]
+
+
 def test_what_was_just_committed_is_green_and_masks_are_grey(tokenizer: PreTrainedTokenizerBase) -> None:
     _, line = trace_lines(list(b"abc"), [1, 0, 1], tokenizer)
     styles = {line.plain[span.start : span.end]: str(span.style) for span in line.spans}

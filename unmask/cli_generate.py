@@ -55,7 +55,10 @@ _ALL = (
 def generate(
     model: Model,
     prompt: Annotated[
-        str | None, typer.Option(help="What the user says; - reads it from the standard input.")
+        str | None,
+        typer.Option(
+            help="What the user says; - reads it from the standard input, without its last line end."
+        ),
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -228,7 +231,10 @@ def infill(
     model: Model,
     text: Annotated[
         str | None,
-        typer.Option(help="Text with gaps: [\\[gap:5]], or [\\[gap:2-8]]; - reads it from standard input."),
+        typer.Option(
+            help="Text with gaps: [\\[gap:5]], or [\\[gap:2-8]]; - reads it from the standard input, without"
+            " its last line end."
+        ),
     ] = None,
     prefix: Annotated[str | None, typer.Option(help="What stands before the only gap.")] = None,
     suffix: Annotated[str | None, typer.Option(help="What stands after the only gap.")] = None,
@@ -309,8 +315,10 @@ def place_of_trace(arguments: Sequence[str]) -> list[str]:
     placed: list[str] = []
     for place, argument in enumerate(arguments):
         placed.append(argument)
-        following = "".join(arguments[place + 1 : place + 2])
-        if argument == "--trace" and not following.lower().endswith(_TRACES):
+        following = Path("".join(arguments[place + 1 : place + 2]))
+        # Any other file is left to be refused by name; what comes after may also be the model.
+        is_file = following.suffix[1:].isalpha() and not str(following).startswith("-")
+        if argument == "--trace" and (not is_file or following.is_dir()):
             placed.append(IN_TERMINAL)
     return placed
 
@@ -386,8 +394,11 @@ def _check_trace(trace: str | None) -> None:
 
 
 def _read_stdin() -> str:
+    """The standard input as text, without its last line end."""
     try:
-        return sys.stdin.read()
+        # From the bytes: in some locales Python lets through what is no text.
+        text = sys.stdin.buffer.read().decode() if hasattr(sys.stdin, "buffer") else sys.stdin.read()
+        return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
     except UnicodeDecodeError as error:
         line = bytes(error.object).count(b"\n", 0, error.start) + 1
         raise UnmaskError(f"standard input: not UTF-8 text (line {line}); save it as UTF-8.") from error

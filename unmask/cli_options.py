@@ -45,7 +45,9 @@ EntropyBound = Annotated[
 ]
 AlgTemp = Annotated[
     float | None,
-    typer.Option(help="Randomness of the order of a ranked policy.", rich_help_panel=_DECODING),
+    typer.Option(
+        help="Randomness of the order of maskgit_plus, topk_margin or entropy.", rich_help_panel=_DECODING
+    ),
 ]
 Eta = Annotated[
     float | None,

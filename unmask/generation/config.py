@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 from transformers import GenerationConfig
@@ -28,11 +29,18 @@ _CANVASES = ("fixed", "growing")
 _CACHES = ("prefix", "dual")
 # Settings that one policy, or one kind of them, takes: name -> policies, default.
 _OF_POLICY: dict[str, tuple[tuple[str, ...], float]] = {
-    "alg_temp": (tuple(RANKED), 0.0),
+    "alg_temp": (("maskgit_plus", "topk_margin", "entropy"), 0.0),
     "threshold": (("threshold",), 0.9),
     "factor": (("factor",), 1.0),
     "entropy_bound": (("entropy_bound",), 0.1),
     "eta": (tuple(REMASK), 0.1),
+}
+# What users of transformers look for, and where it is here.
+_ELSEWHERE = {
+    "max_length": "set max_new_tokens, the length of the canvas",
+    "num_return_sequences": "repeat the prompt with a seed for each row, or use the command's --samples",
+    "stop_strings": "use the command's --stop, or stopping_criteria",
+    "do_sample": "set temperature above 0",
 }
 
 
@@ -54,7 +62,8 @@ class DiffusionGenerationConfig(GenerationConfig):
             ancestral sampler; the adaptive "threshold", "factor" and "entropy_bound"; "remdm_cap",
             "remdm_rescale" and "remdm_confidence", which mask tokens again; or a function from a `Draft` to
             positions. None = what the settings below imply.
-        alg_temp: temperature of the order of a ranked policy; 0 is strict.
+        alg_temp: temperature of the order of policies "maskgit_plus", "topk_margin" and "entropy"; 0 is
+            strict.
         threshold: of policy "threshold": commit what is at least so probable, in (0, 1].
         factor: of policy "factor".
         entropy_bound: of policy "entropy_bound", in nats.
@@ -149,14 +158,14 @@ class DiffusionGenerationConfig(GenerationConfig):
                 raise UnmaskError(f"{name} must be a positive integer; got {value}.")
         if self.canvas not in _CANVASES:
             raise UnmaskError(f"canvas must be {' or '.join(_CANVASES)}; got {self.canvas!r}.")
-        if not 0 <= self.temperature < math.inf:
+        if not (_is_number(self.temperature) and 0 <= self.temperature < math.inf):
             raise UnmaskError(f"temperature must be a number, 0 or more; got {self.temperature}.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
+        if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
             raise UnmaskError(f"top_p must be a number above 0, at most 1; got {self.top_p}.")
         for name in ("top_k", "top_p"):
             if getattr(self, name) is not None and self.temperature == 0:
                 raise UnmaskError(f"{name} has no effect at temperature 0; set a temperature above 0.")
-        if not 0 <= self.guidance_scale < math.inf:
+        if not (_is_number(self.guidance_scale) and 0 <= self.guidance_scale < math.inf):
             raise UnmaskError(f"guidance_scale must be a number, 0 or more; got {self.guidance_scale}.")
         for seed in self.seed if isinstance(self.seed, Sequence) else [self.seed]:
             if not _is_integer(seed) or not -(2**63) <= seed < 2**63:
@@ -165,6 +174,8 @@ class DiffusionGenerationConfig(GenerationConfig):
         self._validate_cache()
 
     def _validate_policy(self) -> None:
+        if not (self.policy is None or isinstance(self.policy, str) or callable(self.policy)):
+            raise UnmaskError(f"policy must be the name of a policy or a function; got {self.policy!r}.")
         name = self.policy_name
         if isinstance(self.policy, str) and name not in POLICIES:
             near = difflib.get_close_matches(name, POLICIES, n=1)
@@ -177,9 +188,14 @@ class DiffusionGenerationConfig(GenerationConfig):
             if name not in policies:
                 raise UnmaskError(f"{setting} has no effect with policy {name!r}; remove one of them.")
             unit = setting in ("threshold", "eta")
-            least = value >= 0 if setting in ("alg_temp", "entropy_bound") else value > 0
-            if not (least and value < math.inf and (value <= 1 or not unit)):
-                wanted = "above 0, at most 1" if unit else "0 or more" if "_" in setting else "above 0"
+            zero = setting in ("alg_temp", "entropy_bound")
+            if not (
+                _is_number(value)
+                and (value >= 0 if zero else value > 0)
+                and value < math.inf
+                and (value <= 1 or not unit)
+            ):
+                wanted = "above 0, at most 1" if unit else "0 or more" if zero else "above 0"
                 raise UnmaskError(f"{setting} must be a number {wanted}; got {value}.")
 
     def _validate_cache(self) -> None:
@@ -187,6 +203,8 @@ class DiffusionGenerationConfig(GenerationConfig):
             raise UnmaskError(
                 f"approximate_cache must be {' or '.join(_CACHES)}; got {self.approximate_cache!r}."
             )
+        if not isinstance(self.check_cache, bool):
+            raise UnmaskError(f"check_cache must be True or False; got {self.check_cache!r}.")
         for name in ("refresh_interval", "check_cache"):
             if getattr(self, name) and self.approximate_cache is None:
                 raise UnmaskError(f"{name} has no effect without approximate_cache; set it or remove {name}.")
@@ -225,6 +243,8 @@ class DiffusionGenerationConfig(GenerationConfig):
 
     def _refuse_unknown(self, names: Iterable[str]) -> None:
         for name in names:
+            if name in _ELSEWHERE:
+                raise UnmaskError(f"unknown generation setting {name!r}; {_ELSEWHERE[name]}.")
             near = difflib.get_close_matches(name, [known for known in vars(self) if known[0] != "_"], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise UnmaskError(f"unknown generation setting {name!r}{hint}")
@@ -263,6 +283,10 @@ class DiffusionGenerationConfig(GenerationConfig):
         """Take the special tokens from a model's config."""
         names = (*_TOKEN_IDS, "mask_token_id")
         return cls(**{name: getattr(model_config, name, None) for name in names})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _is_integer(value: Any) -> bool:

@@ -25,7 +25,8 @@ from unmask.diffusion.keyed import keyed_hash
 from unmask.errors import UnmaskError
 from unmask.generation.config import DiffusionGenerationConfig
 from unmask.generation.policy import Draft, Move, Remask, share_steps
-from unmask.generation.sampling import Sampled, sample, suppress, uniforms
+from unmask.generation.sampling import Sampled, as_processor, sample, suppress, uniforms
+from unmask.generation.stop import as_criterion
 
 _LAST = torch.iinfo(torch.long).max
 
@@ -101,12 +102,12 @@ def respond(
         cached: whether the denoiser keeps keys and values of blocks that are done.
         streamer: receives the prompt by `put`, each draft by `put_draft` where it has one, and the
             response by `put`, as transformers' diffusion streamers expect; a batch of one.
-        logits_processor: transformers' `LogitsProcessorList`; called with the ids of each position's row.
-        stopping_criteria: transformers' `StoppingCriteriaList`; asked about a row's ids up to its first
-            mask, and told the `prompt_length`, the tokens before the canvas.
+        logits_processor: see `unmask.generation.sampling.as_processor`.
+        stopping_criteria: see `unmask.generation.stop.as_criterion`; asked about a row's ids up to its first
+            mask.
 
     Raises:
-        UnmaskError: fewer steps than blocks, or a policy that commits nothing.
+        UnmaskError: fewer steps than blocks, a policy that commits nothing, or logits that are no numbers.
     """
     length, canvas_length = input_ids.shape[1], config.max_new_tokens
     assert config.mask_token_id is not None
@@ -160,7 +161,7 @@ class Engine:
         stopping_criteria: Any | None = None,
     ):
         self.denoiser, self.config = denoiser, config
-        self.processor, self.criteria = logits_processor, stopping_criteria
+        self.processor, self.criterion = as_processor(logits_processor), as_criterion(stopping_criteria)
         self.ids, self.is_token, self.canvas = ids.clone(), is_token, canvas
         self.model_block, self.cached = block, cached
         self.policy = config.make_policy()
@@ -410,13 +411,19 @@ class Engine:
             uniform = None
             if config.temperature > 0:
                 uniform = uniforms(self.seed[rows], self.positions[rows, at], self.num_forwards[rows])
-            parts.append(sample(logits, uniform, config.temperature or 1.0, config.top_k, config.top_p, raw))
+            part = sample(logits, uniform, config.temperature or 1.0, config.top_k, config.top_p, raw)
+            if part.confidence.isnan().any():
+                raise UnmaskError(
+                    "the model's logits are not numbers (NaN or infinite), or leave no token possible; check"
+                    " its weights and dtype."
+                )
+            parts.append(part)
             start = stop
         return Sampled(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def _stop(self, rows: Tensor) -> None:
         """Ask the stopping criteria about every new token that no mask stands before."""
-        if self.criteria is None:
+        if self.criterion is None:
             return
         for row in rows.tolist():
             columns = self.canvas[row].nonzero()[:, 0]
@@ -426,7 +433,7 @@ class Engine:
             for length in range(int(self.read[row]) + 1, prefix + 1):
                 seen = given & (torch.arange(len(given), device=given.device) <= columns[length - 1])
                 ids, start = self.ids[row, seen][None], int(seen[: columns[0]].sum())
-                if bool(torch.as_tensor(self.criteria(ids, None, prompt_length=start)).all()):
+                if self.criterion(ids, start):
                     self.limit[row] = length
                     break
             self.read[row] = prefix

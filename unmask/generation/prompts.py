@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from unmask.data.conversation import ROLES, Turn, detect_format, to_conversation
+from unmask.data.conversation import ROLES, RecordError, Turn, detect_format, to_conversation
 from unmask.data.encode import Example
 from unmask.data.sources import read_records
 from unmask.errors import UnmaskError
@@ -85,7 +85,14 @@ def prompt_turns(record: Mapping[str, Any], where: str) -> tuple[list[Turn], tup
             several = isinstance(record[asked], list)
             record = {**record, answer: [{"role": "assistant", "content": ASKED}] if several else ASKED}
             break
-    conversation = to_conversation(record, detect_format(record, where), where=where)
+    try:
+        name = detect_format(record, where)
+    except RecordError as error:
+        raise UnmaskError(
+            f"{where}: no known format has these fields: {', '.join(map(str, record))}; a prompt is read from"
+            " instruction, prompt, messages or conversations; rename the field that holds it."
+        ) from error
+    conversation = to_conversation(record, name, where=where)
     return list(conversation.turns[:-1]), conversation.tools
 
 

@@ -5,13 +5,16 @@ Shapes: M positions, V vocabulary.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 from unmask.diffusion.keyed import STREAM_SAMPLE, keyed_double
+from unmask.errors import UnmaskError
 
 
 class Sampled(NamedTuple):
@@ -46,6 +49,44 @@ def keep_top_p(logits: Float[Tensor, "M V"], p: float) -> Float[Tensor, "M V"]:
     before = probability.cumsum(dim=-1) - probability
     keep = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, index, before < p)
     return logits.masked_fill(~keep, -torch.inf)
+
+
+def as_processor(given: Any) -> Callable[[Int[Tensor, "M L"], Float[Tensor, "M V"]], Tensor] | None:
+    """Make one function of logits processors: (ids of each position's row, logits) -> changed logits.
+
+    Args:
+        given: None, a processor or a list of them: transformers' `LogitsProcessor`, or functions of (ids,
+            logits).
+
+    Raises:
+        UnmaskError: something that cannot be called; the function itself, what is no logits of the same shape
+            with a possible token everywhere.
+    """
+    several = given if isinstance(given, list | tuple) else [] if given is None else [given]
+    for one in several:
+        if not callable(one):
+            raise UnmaskError(
+                f"logits_processor must be functions of (ids, logits); got {type(one).__name__}."
+            )
+    if not several:
+        return None
+    process: Any = LogitsProcessorList(several)
+
+    def processed(ids: Tensor, logits: Tensor) -> Tensor:
+        changed = process(ids, logits)
+        shape = tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
+        if shape != logits.shape:
+            raise UnmaskError(
+                f"logits_processor must return logits of shape {tuple(logits.shape)}; got {shape}."
+            )
+        if not changed.amax(dim=-1).isfinite().all():
+            raise UnmaskError(
+                "the logits after logits_processor are not numbers (NaN or infinite), or leave no token"
+                " possible."
+            )
+        return changed
+
+    return processed
 
 
 def uniforms(

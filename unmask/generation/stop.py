@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,35 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StoppingCriteria
 
 from unmask.errors import UnmaskError
+
+
+def as_criterion(given: Any) -> Callable[[Tensor, int], bool] | None:
+    """Make one test of stopping criteria: (ids (1, L), tokens of the prompt) -> whether one of them is met.
+
+    Args:
+        given: None, a criterion or a list of them: transformers' `StoppingCriteria`, or functions of (ids,
+            scores), scores None. Those that take a `prompt_length` or any keyword are told it.
+
+    Raises:
+        UnmaskError: something that cannot be called.
+    """
+    several = given if isinstance(given, list | tuple) else [] if given is None else [given]
+    told: list[tuple[Any, bool]] = []
+    for one in several:
+        if not callable(one):
+            raise UnmaskError(
+                f"stopping_criteria must be functions of (ids, scores); got {type(one).__name__}."
+            )
+        parameters = inspect.signature(one).parameters.values()
+        told.append((one, any(p.name == "prompt_length" or p.kind is p.VAR_KEYWORD for p in parameters)))
+    if not told:
+        return None
+
+    def is_met(ids: Tensor, prompt_length: int) -> bool:
+        answers = (one(ids, None, **({"prompt_length": prompt_length} if more else {})) for one, more in told)
+        return any(bool(torch.as_tensor(answer).all()) for answer in answers)
+
+    return is_met
 
 
 class StopTexts(StoppingCriteria):

@@ -36,6 +36,8 @@ def trace_lines(
 ) -> list[Text]:
     """Draw the response after some of its forwards: masks grey, what has just been committed in green.
 
+    Before each line stands the number of the forward, from 1.
+
     Args:
         ids: tokens of the response.
         commit_step: step that committed each of them, from 0.
@@ -48,7 +50,7 @@ def trace_lines(
     shown = [steps[(k + 1) * len(steps) // count - 1] for k in range(count)]
     lines, previous = [], -1
     for step in shown:
-        line = Text(f"  {steps.index(step) + 1:>3} ", style="dim")
+        line = Text(f"  {step + 1:>3} ", style="dim")
         for text, committed in zip(texts, commit_step, strict=True):
             if committed > step:
                 line.append(MASK_GLYPH * max(1, len(text)), style="bright_black")

@@ -60,9 +60,10 @@ class GenerateMixin:
             attention_mask: (B, P), 1 = token, 0 = padding; all tokens by default.
             generation_config: settings; those of the checkpoint by default.
             streamer: see `unmask.generation.engine.respond`.
-            logits_processor: transformers' `LogitsProcessorList`, called with (ids of the row, logits) of
-                every position asked for; the tokens are drawn from what it returns.
-            stopping_criteria: transformers' `StoppingCriteriaList`; a response ends where they are met.
+            logits_processor: one or a list of transformers' logits processors or functions, called with (ids
+                of the row, logits) of every position asked for; the tokens are drawn from what they return.
+            stopping_criteria: one or a list of transformers' stopping criteria or functions of (ids, scores),
+                scores None; a response ends where one of them is met.
             src_mask: (B, P), False = a part of the prompt that training would mask, such as an earlier
                 response or the beginning of the text; True by default. It matters to block-causal models
                 alone, whose blocks start anew wherever it changes.
@@ -178,6 +179,8 @@ class GenerateMixin:
             config.eos_token_id = self.config.eos_token_id
         length = block_length_of(self.config)
         if length is None:
+            if config.canvas == "growing" and config.block_length is None:
+                raise UnmaskError("canvas = growing has no effect without block_length; set it.")
             return config, None
         for name, default in (("canvas", "fixed"), ("approximate_cache", None)):
             if getattr(config, name) != default:
