@@ -695,7 +695,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(
     assert "\n" not in str(caught.value)
     assert seen and tree_of(place / "out/checkpoint-2") == seen
     assert not (place / "out/checkpoint-4").exists() and not (place / "out/final").exists()
-    monkeypatch.setattr(run, "build_model", started)
+    monkeypatch.undo()
     # The remedy that the message names works.
     monkeypatch.chdir(place)
     resumed, _ = train(save_steps=2, save_total_limit=1, resume_from_checkpoint="auto")
