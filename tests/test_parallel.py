@@ -188,7 +188,7 @@ def test_the_global_batch_is_divided(changes: dict[str, Any], processes: int, pl
     ("changes", "processes", "message"),
     [
         ({}, 16, "8 sequences cannot be divided over 16 processes; start at most 8"),
-        ({}, 3, "8 is no multiple of micro_batch_size 2 times 3 processes = 6; set it to 12"),
+        ({}, 3, "8 sequences cannot be divided evenly over 3 processes; set it to 9"),
         ({"micro_batch_size": 4}, 4, "4 times 4 processes = 16; set it to 16"),
     ],
 )

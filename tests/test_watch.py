@@ -88,7 +88,7 @@ def worse(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_that_gets_worse_stops_and_leaves_its_best_weights(place: Path) -> None:
     changes = {"max_steps": 6, "eval_steps": 1, "save_steps": 1, "save_total_limit": 1}
     result, said = train(early_stopping_patience=2, **changes)
-    assert "stopped early after step 4 of 6: 2 evaluation(s) in a row without a lower held-out loss" in said
+    assert "stopped early after step 4 of 6: 2 evaluations in a row without a lower held-out loss" in said
     assert "the result has the weights of step 2, of the lowest held-out loss: 4.0000 nats per token" in said
     assert result.held_out_loss == 4.0
     found = state(place / "out/checkpoint-4")
