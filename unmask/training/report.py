@@ -193,7 +193,8 @@ def best_lines(state: TrainerState, patience: int | None) -> list[str]:
     if len(set(evaluations)) >= patience and state.global_step < state.max_steps:
         many = "1 evaluation" if patience == 1 else f"{patience} evaluations in a row"
         lines.append(
-            f"stopped early after step {state.global_step} of {state.max_steps}: {many} without a lower held-out loss"
+            f"stopped early after step {state.global_step} of {state.max_steps}: {many} without a lower"
+            " held-out loss"
         )
     loss = f"{state.best_metric:.4f} nats per token"
     return [*lines, f"the result has the weights of step {best}, of the lowest held-out loss: {loss}"]
