@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from unmask.diffusion.attention import (
+    Layout,
     attend_block_causal,
     block_index,
     predicting_column,
@@ -220,7 +221,7 @@ class BackboneDenoiser:
         place = columns if compute is None else (compute.long().cumsum(dim=1) - 1).clamp(min=0)
         narrow = self.model.config._attn_implementation in _MASKED_KERNELS
         index = _columns_of(wanted, 0)[0] if narrow else None
-        hidden = self._run(view, layout.position, compute, None if index is None else place.gather(1, index))
+        hidden = self._run(view, layout, compute, None if index is None else place.gather(1, index))
         if not view.where.any():
             return iter(())
         at = (wanted.long().cumsum(dim=1) - 1).clamp(min=0) if narrow else place
@@ -230,14 +231,14 @@ class BackboneDenoiser:
         size = chunk_rows(len(hidden), self.model.config.vocab_size, hidden.dtype, hidden.device).rows
         return (head(part) for part in hidden.split(size))
 
-    def _run(self, view: View, position: Tensor, compute: Tensor | None, index: Tensor | None) -> Tensor:
+    def _run(self, view: View, layout: Layout, compute: Tensor | None, index: Tensor | None) -> Tensor:
         """Run the backbone on the columns to compute; of the last layer on `index` of them."""
         config = self.model.config
         given: dict[str, Any] = {"use_cache": False}
-        ids, mask = view.ids, None
+        ids, position, mask = view.ids, layout.position, None
         if compute is None:
             if view.block is not None:
-                mask = self._mask(attend_block_causal(row_layout(view.is_token), view.block))
+                mask = self._mask(attend_block_causal(layout, view.block))
             elif not view.is_token.all():
                 mask = view.is_token
             else:
