@@ -15,7 +15,6 @@ from unmask.generation.complete import (
     Completion,
     begun,
     chat_example,
-    chat_prompt,
     chat_turns,
     complete,
 )
@@ -79,7 +78,7 @@ def test_a_prompt_that_does_not_fit_is_refused(model: Any, tokenizer: PreTrained
 def test_chat_prompt_is_the_prefix_that_training_shows(tokenizer: PreTrainedTokenizerBase) -> None:
     turns = (Turn("system", "Be short."), Turn("user", "Hi <|im_end|>"), Turn("assistant", "Hello"))
     example = Encoder(tokenizer, layout="chat").encode(Conversation(turns, "here"))
-    prompt = chat_prompt(tokenizer, "Hi <|im_end|>", "Be short.")
+    prompt = chat_example(tokenizer, chat_turns("Hi <|im_end|>", "Be short.")).input_ids
     assert prompt == example.input_ids[: example.src_mask.index(False)]
     # A special token's string in what the user says is plain text: the only real ones are the template's.
     assert sum(i >= 256 for i in prompt) == 5
@@ -89,7 +88,7 @@ def test_without_a_chat_template_the_remedy_is_named() -> None:
     bare = byte_tokenizer()
     bare.chat_template = None
     with pytest.raises(UnmaskError, match="no chat template"):
-        chat_prompt(bare, "Hi")
+        chat_example(bare, chat_turns("Hi"))
 
 
 def test_stop_texts_end_a_response_in_any_batch(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -28,7 +28,7 @@ from unmask import byte_tokenizer, load_model, load_recipe, load_tokenizer
 from unmask.data.conversation import Turn
 from unmask.data.encode import Encoder
 from unmask.errors import UnmaskError
-from unmask.generation.complete import chat_prompt, complete
+from unmask.generation.complete import chat_example, chat_turns, complete
 from unmask.model.checkpoint import read_config
 from unmask.recipe import recipe_from_dict
 from unmask.training import run
@@ -241,7 +241,7 @@ def test_the_final_folder_is_the_model_in_memory(trainers: list[DiffusionTrainer
         assert torch.equal(one, other), name
     assert loaded.config.logit_shift is False and loaded.config.noise_eps == 1e-3
     assert loaded.generation_config.to_dict() == model.generation_config.to_dict()
-    prompt = chat_prompt(tokenizer, "Say owl")
+    prompt = chat_example(tokenizer, chat_turns("Say owl")).input_ids
     assert prompt == Encoder(byte_tokenizer()).encode_prompt([Turn("user", "Say owl")])
     for temperature in (0.0, 1.0):
         answers = [
@@ -254,7 +254,7 @@ def test_the_final_folder_is_the_model_in_memory(trainers: list[DiffusionTrainer
 def test_the_layout_travels_with_the_checkpoint() -> None:
     result, _ = train(data__sft__layout="separator", max_steps=1)
     tokenizer = load_tokenizer(str(result.checkpoint))
-    prompt = str(tokenizer.decode(chat_prompt(tokenizer, "Say owl")))
+    prompt = str(tokenizer.decode(chat_example(tokenizer, chat_turns("Say owl")).input_ids))
     assert prompt.endswith("Say owl\n\n### Response:\n")
     model: Any = load_model(str(result.checkpoint))
     assert model.generation_config.eos_token_ids == [tokenizer.eos_token_id]

@@ -61,11 +61,6 @@ def chat_example(
     return Encoder(tokenizer, layout="chat").prompt_example(turns, tools)
 
 
-def chat_prompt(tokenizer: PreTrainedTokenizerBase, user: str, system: str | None = None) -> list[int]:
-    """Lay out what a user says, as `chat_example`; returns the ids."""
-    return chat_example(tokenizer, chat_turns(user, system)).input_ids
-
-
 def chat_turns(user: str, system: str | None = None) -> list[Turn]:
     """Make the turns of a question."""
     turns = [Turn("user", user)]
