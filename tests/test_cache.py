@@ -1,4 +1,4 @@
-"""Fast paths of generation against the slow ones: kept keys and values, the last layer on some columns."""
+"""Fast paths of generation against the slow ones: cached keys and values."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import torch
 from tiny import random_ids, tiny_model
 from torch import Tensor
 
-from unmask import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 from unmask.errors import UnmaskError
-from unmask.model.partial import last_layer_on
 
 PAD, END, MASK = 0, 1, 31
 TRACE = ("sequences", "commit_step", "num_forwards")
@@ -92,35 +90,6 @@ def test_blocks_that_begin_in_the_prompt(shift: bool) -> None:
     logits, _ = model(so_far, src_mask=torch.zeros_like(so_far, dtype=torch.bool), training_mode="sft")
     logits[..., MASK] = -torch.inf
     assert row[8 + first] == logits[0, 5 + first].argmax()
-
-
-@pytest.mark.parametrize("which", [Qwen3ForCausalLM, Qwen2ForCausalLM, LlamaForCausalLM])
-@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
-def test_the_last_layer_on_some_columns_is_the_stock_one(which: Any, kernel: str) -> None:
-    config = which.config_class(
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.5,
-    )
-    torch.manual_seed(0)
-    model = which(config).double().eval()
-    model.set_attn_implementation(kernel)
-    ids = random_ids(3, 9)
-    index = torch.tensor([[0, 3, 8], [1, 1, 1], [8, 7, 0]])
-    for mask in (None, torch.tensor([[1] * 9, [0] * 3 + [1] * 6, [1] * 9])):
-        whole = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
-        position = torch.arange(9)[None]
-        with last_layer_on(model.model, index):
-            some = model.model(input_ids=ids, attention_mask=mask, position_ids=position).last_hidden_state
-        expected = whole.gather(1, index[..., None].expand(-1, -1, 32))
-        keep = torch.ones(3, 3, dtype=torch.bool) if mask is None else mask.gather(1, index).bool()
-        torch.testing.assert_close(some[keep], expected[keep], rtol=0, atol=1e-6)
-        after = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
-        assert torch.equal(after[keep.any(1)], whole[keep.any(1)])  # and the model is as it was
 
 
 @pytest.mark.parametrize("shift", [False, True], ids=["unshifted", "shifted"])

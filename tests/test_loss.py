@@ -592,8 +592,7 @@ def test_loss_and_gradient_do_not_depend_on_the_batch(preset: Any, shift: bool, 
     loss, gradient, divisor = step([batch_of([[n]], 0, 0, len(SAMPLES[n]), False) for n in range(6)])
     assert loss > 0.05
     assert divisor > 1
-    # In float32 stock eager attention takes its softmax.
-    tolerance = 1e-9 if attention == "sdpa" else 1e-5
+    tolerance = 1e-9
     for name, batches in ARRANGEMENTS.items():
         found = step(batches)
         assert found[2] == divisor, name

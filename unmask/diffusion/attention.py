@@ -100,6 +100,11 @@ def count_by_document(layout: Layout, flag: Bool[Tensor, "B L"]) -> Int[Tensor, 
     return torch.zeros_like(layout.document).scatter_add(1, layout.document, flag.long())
 
 
+def attend_tokens(layout: Layout) -> Bool[Tensor, "B 1 L"]:
+    """Let everyone attend to every token and to no padding; in a row of padding alone, to all of it."""
+    return (layout.is_token | ~layout.is_token.any(dim=1, keepdim=True))[:, None]
+
+
 def attend_within_documents(layout: Layout) -> Bool[Tensor, "B L L"]:
     """Let every token attend to every token of its document."""
     return _allowed(layout, layout.document[:, :, None] == layout.document[:, None, :])

@@ -59,6 +59,11 @@ def block_length_of(config: Any, name: str = "config") -> int | None:
         UnmaskError: another attention, or a block length that is no positive integer.
     """
     attention, length = config.attention, config.block_length
+    if config.is_causal:
+        raise UnmaskError(
+            f"{name}.is_causal must be false; for token by token attention set attention to"
+            " 'block_causal' and block_length to 1."
+        )
     if attention == "bidirectional":
         return None
     if attention != "block_causal" or type(length) is not int or length < 1:

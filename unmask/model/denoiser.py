@@ -16,6 +16,7 @@ from torch import Tensor
 from unmask.diffusion.attention import (
     attend_annealed,
     attend_block_causal,
+    attend_tokens,
     attend_two_copies,
     attend_within_documents,
     predicting_column,
@@ -26,11 +27,17 @@ from unmask.diffusion.noise import Drawn, draw
 from unmask.diffusion.objective import Objective
 from unmask.errors import UnmaskError
 from unmask.generation.config import DiffusionGenerationConfig
+from unmask.model.attention import (
+    AttentionInputs,
+    PackedTokens,
+    pack_tokens,
+    registered_name,
+    run_backbone,
+)
 from unmask.model.config import block_length_of
 from unmask.model.generate import GenerateMixin
 from unmask.model.head import row_nll, weighted_nll
 from unmask.model.inputs import IGNORED, Given, check_inputs
-from unmask.model.kernels import SDPA, Flat, flatten, kernel_mask, takes_documents
 
 
 class DenoiserOutput(NamedTuple):
@@ -76,10 +83,9 @@ class MaskedDiffusionMixin(GenerateMixin):
         model.generation_config = DiffusionGenerationConfig.from_generic(model.generation_config)
         return loaded
 
-    def get_correct_attn_implementation(self, *args: Any, **kwargs: Any) -> str:
-        """Replace transformers' `sdpa` by ours, which can go through packed rows document by document."""
-        found = cast(Any, super()).get_correct_attn_implementation(*args, **kwargs)
-        return SDPA if found == "sdpa" else found
+    def get_correct_attn_implementation(self, requested_attention: str | None, *_: Any, **__: Any) -> str:
+        """Choose our attention function, whatever kernel is requested; see `unmask.model.attention`."""
+        return registered_name(requested_attention)
 
     def forward(
         self,
@@ -273,19 +279,25 @@ class MaskedDiffusionMixin(GenerateMixin):
         return self._aligned(given, drawn.noised.x_t, attend)
 
     def _aligned(
-        self, given: Given, ids: Tensor, attend: Bool[Tensor, "B L L"] | Flat | None = None
+        self, given: Given, ids: Tensor, attend: Bool[Tensor, "B L L"] | None = None
     ) -> Float[Tensor, "B L H"]:
         """Run the network on ids as they are, so that the output at i predicts token i."""
         layout = given.layout
         if attend is None and (block := given.block) is not None:
             attend = attend_block_causal(layout, block)
+        packed: PackedTokens | None = None
         if attend is None and given.packed:
-            flat = takes_documents(self.config._attn_implementation)
-            attend = flatten(layout) if flat else attend_within_documents(layout)
-        if attend is not None or given.padded:
-            hidden = self._network(ids, layout.is_token if attend is None else attend, layout.position)
-        else:  # nothing to say: the kernel may be told that every token sees every other
-            hidden = self._network(ids, None, None)
+            if torch.compiler.is_compiling():  # which would compile anew for the lengths of every batch
+                attend = attend_within_documents(layout)
+            else:
+                packed = pack_tokens(layout)
+        elif attend is None and given.padded:
+            attend = attend_tokens(layout)
+        if packed is not None:
+            inputs = AttentionInputs(packed.take(layout.position), packed.ends)
+            hidden = packed.put_back(run_backbone(self.model, packed.take(ids), None, inputs), ids.shape)
+        else:
+            hidden = self._network(ids, attend, layout.position)
         if not self.config.logit_shift:
             return hidden
         if not (given.padded or given.packed):
@@ -312,29 +324,12 @@ class MaskedDiffusionMixin(GenerateMixin):
         return _take(raw, torch.where(same_block, in_noised[source], source))
 
     def _network(
-        self, ids: Tensor, attend: Tensor | Flat | None, position_ids: Tensor | None
+        self, ids: Tensor, attend: Bool[Tensor, "B Q L"] | None, position_ids: Tensor
     ) -> Float[Tensor, "B L H"]:
-        """Run the stock backbone.
-
-        Args:
-            attend: None = everyone to everyone, (B, L) True = token, (B, L, L) True = may attend, or the
-                documents, each of which attends to itself.
-        """
-        kernel = self.config._attn_implementation
-        whole = isinstance(attend, Flat) or (attend is not None and attend.dim() == 3)
-        if whole and "sliding_attention" in (getattr(self.config, "layer_types", None) or ()):
-            raise UnmaskError(
-                "layers with a sliding window cannot do packed rows, block-causal or annealed attention."
-            )
-        if isinstance(attend, Flat):
-            places = {"input_ids": attend.take(ids), "position_ids": attend.take(cast(Tensor, position_ids))}
-            found = self.model(**places, use_cache=False, **attend.kernel_arguments(kernel))
-            return attend.put_back(found.last_hidden_state, ids.shape)
-        if attend is not None and attend.dim() == 3:
-            attend = kernel_mask(attend, kernel, self.dtype)
-        return self.model(
-            input_ids=ids, attention_mask=attend, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
+        """Run the stock backbone; `attend`: True = may attend, Q = 1 for all alike, None = everyone may."""
+        if attend is None:
+            return run_backbone(self.model, ids, None, AttentionInputs(position_ids[:1]))
+        return run_backbone(self.model, ids, attend[:, None], AttentionInputs(position_ids))
 
     def _mask_token_id(self) -> int:
         if self.config.mask_token_id is None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from unmask.diffusion.attention import (
     Layout,
     attend_block_causal,
+    attend_tokens,
     block_index,
     predicting_column,
     row_layout,
@@ -21,13 +22,10 @@ from unmask.diffusion.attention import (
 from unmask.errors import UnmaskError, UnmaskWarning
 from unmask.generation.config import DiffusionGenerationConfig
 from unmask.generation.engine import DiffusionGenerationOutput, Engine, View, respond
+from unmask.model.attention import AttentionInputs, KVCache, run_backbone
 from unmask.model.config import block_length_of
 from unmask.model.head import chunk_rows
 from unmask.model.inputs import check_inputs
-from unmask.model.kernels import SDPA, kernel_mask
-from unmask.model.partial import KeptKeys, last_layer_on
-
-_MASKED_KERNELS = (SDPA, "eager")  # which take a mask (R, 1, queries, keys)
 
 
 class GenerateMixin:
@@ -208,64 +206,52 @@ class BackboneDenoiser:
     """
 
     def __init__(self, model: Any, slots: int, columns: int):
-        self.model, self.kept = model, KeptKeys(slots, columns)
+        self.model, self.cache = model, KVCache(slots, columns)
 
     def __call__(self, view: View) -> Iterator[Tensor]:
         """Compute the logits of the positions asked for, in chunks."""
         layout = row_layout(view.is_token)
         columns = torch.arange(view.ids.shape[1], device=view.ids.device).expand(view.ids.shape)
         source = predicting_column(layout) if self.model.config.logit_shift else columns
-        wanted = torch.zeros_like(view.where, dtype=torch.long).scatter_add_(1, source, view.where.long()) > 0
-        compute = None if view.compute is None else view.compute | wanted
-        # Places of the computed columns, and among them of the wanted ones.
-        place = columns if compute is None else (compute.long().cumsum(dim=1) - 1).clamp(min=0)
-        narrow = self.model.config._attn_implementation in _MASKED_KERNELS
-        index = _columns_of(wanted, 0)[0] if narrow else None
-        hidden = self._run(view, layout, compute, None if index is None else place.gather(1, index))
+        if view.compute is None:
+            hidden, place = self._whole(view, layout), columns
+        else:
+            predicting = torch.zeros_like(view.where, dtype=torch.long)
+            compute = view.compute | (predicting.scatter_add_(1, source, view.where.long()) > 0)
+            hidden = self._cached(view, layout, compute)
+            place = (compute.long().cumsum(dim=1) - 1).clamp(min=0)  # of the computed columns
         if not view.where.any():
             return iter(())
-        at = (wanted.long().cumsum(dim=1) - 1).clamp(min=0) if narrow else place
         row, column = view.where.nonzero(as_tuple=True)
-        hidden = hidden[row, at.gather(1, source)[row, column]]
+        hidden = hidden[row, place.gather(1, source)[row, column]]
         head = self.model.lm_head
         size = chunk_rows(len(hidden), self.model.config.vocab_size, hidden.dtype, hidden.device).rows
         return (head(part) for part in hidden.split(size))
 
-    def _run(self, view: View, layout: Layout, compute: Tensor | None, index: Tensor | None) -> Tensor:
-        """Run the backbone on the columns to compute; of the last layer on `index` of them."""
-        config = self.model.config
-        given: dict[str, Any] = {"use_cache": False}
-        ids, position, mask = view.ids, layout.position, None
-        if compute is None:
-            if view.block is not None:
-                mask = self._mask(attend_block_causal(layout, view.block))
-            elif not view.is_token.all():
-                mask = view.is_token
-            else:
-                position = position[:1]
+    def _whole(self, view: View, layout: Layout) -> Tensor:
+        """Run the backbone on all columns."""
+        attend, position = None, layout.position
+        if view.block is not None:
+            attend = attend_block_causal(layout, view.block)[:, None]
+        elif not view.is_token.all():
+            attend = attend_tokens(layout)[:, None]
         else:
-            column, valid = _columns_of(compute, ids.shape[1])
-            read = column.clamp(max=ids.shape[1] - 1)
-            ids, position = ids.gather(1, read), position.gather(1, read)
-            seen = view.is_token[:, None, :]
-            if view.block is not None:
-                seen = seen & (view.block[:, None, :] <= view.block.gather(1, read)[:, :, None])
-            seen = seen | (~valid[:, :, None] & view.is_token[:, None, :])  # no softmax over nothing
-            given["past_key_values"] = self.kept.at(view.rows, column, view.ids.shape[1])
-            if not seen.all():
-                mask = self._mask(seen.expand(-1, ids.shape[1], -1))
-        if "sliding_attention" in (getattr(config, "layer_types", None) or ()) and view.block is not None:
-            raise UnmaskError("layers with a sliding window cannot do block-causal attention.")
-        arguments = {"input_ids": ids, "attention_mask": mask, "position_ids": position, **given}
-        if index is None:
-            return self.model.model(**arguments).last_hidden_state
-        if index.shape[1] == 0:  # only keys and values are wanted
-            index = index.new_zeros(len(index), 1)
-        with last_layer_on(self.model.model, index):
-            return self.model.model(**arguments).last_hidden_state
+            position = position[:1]
+        return run_backbone(self.model.model, view.ids, attend, AttentionInputs(position))
 
-    def _mask(self, attend: Tensor) -> Any:
-        return kernel_mask(attend, self.model.config._attn_implementation, self.model.dtype)
+    def _cached(self, view: View, layout: Layout, compute: Tensor) -> Tensor:
+        """Run the backbone on the columns to compute, against the keys and values kept of the others."""
+        columns, valid = _columns_of(compute, view.ids.shape[1])
+        read = columns.clamp(max=view.ids.shape[1] - 1)
+        attend = view.is_token[:, None, :]
+        if view.block is not None:
+            attend = attend & (view.block[:, None, :] <= view.block.gather(1, read)[:, :, None])
+        attend = attend | (~valid[:, :, None] & view.is_token[:, None, :])  # no softmax over nothing
+        inputs = AttentionInputs(
+            layout.position.gather(1, read), cached=self.cache.at(view.rows, columns, layout.position)
+        )
+        mask = None if attend.all() else attend[:, None]
+        return run_backbone(self.model.model, view.ids.gather(1, read), mask, inputs)
 
 
 def _columns_of(flag: Bool[Tensor, "R S"], other: int) -> tuple[Int[Tensor, "R K"], Bool[Tensor, "R K"]]:

@@ -54,10 +54,7 @@ def build_model(
     else:
         model = _from_scratch(settings.config or {}, tokenizer, overrides)
         model = model.to(dtype)
-        try:
-            model.set_attn_implementation(settings.attn_implementation)
-        except (ImportError, ValueError) as error:
-            raise UnmaskError(f"model.attn_implementation: {first_line(error)}; use sdpa.") from error
+        model.set_attn_implementation(settings.attn_implementation)
     check_attention(recipe, model.config)
     if recipe.lora.r is not None:
         cast(Any, model.config).base_fingerprint = fingerprint(model)  # before a row is added

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from unmask.errors import UnmaskError
+from unmask.model.attention import registered_name
 from unmask.model.checkpoint import is_diffusion, read_config
 from unmask.model.config import diffusion_values
 from unmask.model.families import MODEL_CLASSES
@@ -111,8 +112,9 @@ def _run(recipe: Recipe, config: Any, layers: int, batch: int, length: int) -> t
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = (config.layer_types * layers)[:layers]
-    config._attn_implementation = "eager" if recipe.model.attn_implementation == "eager" else "sdpa"
     model = cast(Any, _build(recipe, config, weight_dtype(recipe, computing=True)))
+    network = (model.get_base_model() if recipe.lora.r else model).model
+    network.set_attn_implementation(registered_name(recipe.model.attn_implementation))
     with FakeTensorMode(allow_non_fake_inputs=True):
         _pretend(model)
         own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
@@ -123,7 +125,6 @@ def _run(recipe: Recipe, config: Any, layers: int, batch: int, length: int) -> t
                 kept[tensor.untyped_storage()._cdata] = tensor
             return tensor
 
-        network = (model.get_base_model() if recipe.lora.r else model).model
         inputs: list[Tensor] = []
         network.layers[0].register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)

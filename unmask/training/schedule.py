@@ -78,17 +78,12 @@ def check_attention(recipe: Recipe, config: Any) -> None:
         config: of the model to train, with the recipe's own settings in it.
 
     Raises:
-        UnmaskError: settings that block-causal attention, a sliding window or this machine contradicts, or
-            blocks without block-causal attention.
+        UnmaskError: settings that block-causal attention or this machine contradicts, or blocks without
+            block-causal attention.
     """
     model, length = recipe.model, config.block_length
     if model.attn_implementation == "flex_attention" and not torch.accelerator.is_available():
-        raise UnmaskError("model.attn_implementation: flex_attention cannot train on a CPU; use sdpa.")
-    if recipe.data.packing and "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        raise UnmaskError(
-            "data.packing: the model has layers with a sliding window, which cannot do packed rows; set it to"
-            " false."
-        )
+        raise UnmaskError("model.attn_implementation: flex_attention cannot train on a CPU; use auto.")
     if config.attention == "bidirectional":
         if length is not None:
             raise UnmaskError(
@@ -109,10 +104,6 @@ def check_attention(recipe: Recipe, config: Any) -> None:
         )
     if model.loss == "cart":
         raise UnmaskError(f"model.loss: cart contradicts {whole}, which hides half of its context; use elbo.")
-    if model.attn_implementation not in ("sdpa", "eager"):
-        raise UnmaskError(
-            f"model.attn_implementation: {model.attn_implementation} cannot do {whole}; use sdpa."
-        )
     size = recipe.data.block_size
     if length > size or (recipe.training_mode == "pretrain" and size % length):
         raise UnmaskError(

@@ -20,7 +20,6 @@ from unmask.diffusion.loss import loss_divisor
 from unmask.diffusion.noise import Drawn, document_strata, example_seeds, low_discrepancy
 from unmask.diffusion.objective import Objective
 from unmask.model.inputs import IGNORED
-from unmask.model.kernels import takes_documents
 from unmask.training.accounting import Accounting
 from unmask.training.callbacks import SHARE
 from unmask.training.ema import WeightAverage
@@ -156,9 +155,8 @@ class DiffusionTrainer(SavingTrainer):
         for batch in batch_samples:
             drawn = self._drawn(batch, objective)
             divisors.append(loss_divisor(drawn, objective))
-            kernel = cast(Any, self.model).config._attn_implementation
             in_documents = "segment_ids" in batch and drawn.block is None and objective.future_share == 1
-            flat = in_documents and takes_documents(kernel) and not self.args.torch_compile
+            flat = in_documents and not self.args.torch_compile
             self.accounting.count(drawn, 2 if objective.complementary else 1, flat)
         divisor = torch.stack(divisors).sum().to(device)
         return cast(Tensor, self.accelerator.gather(divisor)).sum() if self.args.world_size > 1 else divisor

@@ -1,0 +1,244 @@
+"""Our attention function in stock models: against their own, by kernel, by document, with a cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import FAMILIES, STOCK, random_ids, tiny_model, tiny_stock_config, tiny_stock_model
+from torch import Tensor
+
+from unmask.diffusion.attention import row_layout
+from unmask.diffusion.objective import Objective
+from unmask.errors import UnmaskError
+from unmask.model.attention import KERNELS, AttentionInputs, pack_tokens, run_backbone
+
+# Segment of each column, 0 = padding. Padding stands between documents, inside them and at both ends.
+SEGMENTS = torch.tensor(
+    [[1, 1, 1, 2, 2, 0, 2, 2, 2, 3, 0, 0], [0, 0, 4, 4, 4, 4, 4, 0, 0, 5, 5, 5], [6] * 12]
+)
+WINDOW: dict[str, Any] = {  # the second layer's; of Qwen2 and Qwen3
+    "layer_types": ["full_attention", "sliding_attention"],
+    "use_sliding_window": True,
+    "sliding_window": 2,
+}
+
+
+def packed_batch() -> dict[str, Any]:
+    return {
+        "input_ids": random_ids(3, 12),
+        "attention_mask": SEGMENTS > 0,
+        "segment_ids": SEGMENTS,
+        "noise_seed": torch.arange(9).view(3, 3),
+    }
+
+
+def run(model: Any, **given: Any) -> list[Tensor]:
+    """Logits at tokens, loss and gradients on packed rows; none at tokens that a truncation cut off."""
+    drawn = model.draw_noise(**packed_batch(), **given)
+    logits, loss = model(**packed_batch(), **given)
+    return [logits[drawn.layout.is_token], loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-12) -> None:
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+
+
+# Against the stock models' own attention
+
+
+@pytest.mark.parametrize("kernel", ["auto", "sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_output_is_that_of_the_stock_model(family: str, kernel: str) -> None:
+    """Should a library rename what we pass to attention, this fails."""
+    ids = random_ids(3, 9)
+    padded = torch.tensor([[1] * 9, [1] * 4 + [0] * 5, [1] * 7 + [0] * 2])
+    for fields in ({}, {} if family == "llama" else WINDOW):
+        model = tiny_model(family, dtype=torch.float32, **fields).eval()
+        model.set_attn_implementation(kernel)
+        stock = STOCK[family][1](tiny_stock_config(family, is_causal=False, **fields)).eval()
+        stock.load_state_dict(model.state_dict())
+        # float32 sums of up to 24 products, in another order
+        assert_same([model(ids).logits], [stock(input_ids=ids).logits], 2e-5)
+        ours = model(ids, attention_mask=padded).logits
+        theirs = stock(input_ids=ids, attention_mask=padded).logits
+        assert_same([ours[padded == 1]], [theirs[padded == 1]], 2e-5)
+        assert not torch.allclose(ours[1, :4], model(ids).logits[1, :4], atol=1e-2)
+
+
+def test_a_library_that_drops_our_arguments_is_found_out() -> None:
+    stock = tiny_stock_model()  # with its own attention function, which does not take them
+    inputs = AttentionInputs(torch.arange(5)[None])
+    with pytest.raises(UnmaskError, match=r"passed the attention inputs to 0 of 2 layers.*constraints.txt"):
+        run_backbone(stock.model, random_ids(1, 5), None, inputs)
+
+
+def test_the_backbone_may_be_called_directly() -> None:
+    model = tiny_model().eval()
+    ids, mask = random_ids(2, 6), torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    whole = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
+    logits = model(ids, attention_mask=mask).logits
+    assert_same([model.lm_head(whole)[mask == 1]], [logits[mask == 1]])
+    model.config.is_causal = True
+    with pytest.raises(UnmaskError, match=r"set config\.is_causal = False"):
+        model.model(input_ids=ids)
+
+
+# Kernels
+
+
+def test_names_stay_in_memory(tmp_path: Path) -> None:
+    model = tiny_model().eval()
+    model.save_pretrained(tmp_path)
+    assert "unmask_auto" not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
+    for name in (None, *KERNELS[:3]):
+        loaded = type(model).from_pretrained(tmp_path, attn_implementation=name)
+        assert_same([loaded(random_ids(1, 4)).logits], [model(random_ids(1, 4)).logits])
+    with pytest.raises(UnmaskError, match=r"one of auto, sdpa, eager, .*; got 'flash_attention_2'"):
+        type(model).from_pretrained(tmp_path, attn_implementation="flash_attention_2")
+    with pytest.raises(UnmaskError, match="got 'flash_attention_3'"):
+        model.set_attn_implementation("flash_attention_3")
+
+
+@pytest.mark.parametrize(("dtype", "like"), [(torch.float32, "sdpa"), (torch.bfloat16, "eager")])
+def test_auto_is_the_faster_kernel_of_a_cpu(dtype: torch.dtype, like: str) -> None:
+    model, ids = tiny_model(dtype=dtype).eval(), random_ids(3, 40)
+    outputs = {}
+    for kernel in ("auto", "sdpa", "eager"):
+        model.set_attn_implementation(kernel)
+        outputs[kernel] = model(ids).logits
+    assert torch.equal(outputs["auto"], outputs[like])
+    assert not torch.equal(outputs["sdpa"], outputs["eager"])
+    torch.testing.assert_close(outputs["sdpa"], outputs["eager"], rtol=0.1, atol=0.3)
+
+
+@pytest.mark.parametrize("fields", [{}, WINDOW], ids=["full", "window"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_gives_the_same(fields: dict[str, Any]) -> None:
+    """Its forward pass alone: it has no backward pass on a CPU."""
+    model = tiny_model(head_dim=16, dtype=torch.float32, **fields).eval()
+    blocks = tiny_model(head_dim=16, dtype=torch.float32, attention="block_causal", block_length=3).eval()
+    batch = {name: value for name, value in packed_batch().items() if name != "noise_seed"}
+    found: dict[str, list[Tensor]] = {}
+    for kernel in ("sdpa", "flex_attention"):
+        for one in (model, blocks):
+            one.set_attn_implementation(kernel)
+        with torch.no_grad():
+            found[kernel] = [
+                model(**batch).logits[SEGMENTS > 0],
+                model(batch["input_ids"]).logits,
+                blocks(**batch).logits[SEGMENTS > 0],
+            ]
+    assert_same(found["flex_attention"], found["sdpa"], 1e-4)
+
+
+# Documents one after another
+
+
+@given(rows=st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6), min_size=1, max_size=4))
+def test_packed_tokens_are_every_token_once_document_by_document(rows: list[list[int]]) -> None:
+    rows = [sorted(row) for row in rows]  # 0 is padding here, and the tokens of a document stand together
+    segments = torch.tensor(rows)
+    packed = pack_tokens(row_layout(segments > 0, segments))
+    documents = [(row, one) for row in range(len(rows)) for one in (1, 2, 3) if one in rows[row]]
+    if not documents:
+        assert packed.place.tolist() == [0]
+        assert packed.ends == [0, 1]
+        return
+    place = torch.arange(segments.numel()).view(segments.shape)
+    assert packed.take(place)[0].tolist() == place[segments > 0].tolist()
+    sizes = [rows[row].count(one) for row, one in documents]
+    assert packed.ends == [0, *torch.tensor(sizes).cumsum(0).tolist()]
+    hidden = packed.take(place)[..., None] + 0.5
+    back = packed.put_back(hidden, segments.shape)
+    assert torch.equal(back[..., 0], torch.where(segments > 0, place + 0.5, 0.0))
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shift", [False, True], ids=["unshifted", "shifted"])
+def test_documents_and_masks_give_the_same_loss_and_gradient(
+    family: str, shift: bool, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A compiler sees a mask. Truncation turns more tokens into padding in each step.
+    model = tiny_model(family, logit_shift=shift)
+    model.set_attn_implementation(kernel)
+    for objective in (None, Objective(eps=0.2, truncate_probability=0.5)):
+        found = run(model, objective=objective)
+        assert found[1] > 0.1
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            assert_same(found, run(model, objective=objective))
+
+
+@pytest.mark.parametrize("fields", [{}, WINDOW], ids=["full", "window"])
+def test_each_document_is_as_if_alone(fields: dict[str, Any]) -> None:
+    model, ids = tiny_model(**fields).eval(), random_ids(3, 12)
+    logits = model(ids, attention_mask=SEGMENTS > 0, segment_ids=SEGMENTS).logits
+    for row, segment in ((0, 1), (0, 2), (0, 3), (1, 4), (1, 5), (2, 6)):
+        own = SEGMENTS[row] == segment
+        assert_same([logits[row, own]], [model(ids[row, own][None]).logits[0]])
+
+
+def test_a_batch_without_a_token() -> None:
+    model, ids = tiny_model(), random_ids(2, 6)
+    segments = torch.tensor([[1, 1, 1, 1, 2, 2]]).expand(2, -1)
+    loss = model(ids, attention_mask=torch.zeros(2, 6), segment_ids=segments).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_recomputes_documents(reentrant: bool) -> None:
+    model = tiny_model()
+    expected = run(model)
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    loss = model(**packed_batch()).loss
+    loss.backward()
+    assert_same([loss, *(p.grad for p in model.parameters())], expected[1:])
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_dropout_drops(kernel: str) -> None:
+    model = tiny_model(attention_dropout=0.5)
+    model.set_attn_implementation(kernel)
+    first, second = run(model), run(model)
+    assert not torch.equal(first[0], second[0])
+    ids = random_ids(1, 6)
+    assert torch.equal(model.eval()(ids).logits, model(ids).logits)
+
+
+# Sliding windows
+
+
+def test_a_window_counts_positions_and_not_columns() -> None:
+    model, ids = tiny_model(**WINDOW).eval(), random_ids(1, 6)
+    columns = [0, 3, 4, 7, 8, 11]
+    spread, mask = torch.zeros(1, 12, dtype=torch.long), torch.zeros(1, 12)
+    spread[0, columns], mask[0, columns] = ids[0], 1
+    assert_same([model(spread, attention_mask=mask).logits[0, columns]], [model(ids).logits[0]])
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("fields", [{}, WINDOW], ids=["full", "window"])
+def test_generation_with_cached_keys_equals_the_whole_forward(kernel: str, fields: dict[str, Any]) -> None:
+    model = tiny_model(attention="block_causal", block_length=3, logit_shift=True, **fields).eval()
+    model.set_attn_implementation(kernel)
+    ids, mask = random_ids(3, 7), torch.tensor([[1] * 7, [0] * 2 + [1] * 5, [1] * 4 + [0] * 3])
+    settings = {"max_new_tokens": 9, "eos_token_id": [], "return_trace": True}
+    cached, whole = (model.generate(ids, mask, use_cache=flag, **settings) for flag in (True, False))
+    assert torch.equal(cached.sequences, whole.sequences)
+    assert_same([cached.confidence], [whole.confidence], 1e-6)
+    dual = tiny_model(**fields).eval()
+    settings = {"max_new_tokens": 9, "block_length": 3, "eos_token_id": [], "return_trace": True}
+    exact = dual.generate(ids, mask, **settings)
+    again = dual.generate(ids, mask, approximate_cache="dual", refresh_interval=1, **settings)
+    assert torch.equal(exact.sequences, again.sequences)
+    assert_same([exact.confidence], [again.confidence], 1e-6)
