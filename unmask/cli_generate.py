@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -351,14 +351,12 @@ def _warnings_in_a_line() -> Iterator[None]:
 
 def _load(name: str) -> tuple[Any, Any]:
     """The model, on the accelerator if there is one, and its tokenizer."""
-    import torch
-
     from unmask.data.tokenizer import load_tokenizer
+    from unmask.model.bf16 import place_for_inference
     from unmask.model.checkpoint import load_model
 
     model = load_model(name)
-    if torch.accelerator.is_available():
-        cast(Any, model).to(torch.accelerator.current_accelerator())
+    place_for_inference(model)
     return model, load_tokenizer(name)
 
 

@@ -35,8 +35,9 @@ class Recipe(Section):
     lr_scheduler: SchedulerRecipe = SchedulerRecipe()
     lora: LoraRecipe = LoraRecipe()
     ema: EMARecipe = EMARecipe()
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """type of the computation"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """compute dtype (mixed precision); auto = bf16 on accelerators that have it and on CPUs that multiply
+    matrices faster in it, fp32 on all others; of a resumed run that of its checkpoint"""
     gradient_checkpointing: bool = False
     """whether activations are computed again to save memory"""
     torch_compile: bool = False

@@ -16,7 +16,7 @@ from unmask.training.parallel import batch_plan, num_processes, parallel_setting
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
-    """Translate a recipe into transformers' own settings.
+    """Translate a recipe into transformers' own settings; `precision: auto` counts as fp32.
 
     Raises:
         UnmaskError: the global batch cannot be divided over the processes, `distributed` does not fit

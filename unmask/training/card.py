@@ -46,6 +46,7 @@ def write_card(
         **({} if recipe.ema.decay is None else {"weights": f"moving average, decay {recipe.ema.decay:g}"}),
         "logit shift": "on" if model.config.logit_shift else "off",
         "attention": attention_of(model.config),
+        "precision": recipe.precision,
         "data": _cell(_data_names(recipe)),
         **({} if recipe.data.streaming else {"training examples": f"{len(data.train):,}"}),
         **({"records left out": _cell("; ".join(left_out))} if left_out else {}),

@@ -32,6 +32,8 @@ def dry_run(recipe: Recipe, devices: int | None = None, console: Console | None 
     if console is None:
         console = Console(highlight=False)
         console.width = max(console.width, 110)  # or a column of the table would break in the middle
+    if recipe.precision == "auto":  # an accelerator without bf16 is rare
+        recipe = recipe.model_copy(update={"precision": "bf16"})
     config = model_config(recipe)
     model = outline(recipe, config)
     sizes = sizes_of(model, recipe)

@@ -135,6 +135,7 @@ def _run(recipe: Recipe, config: Any, layers: int, batch: int, length: int) -> t
 
 def uses_autocast(recipe: Recipe) -> bool:
     """Whether bf16 is a matter of single operations, and not of the weights that an engine hands out."""
+    assert recipe.precision != "auto", "see `with_precision`"
     return recipe.precision == "bf16" and recipe.distributed.type == "ddp"
 
 

@@ -8,6 +8,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import torch
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
@@ -24,6 +25,7 @@ from unmask.training.checkpoints import (
     step_of,
     verify,
 )
+from unmask.training.precision import with_precision
 
 FINAL = "final"  # the checkpoint a finished run leaves, inside checkpoint_save_dir
 
@@ -46,10 +48,14 @@ _ARCHITECTURE = (
 
 
 class Resumed(NamedTuple):
-    """Where a run starts: the checkpoint to go on from, None for a new run, and what to say about it."""
+    """Where and how a run starts."""
 
     checkpoint: str | None
+    """The one to resume from; None for a new run."""
+    recipe: Recipe
+    """The run's, its precision decided."""
     notes: list[str]
+    """What to say about it."""
 
 
 def on_main(find: Callable[[], Resumed], main: bool, processes: int) -> Resumed:
@@ -71,12 +77,29 @@ def on_main(find: Callable[[], Resumed], main: bool, processes: int) -> Resumed:
     return found[0]
 
 
-def resume_point(recipe: Recipe, out: Path) -> Resumed:
-    """Find the checkpoint to go on from.
+def resume_point(recipe: Recipe, out: Path, device: torch.device) -> Resumed:
+    """Find the checkpoint to go on from, and decide the precision.
 
     Raises:
         UnmaskError: the folder holds a run already, the checkpoint is damaged, or of another recipe.
     """
+    start, notes = _find(recipe, out)
+    if start is None:
+        recipe, said = with_precision(recipe, device)
+        return Resumed(None, recipe, notes + said)
+    try:
+        started = load_recipe(start / RECIPE)
+    except UnmaskError as error:
+        recipe, said = with_precision(recipe, device)
+        said.append(f"resume: the recipe cannot be compared with that of the checkpoint: {error}")
+    else:
+        recipe, said = with_precision(recipe, device, started)
+        said += _compare(recipe, started, start)
+    return Resumed(str(start), recipe, [*notes, f"going on from {start}", *said])
+
+
+def _find(recipe: Recipe, out: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, if any, and what to say about the others."""
     wanted, there = recipe.resume_from_checkpoint, checkpoints(out)
     if wanted is None:
         if there or (out / FINAL).exists():
@@ -84,7 +107,7 @@ def resume_point(recipe: Recipe, out: Path) -> Resumed:
                 f"checkpoint_save_dir: {out} holds a run already; set resume_from_checkpoint=auto to go on"
                 " with it, or name another folder."
             )
-        return Resumed(None, [])
+        return None, []
     notes = []
     if wanted == "auto":
         start, wrong = newest_whole(out)
@@ -99,7 +122,7 @@ def resume_point(recipe: Recipe, out: Path) -> Resumed:
                     f"resume_from_checkpoint: no checkpoint in {out} is whole: {'; '.join(wrong)}; move them"
                     " away to start anew."
                 )
-            return Resumed(None, [f"{out} holds no checkpoint yet: a new run"])
+            return None, [f"{out} holds no checkpoint yet: a new run"]
         notes = [f"warning: {found}; going on from the one before" for found in wrong]
     else:
         start = Path(wanted)
@@ -110,8 +133,7 @@ def resume_point(recipe: Recipe, out: Path) -> Resumed:
             )
         verify(start)
         _check_newest(start, there)
-    notes += [f"going on from {start}", *_compare(recipe, start)]
-    return Resumed(str(start), notes)
+    return start, notes
 
 
 def _check_newest(start: Path, there: list[Path]) -> None:
@@ -125,13 +147,8 @@ def _check_newest(start: Path, there: list[Path]) -> None:
         )
 
 
-def _compare(recipe: Recipe, checkpoint: Path) -> list[str]:
-    """Refuse another recipe than the checkpoint's; say which of the keys differ that may."""
-    file = checkpoint / RECIPE
-    try:
-        started = load_recipe(file)
-    except UnmaskError as error:
-        return [f"resume: the recipe cannot be compared with that of the checkpoint: {error}"]
+def _compare(recipe: Recipe, started: Recipe, checkpoint: Path) -> list[str]:
+    """Refuse another recipe than the checkpoint's, `started`; say which of the keys differ that may."""
     keys = [field.key for field in recipe_fields() if "[]" not in field.key]
     changed = [key for key in keys if _value(recipe, key) != _value(started, key)]
     told = [key for key in changed if not _within(key, ("resume", "resume_from_checkpoint"))]

@@ -102,7 +102,10 @@ def _train(recipe: Recipe, console: Console, signals: StopSignals) -> TrainResul
 def _train_in(
     out: Path, recipe: Recipe, args: TrainingArguments, console: Console, signals: StopSignals
 ) -> TrainResult:
-    resume, notes = on_main(partial(resume_point, recipe, out), args.process_index == 0, args.world_size)
+    find = partial(resume_point, recipe, out, args.device)
+    resume, recipe, notes = on_main(find, args.process_index == 0, args.world_size)
+    if args.bf16 != (recipe.precision == "bf16"):  # it was `auto`
+        args = training_arguments(recipe)
     args.eval_on_start = args.eval_on_start and resume is None
     _check_trackers(args.report_to or [])
     for note in notes:
