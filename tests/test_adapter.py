@@ -14,7 +14,7 @@ import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from safetensors.torch import load_file
 from test_run import losses, train, trainers, write_data  # noqa: F401  (trainers: a fixture)
-from tiny import autoregressive_folder, random_ids, tiny_model
+from tiny import autoregressive_folder, random_ids, recompute_activations, tiny_model
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -147,7 +147,7 @@ def test_the_rest_gets_no_gradient_and_recomputing_changes_none(base: Path) -> N
     model: Any = adapted(base)
     plain = gradients(model, return_logits=False)
     assert all((weight.grad is None) != weight.requires_grad for weight in model.parameters())
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    recompute_activations(model)
     again = gradients(model, return_logits=False)
     for name, gradient in plain.items():
         assert gradient.abs().max() > 0, name

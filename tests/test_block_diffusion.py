@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES, STOCK, assert_rate, random_ids, tiny_model, tiny_stock_model
+from tiny import FAMILIES, STOCK, assert_rate, random_ids, recompute_activations, tiny_model, tiny_stock_model
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
@@ -722,12 +722,11 @@ def test_nothing_maskable_gives_zero_and_a_zero_gradient(case: str, return_logit
     assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_gradient_checkpointing_and_bfloat16() -> None:
     model, batch = block_model(3), pack(ROWS, "left")
     loss = model(**batch.given()).loss
     expected = gradients(model, loss)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute_activations(model)
     for name, gradient in gradients(model, model(**batch.given()).loss).items():
         assert_same(gradient, expected[name])
     small = block_model(3, dtype=torch.bfloat16)(**batch.given()).loss

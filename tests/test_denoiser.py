@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import assert_rate, random_ids, tiny_model
+from tiny import assert_rate, random_ids, recompute_activations, tiny_model
 from torch import Tensor
 from transformers import Qwen3Config
 from transformers import Qwen3ForCausalLM as StockQwen3
@@ -442,12 +442,11 @@ def test_nothing_masked_gives_zero_and_a_zero_gradient(case: str, return_logits:
         assert parameter.grad is None or not parameter.grad.any()
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_gradient_checkpointing_changes_nothing() -> None:
     model, ids, seeds = tiny_model(), random_ids(2, 6), torch.arange(2)
     plain = model(ids, noise_seed=seeds).loss
     expected = gradients(model, plain)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute_activations(model)
     loss = model(ids, noise_seed=seeds).loss
     assert torch.equal(loss, plain)
     for one, other in zip(gradients(model, loss), expected, strict=True):

@@ -201,7 +201,8 @@ def test_unknown_key_in_the_file(recipe_file: Path) -> None:
         ("max_steps=", "max_steps: expected a positive integer; got null"),
         (
             "model.attn_implementation=flash_attention_2",
-            "model.attn_implementation: expected auto, sdpa, eager or flex_attention; got",
+            "model.attn_implementation: expected auto, sdpa, eager or flex_attention; got"
+            " 'flash_attention_2'",
         ),
         ("seed=true", "seed: expected an integer, 0 or more; got true"),
         ("seed=-1", "seed: expected an integer, 0 or more; got -1"),
