@@ -78,7 +78,7 @@ def test_spare_rows_take_the_mask_token_without_a_resize(family: str, tmp_path: 
 def test_it_is_the_base_model_but_for_the_attention_and_the_shift(tmp_path: Path) -> None:
     base, out = autoregressive_folder(tmp_path / "base", vocab_size=259), tmp_path / "out"
     convert(str(base), out)
-    model = load(out, is_causal=True)
+    model = load(out, attention="block_causal", block_length=1)
     stock: Any = AutoModelForCausalLM.from_pretrained(base)
     ids = random_ids(2, 12, vocab=259)
     expected = stock(input_ids=ids).logits
