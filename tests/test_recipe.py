@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from unmask.data.conversation import FORMATS
 from unmask.errors import UnmaskError
-from unmask.recipe import Recipe, load_recipe, recipe_fields, recipe_from_dict
+from unmask.config import Recipe, load_recipe, recipe_fields, recipe_from_dict
 
 BASE = """\
 training_mode: sft

@@ -1,4 +1,4 @@
-"""Asked to stop by a signal: the step is finished, a checkpoint saved, and the process leaves."""
+"""SIGTERM and SIGINT: save a checkpoint after the current step, then exit with 143 or 130."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ ECHO_SECONDS = 2.0
 
 
 class StopSignals:
-    """Inside, SIGTERM and SIGINT are noted and the first one can be acted on; after it they are as before.
+    """Inside, SIGTERM and SIGINT are noted, and can be acted on at the next step.
 
-    While `at_once` is set, as it is at first, a signal ends the process with `SystemExit`; otherwise it is
-    in `received`, and a second one ends the process without more ado.
+    While `at_once` is set, as it is at first, a signal ends the process with `SystemExit`; otherwise it is in
+    `received`, and a second one ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -36,11 +36,11 @@ class StopSignals:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
-            # A launcher that sees one process leave signals the others, which are about to.
+            # A launcher that sees one process end signals the others, which are about to.
             signal.signal(number, signal.SIG_IGN if self.received and "RANK" in os.environ else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self.pid:  # a child of ours: a data worker while training, else of no use any more
+        if os.getpid() != self.pid:  # a child process: while training a data worker, which goes on
             if self.at_once:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
@@ -51,7 +51,7 @@ class StopSignals:
             if os.environ.get("RANK", "0") == "0":
                 # Not print: the signal may have interrupted one.
                 name = signal.Signals(number).name
-                os.write(2, f"{name}: saving a checkpoint after this step; again = leave at once\n".encode())
+                os.write(2, f"{name}: saving a checkpoint after this step; again = exit at once\n".encode())
         elif time.monotonic() - self.time > ECHO_SECONDS:
             os._exit(128 + number)
 

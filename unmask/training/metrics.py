@@ -1,8 +1,5 @@
 """How much of a run is useful work: tokens a second, positions without padding, FLOPs against the peak.
 
-Time is taken without waiting for the device: a part of a step ends with a mark, on a GPU an event in its
-stream, and the marks are read where losses are logged.
-
 Shapes: B batch, L sequence.
 """
 
@@ -12,62 +9,18 @@ import time
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from unmask.diffusion.attention import count_by_document
-from unmask.diffusion.noise import Drawn
+from unmask.diffusion.corrupt import Noised
+from unmask.training.parallel import Processes
 
-PARTS: tuple[str, ...] = ("data", "forward", "backward", "optimizer", "evaluation", "save", "other")
+PARTS = ("data", "forward", "backward", "optimizer", "evaluation", "save", "other")
 APART = ("evaluation", "save")  # what rates are not divided by
 COUNTS = ("supervised", "useful", "computed", "flops")
 GIB = 2**30
-
-
-class Clock:
-    """Adds up the time between marks, of this process, by the part of a run it was spent on."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.seconds = dict.fromkeys(PARTS, 0.0)
-        self.events: list[tuple[str, Any]] = []  # of a GPU, not yet read
-        self.last: Any = self._now()
-
-    def mark(self, part: str) -> None:
-        """The time since the last mark was spent on `part`."""
-        now = self._now()
-        if self.device.type == "cuda":
-            self.events.append((part, now))
-            if len(self.events) >= 4096:
-                self._read_events()
-        else:
-            self.seconds[part] += now - self.last
-            self.last = now
-
-    def read(self) -> dict[str, float]:
-        """Return the seconds of each part since the last reading."""
-        self._read_events()
-        seconds, self.seconds = self.seconds, dict.fromkeys(PARTS, 0.0)
-        return seconds
-
-    def _now(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _read_events(self) -> None:
-        if self.events:
-            self.events[-1][1].synchronize()
-        for part, event in self.events:
-            self.seconds[part] += self.last.elapsed_time(event) / 1000
-            self.last = event
-        self.events = []
 
 
 @dataclass(frozen=True)
@@ -114,7 +67,7 @@ class Usage:
 
     @property
     def utilisation(self) -> float:
-        """Share of the measured peak that the model's operations come to while training."""
+        """Model FLOP utilisation: share of the measured peak while training."""
         return _ratio(self.flops, self.training_seconds * self.peak_flops)
 
     def time_shares(self) -> dict[str, float]:
@@ -124,15 +77,14 @@ class Usage:
 
     def logs(self) -> dict[str, float]:
         """What is logged."""
-        logs = {
+        memory = {} if self.peak_memory is None else {"peak_memory_gib": self.peak_memory / GIB}
+        return {
             "supervised_tokens_per_second": self.tokens_per_second,
             "useful_positions": self.useful_share,
             "model_flops_utilisation": self.utilisation,
             **{f"time/{part}": share for part, share in self.time_shares().items()},
+            **memory,
         }
-        if self.peak_memory is not None:
-            logs["peak_memory_gib"] = self.peak_memory / GIB
-        return logs
 
     def lines(self) -> list[str]:
         """What a person is told at the end."""
@@ -148,75 +100,67 @@ class Usage:
         ]
 
 
-class Accounting(TrainerCallback):
-    """Counts the work of training steps, and the time it takes.
+class Accounting:
+    """Counts the work of training steps, and the time it takes, by parts of a step.
 
-    `DiffusionTrainer` calls `mark` and `count`; as a callback it starts with the training, so that a resumed
-    run has the rates of its own session, and knows when an optimizer step ends.
+    Time is taken without waiting for the device: on a GPU a mark is an event in its stream, and the marks are
+    read where losses are logged.
 
     Args:
-        model: before it is wrapped or sharded.
-        dtype: of the computation.
+        model: the denoiser, before it is sharded.
+        dtype: compute dtype.
     """
 
-    def __init__(self, model: Any, accelerator: Accelerator, dtype: torch.dtype):
-        self.accelerator, self.dtype = accelerator, dtype
+    def __init__(self, model: Any, dtype: torch.dtype, group: Processes):
+        self.group = group
         self.per_token, self.per_pair, self.per_row = model_flops(model)
+        self.peak = measured_peak(group.device.type, dtype)
+        self.counts = torch.zeros(len(COUNTS), dtype=torch.float64, device=group.device)
         self.session = Usage()
-        self.clock = Clock(accelerator.device)
-        self.counts = torch.zeros(len(COUNTS), dtype=torch.float64, device=accelerator.device)
-        self.started = False
+        self.start()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        measured_peak(self.accelerator.device.type, self.dtype)  # before anything is timed
-        self.clock = Clock(self.accelerator.device)
-        self.session = Usage()
-        self.counts.zero_()
-        self.started = True
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self.mark("optimizer")
+    def start(self) -> None:
+        """Start the clock."""
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.events: list[tuple[str, Any]] = []  # of a GPU, not yet read
+        self.last: Any = self._now()
 
     def mark(self, part: str) -> None:
         """The time since the last mark was spent on `part`, one of `PARTS`."""
-        if self.started:
-            self.clock.mark(part)
+        now = self._now()
+        if self.group.device.type == "cuda":
+            self.events.append((part, now))
+        else:
+            self.seconds[part] += now - self.last
+            self.last = now
 
-    def count(self, drawn: Drawn, draws: int = 1, flat: bool = False) -> None:
-        """Count a micro-batch that is going to be trained on.
-
-        Args:
-            draws: times each sample is denoised: 2 with complementary masks.
-            flat: whether padding is left out before the network.
-        """
-        is_token, maskable = drawn.layout.is_token, drawn.maskable
-        positions, rows = is_token.sum(), len(is_token)
+    def count(self, noised: Noised, complementary: bool, packed: bool) -> None:
+        """Count a micro-batch that is trained on; `packed`: padding is left out before the network."""
+        is_token, maskable = noised.layout.is_token, noised.maskable
+        draws = 2 if complementary else 1
+        useful = is_token.sum()
         # The masks of a draw and of its complement together take every token that may be masked.
-        masked = drawn.noised.is_masked.sum() if draws == 1 else maskable.sum()
-        pairs = count_by_document(drawn.layout, is_token).double().square().sum()
-        useful = positions
-        computed = positions if flat else torch.tensor(is_token.numel(), device=is_token.device)
-        if drawn.block is not None:  # a noised copy of the columns that may be masked goes along
-            useful = positions + maskable.sum()
-            computed = computed + rows * maskable.any(dim=0).sum()
+        masked = maskable.sum() if complementary else noised.is_masked.sum()
+        pairs = count_by_document(noised.layout, is_token).double().square().sum()
+        computed = useful if packed else torch.tensor(is_token.numel(), device=is_token.device)
+        if noised.block is not None:  # a noised copy of the columns that may be masked goes along
+            useful = useful + maskable.sum()
+            computed = computed + len(is_token) * maskable.any(dim=0).sum()
         flops = (useful * self.per_token + pairs * self.per_pair) * draws + masked * self.per_row
         counts = (maskable.sum(), useful * draws, computed * draws, flops)
-        self.counts += torch.stack([value.double() for value in counts]).to(self.counts.device)
+        self.counts += torch.stack([value.double() for value in counts])
 
     def report(self) -> Usage:
         """Return what was done since the last report, over all processes, which must all call it."""
         self.mark("other")
-        seconds = self.clock.read()
-        peak = measured_peak(self.accelerator.device.type, self.dtype)
-        memory = peak_memory(self.accelerator.device)
-        mine = [*self.counts.tolist(), *seconds.values(), peak, -1 if memory is None else memory]
-        table = torch.tensor([mine], dtype=torch.float64, device=self.counts.device)
-        table = cast(Tensor, self.accelerator.gather(table)).cpu()
-        self.counts.zero_()
+        if self.events:
+            self.events[-1][1].synchronize()
+        for part, event in self.events:
+            self.seconds[part] += self.last.elapsed_time(event) / 1000
+            self.last = event
+        memory = peak_memory(self.group.device)
+        mine = [*self.counts.tolist(), *self.seconds.values(), self.peak, -1 if memory is None else memory]
+        table = torch.tensor(self.group.gather(mine), dtype=torch.float64)
         sums, means, most = table.sum(dim=0).tolist(), table.mean(dim=0).tolist(), table.amax(dim=0).tolist()
         usage = Usage(
             **dict(zip(COUNTS, sums, strict=False)),
@@ -224,25 +168,34 @@ class Accounting(TrainerCallback):
             peak_flops=sums[-2],
             peak_memory=int(most[-1]) if most[-1] >= 0 else None,
         )
+        self.counts.zero_()
+        self.seconds, self.events = dict.fromkeys(PARTS, 0.0), []
         self.session += usage
         return usage
+
+    def _now(self) -> Any:
+        if self.group.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def model_flops(model: Any) -> tuple[float, float, float]:
     """Count the floating-point operations of a training step, forward and backward, that the model needs.
 
     Two for each weight of a matrix and token in the forward pass and four in the backward pass, two of them
-    for the weight's gradient, which a frozen weight does not have. Embeddings are looked up. What padding,
-    attention across documents, recomputed activations or logits of unmasked rows cost is no use.
+    for the weight's gradient, which a frozen weight does not have. Embeddings are looked up. Padding, attention
+    across documents, recomputed activations and logits of unmasked rows are not needed.
 
     Returns:
         Operations a token, a pair of tokens of one document, and a masked token (the head).
     """
     config = model.config
-    embedding, head = (_weight(get()) for get in (model.get_input_embeddings, model.get_output_embeddings))
-    matrices = [weight for weight in model.parameters() if len(_shape(weight)) == 2]
-    body = [weight for weight in matrices if weight is not embedding and weight is not head]
-    per_token = sum(_flops(weight) for weight in body)
+    embedding = model.get_input_embeddings().weight
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    matrices = [weight for weight in model.parameters() if weight.dim() == 2]
+    per_token = sum(_flops(w) for w in matrices if w is not embedding and w is not head)
     inner = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
@@ -250,17 +203,8 @@ def model_flops(model: Any) -> tuple[float, float, float]:
     return per_token, per_pair, 0.0 if head is None else _flops(head)
 
 
-def _weight(module: Any) -> Any:
-    return getattr(module, "weight", None)
-
-
-def _shape(weight: Any) -> Any:
-    return getattr(weight, "ds_shape", weight.shape)  # DeepSpeed leaves an empty tensor behind
-
-
 def _flops(weight: Any) -> float:
-    rows, columns = _shape(weight)
-    return (6.0 if weight.requires_grad else 4.0) * rows * columns
+    return (6.0 if weight.requires_grad else 4.0) * weight.numel()
 
 
 @cache

@@ -1,0 +1,143 @@
+"""Files and folders written whole or not at all, their checksums, and who may write."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from unmask.errors import UnmaskError
+
+LOCK = ".lock"
+
+
+def reason(error: BaseException, limit: int = 200) -> str:
+    """The first line of what a library says, for one of ours."""
+    text = getattr(error, "strerror", None) or str(error)
+    return text.strip().splitlines()[0][:limit] if text.strip() else type(error).__name__
+
+
+@contextmanager
+def atomic_dir(folder: Path) -> Iterator[Path]:
+    """Yield a folder next to `folder` that replaces it, as a whole, once everything in it is on the disk.
+
+    If anything fails, `folder` is as it was.
+
+    Raises:
+        UnmaskError: the disk is full, or the folder cannot be written.
+    """
+    target = folder.absolute()  # `.` has no name of its own
+    aside, old = (target.with_name(f".{target.name}.{what}") for what in ("partial", "old"))
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        sync_folder(aside)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(target, old)
+        try:
+            os.replace(aside, target)
+        except OSError:
+            if old.exists():
+                os.replace(old, target)
+            raise
+        sync(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UnmaskError(
+            f"{folder}: could not be written: {reason(error)}; nothing already there was changed."
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def atomic_write(path: Path, data: str | bytes) -> None:
+    """Write a file next to `path` and move it there.
+
+    Raises:
+        UnmaskError: the disk is full, or the file cannot be written.
+    """
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        aside.write_bytes(data.encode() if isinstance(data, str) else data)
+        sync(aside)
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise UnmaskError(f"{path}: could not be written: {reason(error)}.") from error
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder and find out now whether it can be written.
+
+    Raises:
+        UnmaskError: it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UnmaskError(f"{folder}: cannot be written: {reason(error)}.") from error
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Have the contents of a file, or the entries of a folder, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have everything in a folder on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+@contextmanager
+def directory_lock(folder: Path, what: str) -> Iterator[None]:
+    """Keep other processes from `what` ("training") in a folder; the lock ends with the process.
+
+    Where the file system has no locks, nothing is locked.
+
+    Raises:
+        UnmaskError: another process holds the lock, or the folder cannot be written.
+    """
+    check_writable(folder)
+    path = folder / LOCK
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by child processes
+        except ImportError:  # Windows
+            pass
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise UnmaskError(
+                f"{folder}: {owner} is {what} here; wait until it has finished, or name another folder."
+            ) from error
+        except OSError:
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
