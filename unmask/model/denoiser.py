@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from unmask.diffusion.attention import (
     attend_annealed,
@@ -34,7 +35,7 @@ from unmask.model.attention import (
     registered_name,
     run_backbone,
 )
-from unmask.model.config import block_length_of
+from unmask.model.config import block_length_of, checkpoint_fields, diffusion_config
 from unmask.model.generate import GenerateMixin
 from unmask.model.head import row_nll, weighted_nll
 from unmask.model.inputs import IGNORED, Given, check_inputs
@@ -53,6 +54,7 @@ class MaskedDiffusionMixin(GenerateMixin):
     """Masked diffusion on a stock `...ForCausalLM` of transformers."""
 
     # Provided by the stock class beside it.
+    config_class: Any
     config: Any
     model: Any
     lm_head: Any
@@ -64,16 +66,24 @@ class MaskedDiffusionMixin(GenerateMixin):
     # transformers.Trainer would otherwise look for `**kwargs` to decide whether the loss is already summed.
     accepts_loss_kwargs = False
 
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        """Make a model with random weights from its config, or from a stock config of its family."""
+        cast(Any, super()).__init__(diffusion_config(config, self.config_class), *args, **kwargs)
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load a diffusion checkpoint, or an autoregressive one of the same family and convert it.
 
         Takes what transformers' own `from_pretrained` takes; `mask_token_id=` and `logit_shift=` override
-        what the checkpoint's config says. A model made from an autoregressive checkpoint is shifted.
+        what the checkpoint's config says. A model made from an autoregressive checkpoint is shifted. With
+        `config=` a stock config, what it does not say of diffusion is as without it.
 
         Raises:
             UnmaskError: the checkpoint is of another family, or its config names no attention there is.
         """
+        if isinstance(kwargs.get("config"), PreTrainedConfig):
+            fields = checkpoint_fields(*args, **kwargs)
+            kwargs["config"] = diffusion_config(kwargs["config"], cls.config_class, fields)
         loaded = cast(Any, super()).from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if "attention" not in kwargs:  # which the caller may not be done with; `forward` looks again
@@ -334,7 +344,7 @@ class MaskedDiffusionMixin(GenerateMixin):
     def _mask_token_id(self) -> int:
         if self.config.mask_token_id is None:
             raise UnmaskError(
-                "the model has no mask token: set config.mask_token_id, or make the checkpoint with"
+                "the model has no mask token: set model.config.mask_token_id, or make the checkpoint with"
                 " `unmask convert`, which adds one to the tokenizer."
             )
         if not 0 <= self.config.mask_token_id < self.config.vocab_size:
