@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Qwen3Config
 from transformers import Qwen3ForCausalLM as StockQwen3
 
-from unmask.diffusion.noise import sample_t, transition
+from unmask.diffusion.corrupt import sample_t, transition
 from unmask.model import inputs
 
 MASK = 31

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from unmask.diffusion.attention import count_by_document
-from unmask.diffusion.noise import Drawn
+from unmask.diffusion.corrupt import Noised
 
 PARTS: tuple[str, ...] = ("data", "forward", "backward", "optimizer", "evaluation", "save", "other")
 APART = ("evaluation", "save")  # what rates are not divided by
@@ -186,21 +186,21 @@ class Accounting(TrainerCallback):
         if self.started:
             self.clock.mark(part)
 
-    def count(self, drawn: Drawn, draws: int = 1, flat: bool = False) -> None:
+    def count(self, noised: Noised, draws: int = 1, flat: bool = False) -> None:
         """Count a micro-batch that is going to be trained on.
 
         Args:
             draws: times each sample is denoised: 2 with complementary masks.
             flat: whether padding is left out before the network.
         """
-        is_token, maskable = drawn.layout.is_token, drawn.maskable
+        is_token, maskable = noised.layout.is_token, noised.maskable
         positions, rows = is_token.sum(), len(is_token)
         # The masks of a draw and of its complement together take every token that may be masked.
-        masked = drawn.noised.is_masked.sum() if draws == 1 else maskable.sum()
-        pairs = count_by_document(drawn.layout, is_token).double().square().sum()
+        masked = noised.is_masked.sum() if draws == 1 else maskable.sum()
+        pairs = count_by_document(noised.layout, is_token).double().square().sum()
         useful = positions
         computed = positions if flat else torch.tensor(is_token.numel(), device=is_token.device)
-        if drawn.block is not None:  # a noised copy of the columns that may be masked goes along
+        if noised.block is not None:  # a noised copy of the columns that may be masked goes along
             useful = positions + maskable.sum()
             computed = computed + rows * maskable.any(dim=0).sum()
         flops = (useful * self.per_token + pairs * self.per_pair) * draws + masked * self.per_row

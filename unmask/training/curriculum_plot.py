@@ -9,8 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unmask.diffusion.curriculum import PROBABILITIES, Curriculum
-from unmask.diffusion.objective import Objective
+from unmask.diffusion.objective import PROBABILITIES, Curriculum, Objective
 from unmask.errors import UnmaskError
 
 POINTS = 4000  # steps drawn at most, evenly spaced

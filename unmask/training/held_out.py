@@ -14,68 +14,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from unmask.data.encode import SOURCE_BIT, SOURCES
-from unmask.diffusion.keyed import STREAM_MASK, STREAM_STRATA, keyed_hash
-from unmask.diffusion.noise import Drawn
+from unmask.diffusion.corrupt import Noised
+from unmask.diffusion.likelihood import Masks
 from unmask.training.callbacks import BY_T
 
 BINS = 10  # of the noise level, for the picture
-
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 / golden ratio: its multiples are spread evenly
-_SILVER = 0x6A09E667F3BCC909  # 2^64 (sqrt(2) - 1), for the blocks of a sample
-_BITS = 40  # of the uniforms that k is made of
-
-
-class Masks(NamedTuple):
-    """What is masked for one evaluation of a batch."""
-
-    is_masked: Bool[Tensor, "B L"]
-    size: Int[Tensor, "B L"]
-    """n: maskable tokens of the sample, or of the token's block; 0 where nothing can be masked."""
-    k: Int[Tensor, "B L"]
-    """How many of them are masked."""
-
-
-def exact_masks(drawn: Drawn, sample_ids: Int[Tensor, "..."], seed: int) -> Masks:
-    """Mask k of the n maskable tokens of each sample, or of each block of it.
-
-    Args:
-        drawn: says what is maskable, and has each document's noise seed, from which the tokens are chosen.
-        sample_ids: of rows (B,) or of their documents (B, D).
-        seed: of the run: where in its cycle the sequence of shares starts.
-    """
-    maskable, document = drawn.maskable, drawn.layout.document
-    row, column = maskable.nonzero(as_tuple=True)
-    length = maskable.shape[1]
-    block = torch.zeros_like(document) if drawn.block is None else drawn.block
-    group = (row * length + document[row, column]) * length + block[row, column]
-    _, group, sizes = group.unique(return_inverse=True, return_counts=True)
-    # Rank the tokens of each group by a hash.
-    number = keyed_hash(drawn.seed[row, column], STREAM_MASK, drawn.layout.position[row, column])
-    order = number.argsort()
-    order = order[group[order].argsort(stable=True)]
-    starts = sizes.cumsum(dim=0) - sizes
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device) - starts[group[order]]
-    # k = 1 + floor(n u), in integers: u runs through the golden ratio's multiples, sample after sample.
-    ids = sample_ids[:, None].expand(maskable.shape) if sample_ids.dim() == 1 else sample_ids
-    ids = ids[row, column] if sample_ids.dim() == 1 else ids[row, document[row, column]]
-    start = keyed_hash(torch.tensor(seed, device=ids.device), STREAM_STRATA)
-    u = ids * _GOLDEN + block[row, column] * _SILVER + start
-    bits = (u >> (64 - _BITS)) & ((1 << _BITS) - 1)
-    size = sizes[group]
-    k = 1 + (size * bits >> _BITS)
-    is_masked = torch.zeros_like(maskable)
-    is_masked[row, column] = rank < k
-    table = torch.zeros((2, *maskable.shape), dtype=torch.long, device=maskable.device)
-    table[:, row, column] = torch.stack([size, k])
-    return Masks(is_masked, table[0], table[1])
 
 
 class HeldOutSums:
@@ -93,21 +43,21 @@ class HeldOutSums:
         self.levels = torch.zeros(BINS, 2, dtype=torch.float64, device=device)
 
     def add(
-        self, masks: Masks, nll: Float[Tensor, "M"], drawn: Drawn, sample_ids: Int[Tensor, "..."]
+        self, masks: Masks, nll: Float[Tensor, "M"], noised: Noised, sample_ids: Int[Tensor, "..."]
     ) -> None:
         """Add a batch.
 
         Args:
             nll: -log p of each masked token, in row-major order, in nats.
         """
-        is_masked, document = masks.is_masked, drawn.layout.document
+        is_masked, document = masks.is_masked, noised.layout.document
         nll = nll.double()
         size, k = masks.size[is_masked], masks.k[is_masked]
         bound = torch.zeros(is_masked.shape, dtype=torch.float64, device=nll.device)
         bound[is_masked] = nll * size / k
         # One column a document, as many as a row has columns.
         per_sample = torch.zeros_like(bound).scatter_add_(1, document, bound)
-        tokens = torch.zeros_like(bound).scatter_add_(1, document, drawn.maskable.double())
+        tokens = torch.zeros_like(bound).scatter_add_(1, document, noised.maskable.double())
         row, place = tokens.nonzero(as_tuple=True)
         n, b = tokens[row, place], per_sample[row, place]
         ids = sample_ids[row] if sample_ids.dim() == 1 else sample_ids[row, place]

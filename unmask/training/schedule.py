@@ -10,9 +10,8 @@ import torch
 
 from unmask.data.encode import Example
 from unmask.data.pack import Row
-from unmask.diffusion.curriculum import PROBABILITIES, Curriculum
 from unmask.diffusion.loss import PRESETS
-from unmask.diffusion.objective import Objective
+from unmask.diffusion.objective import PROBABILITIES, Curriculum, Objective
 from unmask.errors import UnmaskError
 from unmask.recipe import Recipe
 

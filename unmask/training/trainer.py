@@ -15,15 +15,15 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from unmask.data.stream import RecordStream, StreamLoader
-from unmask.diffusion.curriculum import Curriculum
+from unmask.diffusion.corrupt import Noised, corrupt, document_strata, example_seeds, low_discrepancy
+from unmask.diffusion.likelihood import exact_masks
 from unmask.diffusion.loss import loss_divisor
-from unmask.diffusion.noise import Drawn, document_strata, example_seeds, low_discrepancy
-from unmask.diffusion.objective import Objective
+from unmask.diffusion.objective import Curriculum, Objective
 from unmask.model.inputs import IGNORED
 from unmask.training.accounting import Accounting
 from unmask.training.callbacks import SHARE
 from unmask.training.ema import WeightAverage
-from unmask.training.held_out import HeldOutSums, exact_masks
+from unmask.training.held_out import HeldOutSums
 from unmask.training.optimizer import MuonWithAdamW, muon_groups
 from unmask.training.position import StreamPosition
 from unmask.training.saving import SavingTrainer, shielded
@@ -256,18 +256,23 @@ class DiffusionTrainer(SavingTrainer):
     def _denoise(
         self, model: Any, batch: dict[str, Any], objective: Objective, divisor: Tensor | int | None
     ) -> Any:
-        return model(**self._arguments(batch, objective), divisor=divisor, return_logits=False)
+        arguments = self._arguments(batch, objective)
+        noise = ("noise_seed", "strata", "objective", "segment_ids")
+        step = {"divisor": divisor, **{name: arguments.pop(name) for name in noise}}
+        return model(**arguments, old_trainer=step)
 
-    def _drawn(self, batch: dict[str, Any], objective: Objective) -> Drawn:
+    def _drawn(self, batch: dict[str, Any], objective: Objective) -> Noised:
         """What is masked in a batch."""
         model = cast(Any, self.accelerator.unwrap_model(cast(Any, self.model)))
         arguments = self._arguments(batch, objective)
         # Repeated rows are no tokens either: a preset may divide by all tokens, prompts included.
         arguments["attention_mask"] = batch["attention_mask"] * (batch["labels"] != IGNORED)
-        return model.draw_noise(**arguments)
+        seeds, strata = arguments.pop("noise_seed"), arguments.pop("strata")
+        del arguments["objective"]
+        return corrupt(model.prepare(**arguments), objective, seeds, strata)
 
     def _arguments(self, batch: dict[str, Any], objective: Objective) -> dict[str, Any]:
-        """What `forward` and `draw_noise` are called with alike."""
+        """What `forward` and `corrupt` are called with alike."""
         strata = None
         # Made only now: a float in the batch would be cast to the model's type by DeepSpeed.
         if self.time_sampling == "low_discrepancy" and "place" in batch:
