@@ -43,7 +43,8 @@ from unmask.data.encode import Encoder, Example, encode_records
 from unmask.data.pack import Row, pack
 from unmask.data.sources import read_records
 from unmask.data.tokenizer import add_mask_token
-from unmask.diffusion.noise import example_seeds
+from unmask.diffusion.corrupt import corrupt, example_seeds
+from unmask.diffusion.objective import Objective
 from unmask.training.accounting import COUNTS, measured_peak, peak_memory
 from unmask.training.dataset import ExampleDataset
 from unmask.training.trainer import DiffusionTrainer
@@ -157,14 +158,10 @@ class Plain:
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Nats, summed over the supervised tokens."""
         ids, source = batch["input_ids"], batch["src_mask"]
-        drawn = self.model.draw_noise(
-            ids,
-            attention_mask=batch["attention_mask"],
-            src_mask=source,
-            training_mode="sft",
-            noise_seed=example_seeds(0, batch["sample_ids"], 0),
+        inputs = self.model.prepare(
+            ids, attention_mask=batch["attention_mask"], src_mask=source, training_mode="sft"
         )
-        x_t, is_masked, t = drawn.noised
+        x_t, is_masked, t, *_ = corrupt(inputs, Objective(), example_seeds(0, batch["sample_ids"], 0))
         mask = torch.zeros(len(ids), 1, BLOCK, BLOCK)
         mask.masked_fill_(~batch["attention_mask"].bool()[:, None, None, :], torch.finfo(torch.float32).min)
         with torch.autocast("cpu", torch.bfloat16):
@@ -211,7 +208,8 @@ def check_same_loss(examples: list[Example], tokenizer: Any) -> None:
         seeds = example_seeds(0, batch.pop("sample_ids"), 0)
         batch.pop("instruction_lengths")
         with torch.autocast("cpu", torch.bfloat16):
-            ours = model(**batch, training_mode="sft", noise_seed=seeds, return_logits=False).loss
+            inputs = model.prepare(**batch, training_mode="sft")
+            ours = model.diffusion_loss(inputs, corrupt(inputs, Objective(), seeds), Objective())
     assert abs(ours - plain) < 0.01 * abs(plain), (ours, plain)
     print(f"  the same loss: {float(ours):.4f} and {float(plain):.4f} nats per supervised token")
 

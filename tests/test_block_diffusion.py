@@ -19,9 +19,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from unmask.diffusion.keyed import STREAM_TIME, keyed_uniform
-from unmask.diffusion.noise import Drawn
+from unmask.diffusion.corrupt import Drawn
 from unmask.diffusion.objective import Objective
+from unmask.diffusion.rng import STREAM_TIME, keyed_uniform
 from unmask.errors import UnmaskError
 
 MASK = 31

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unmask.diffusion.curriculum import PROBABILITIES, Curriculum
-from unmask.diffusion.objective import Objective
+from unmask.diffusion.objective import PROBABILITIES, Curriculum, Objective
 from unmask.errors import UnmaskError
 
 

@@ -10,8 +10,7 @@ import matplotlib.figure
 import pytest
 from test_cli import run_cli
 
-from unmask.diffusion.curriculum import Curriculum
-from unmask.diffusion.objective import Objective
+from unmask.diffusion.objective import Curriculum, Objective
 from unmask.errors import UnmaskError
 from unmask.training.curriculum_plot import check_picture, draw_curriculum
 

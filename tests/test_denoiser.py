@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Qwen3Config
 from transformers import Qwen3ForCausalLM as StockQwen3
 
-from unmask.diffusion.noise import sample_t, transition
+from unmask.diffusion.corrupt import sample_t, transition
 from unmask.model import inputs
 
 MASK = 31
@@ -551,7 +551,7 @@ def test_one_bad_id_is_enough() -> None:
 def test_a_model_without_a_mask_token() -> None:
     model = tiny_model(mask_token_id=None)
     with pytest.raises(
-        ValueError, match=r"the model has no mask token: set config\.mask_token_id.*unmask convert"
+        ValueError, match=r"the model has no mask token: set model\.config\.mask_token_id.*unmask convert"
     ):
         model(IDS)
     with pytest.raises(ValueError, match="no mask token"):

@@ -16,11 +16,11 @@ from tiny import tiny_model
 from unmask.data.collate import collate
 from unmask.data.encode import SOURCE_BIT, Example
 from unmask.data.pack import pack
-from unmask.diffusion.keyed import STREAM_MASK, STREAM_STRATA, keyed_hash
-from unmask.diffusion.likelihood import likelihood
-from unmask.diffusion.noise import Drawn, example_seeds
+from unmask.diffusion.corrupt import Noised, corrupt, example_seeds
+from unmask.diffusion.likelihood import Masks, exact_masks, likelihood
+from unmask.diffusion.objective import Objective
+from unmask.diffusion.rng import STREAM_MASK, STREAM_STRATA, keyed_hash
 from unmask.training.dataset import ExampleDataset
-from unmask.training.held_out import Masks, exact_masks
 from unmask.training.trainer import EVALUATION_EPOCH
 
 
@@ -115,18 +115,14 @@ def test_it_is_the_plain_bound_whatever_is_trained(tmp_path: Path, settings: dic
 
 def masks(
     count: int, seed: int, size: int = 6, model: Any = None, ids: Sequence[int] | None = None
-) -> tuple[Masks, Drawn]:
+) -> tuple[Masks, Noised]:
     """The masks of `count` samples, one token of source and `size` others each."""
     tokens, source = list(range(2, 3 + size)), [True] + [False] * size
     examples = [Example(tokens, source, number) for number in ids or range(count)]
     batch = collate(examples, pad_token_id=0)
     model = model or tiny_model()
-    drawn = model.draw_noise(
-        batch["input_ids"],
-        src_mask=batch["src_mask"],
-        training_mode="sft",
-        noise_seed=example_seeds(seed, batch["sample_ids"], EVALUATION_EPOCH),
-    )
+    inputs = model.prepare(batch["input_ids"], src_mask=batch["src_mask"], training_mode="sft")
+    drawn = corrupt(inputs, Objective(), example_seeds(seed, batch["sample_ids"], EVALUATION_EPOCH))
     return exact_masks(drawn, batch["sample_ids"], seed), drawn
 
 
@@ -176,15 +172,9 @@ def test_the_loss_estimates_the_bound_and_varies_little(tmp_path: Path) -> None:
         batch = collate(examples, pad_token_id=0)
         seeds = example_seeds(seed, batch["sample_ids"], EVALUATION_EPOCH)
         with torch.no_grad():
-            out = model(
-                batch["input_ids"],
-                labels=batch["input_ids"],
-                src_mask=batch["src_mask"],
-                training_mode="sft",
-                noise_seed=seeds,
-                return_logits=False,
-            )
-        noisy.append(out.loss.item())
+            inputs = model.prepare(batch["input_ids"], src_mask=batch["src_mask"], training_mode="sft")
+            loss = model.diffusion_loss(inputs, corrupt(inputs, Objective(), seeds), Objective())
+        noisy.append(loss.item())
     losses, others = torch.tensor(found), torch.tensor(noisy)
     assert abs(losses.mean() - truth) < 5 * losses.std() / len(losses) ** 0.5
     assert losses.var() < others.var() / 4

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny import assert_uniform
 
 from unmask.diffusion import keyed
-from unmask.diffusion.keyed import STREAM_MASK, STREAM_TIME, keyed_hash, keyed_uniform
+from unmask.diffusion.rng import STREAM_MASK, STREAM_TIME, keyed_hash, keyed_uniform
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 WORD = (1 << 64) - 1

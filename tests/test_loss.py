@@ -23,10 +23,10 @@ from torch import Tensor
 
 from unmask.diffusion import noise
 from unmask.diffusion.attention import Layout, row_layout
-from unmask.diffusion.keyed import STREAM_MASK, STREAM_TIME
+from unmask.diffusion.corrupt import Drawn, Noised, draw, low_discrepancy, masking_rate
 from unmask.diffusion.loss import PRESETS, context_weight, loss_divisor, time_weight, token_nll
-from unmask.diffusion.noise import Drawn, Noised, draw, low_discrepancy, masking_rate
 from unmask.diffusion.objective import Objective
+from unmask.diffusion.rng import STREAM_MASK, STREAM_TIME
 from unmask.model import denoiser
 
 VOCAB, MASK = 5, 4  # four tokens and the mask

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from unmask.diffusion import noise
 from unmask.diffusion.attention import row_layout
-from unmask.diffusion.keyed import STREAM_CELLS, STREAM_MASK, keyed_uniform
-from unmask.diffusion.noise import (
+from unmask.diffusion.corrupt import (
     Drawn,
     Noised,
     document_strata,
@@ -27,6 +26,7 @@ from unmask.diffusion.noise import (
     transition,
 )
 from unmask.diffusion.objective import Objective
+from unmask.diffusion.rng import STREAM_CELLS, STREAM_MASK, keyed_uniform
 
 MASK = 31
 ROWS = 40_000

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from unmask.data.encode import Example
-from unmask.diffusion.curriculum import Curriculum
 from unmask.diffusion.loss import PRESETS
-from unmask.diffusion.objective import Objective
+from unmask.diffusion.objective import Curriculum, Objective
 from unmask.errors import UnmaskError
 from unmask.recipe import Recipe, recipe_from_dict
 from unmask.training.schedule import (

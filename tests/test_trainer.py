@@ -19,11 +19,10 @@ from transformers import TrainingArguments
 from unmask.data.collate import collate
 from unmask.data.encode import Example
 from unmask.data.pack import Row, pack
-from unmask.diffusion.curriculum import Curriculum
-from unmask.diffusion.keyed import STREAM_MASK, keyed_uniform
+from unmask.diffusion.corrupt import corrupt, document_strata, example_seeds, low_discrepancy, sample_t
 from unmask.diffusion.loss import PRESETS, loss_divisor
-from unmask.diffusion.noise import document_strata, example_seeds, low_discrepancy, sample_t
-from unmask.diffusion.objective import Objective
+from unmask.diffusion.objective import Curriculum, Objective
+from unmask.diffusion.rng import STREAM_MASK, keyed_uniform
 from unmask.errors import UnmaskError
 from unmask.training.dataset import ExampleDataset
 from unmask.training.trainer import DiffusionTrainer
@@ -279,15 +278,12 @@ def test_each_step_has_the_loss_of_its_objective(
     for step in range(5):
         with torch.no_grad():
             spread = low_discrepancy(SEED, step, torch.arange(8), total=8)
-            loss = model.train()(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                src_mask=batch["src_mask"],
-                training_mode="sft",
-                noise_seed=example_seeds(SEED, batch["sample_ids"], epoch=step),
-                strata=spread if time_sampling == "low_discrepancy" else None,
-                objective=trainer.curriculum.at(step, epoch=step),
-            ).loss
+            names = ("input_ids", "attention_mask", "src_mask")
+            inputs = model.prepare(**{name: batch[name] for name in names}, training_mode="sft")
+            objective = trainer.curriculum.at(step, epoch=step)
+            seeds = example_seeds(SEED, batch["sample_ids"], epoch=step)
+            strata = spread if time_sampling == "low_discrepancy" else None
+            loss = model.diffusion_loss(inputs, corrupt(inputs, objective, seeds, strata), objective)
         expected.append(loss.item())
     assert trainer.losses == pytest.approx(expected, rel=1e-6)
 

@@ -2,10 +2,11 @@
 
 The flow, in the order of the folders:
 
-    records -> Example(input_ids, src_mask) -> Batch -> Noised(x_t, is_masked, t) -> logits -> loss
+    records -> Example(input_ids, src_mask) -> Batch -> Noised(x_t, is_masked, t) -> hidden -> loss
             -> checkpoint -> generate -> evaluate
 
-Names are imported when first used, so that `import unmask` is quick.
+Names are imported when first used, so that `import unmask` is quick. The Auto classes of transformers know
+diffusion checkpoints once `unmask.model` is imported, which using a model class or `load_model` does too.
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from unmask import _register
-
 if TYPE_CHECKING:
     from unmask.data.collate import SFTDataCollator as SFTDataCollator
     from unmask.data.encode import Encoder as Encoder
     from unmask.data.encode import Example as Example
     from unmask.data.tokenizer import byte_tokenizer as byte_tokenizer
     from unmask.data.tokenizer import load_tokenizer as load_tokenizer
+    from unmask.diffusion.corrupt import Noised as Noised
+    from unmask.diffusion.corrupt import corrupt as corrupt
+    from unmask.diffusion.corrupt import sample_t as sample_t
+    from unmask.diffusion.corrupt import transition as transition
     from unmask.diffusion.likelihood import Likelihood as Likelihood
     from unmask.diffusion.likelihood import likelihood as likelihood
-    from unmask.diffusion.noise import Noised as Noised
-    from unmask.diffusion.noise import sample_t as sample_t
-    from unmask.diffusion.noise import transition as transition
+    from unmask.diffusion.objective import Curriculum as Curriculum
     from unmask.diffusion.objective import Objective as Objective
     from unmask.errors import UnmaskError as UnmaskError
     from unmask.generation.config import DiffusionGenerationConfig as DiffusionGenerationConfig
@@ -52,9 +53,11 @@ _MODULE_OF = {
     "load_tokenizer": "data.tokenizer",
     "Likelihood": "diffusion.likelihood",
     "likelihood": "diffusion.likelihood",
-    "Noised": "diffusion.noise",
-    "sample_t": "diffusion.noise",
-    "transition": "diffusion.noise",
+    "Noised": "diffusion.corrupt",
+    "corrupt": "diffusion.corrupt",
+    "sample_t": "diffusion.corrupt",
+    "transition": "diffusion.corrupt",
+    "Curriculum": "diffusion.objective",
     "Objective": "diffusion.objective",
     "UnmaskError": "errors",
     "DiffusionGenerationConfig": "generation.config",
@@ -83,6 +86,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-_register.enter_auto_classes()

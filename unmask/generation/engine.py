@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
 from unmask.diffusion.attention import token_positions
-from unmask.diffusion.keyed import keyed_hash
+from unmask.diffusion.rng import keyed_hash
 from unmask.errors import UnmaskError
 from unmask.generation.config import DiffusionGenerationConfig
 from unmask.generation.policy import Draft, Move, Remask, share_steps

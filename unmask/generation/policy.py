@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from unmask.diffusion.keyed import STREAM_COMMIT, STREAM_REMASK, keyed_below, keyed_uniform
+from unmask.diffusion.rng import STREAM_COMMIT, STREAM_REMASK, keyed_below, keyed_uniform
 from unmask.errors import UnmaskError
 
 

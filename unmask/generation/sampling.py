@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from unmask.diffusion.keyed import STREAM_SAMPLE, keyed_double
+from unmask.diffusion.rng import STREAM_SAMPLE, keyed_double
 from unmask.errors import UnmaskError
 
 

@@ -1,16 +1,18 @@
 """Configs of diffusion checkpoints: the stock config, its own `model_type`, and five fields.
 
 A checkpoint saved here says `"model_type": "unmask_qwen3"`, so stock `AutoModelForCausalLM` refuses it
-instead of reading it as an autoregressive model and producing noise; once `unmask` is imported the Auto
-classes know it. A plain Qwen3, Qwen2 or Llama config still loads, and is converted on the way.
+instead of reading it as an autoregressive model and producing noise; once `unmask.model` is imported
+the Auto classes know it. A plain Qwen3, Qwen2 or Llama config still loads, and is converted on the way.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any, cast
 
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
+from unmask.diffusion.corrupt import NO_MASK_TOKEN
 from unmask.errors import UnmaskError
 
 PREFIX = "unmask_"
@@ -18,6 +20,15 @@ PREFIX = "unmask_"
 # Every released Qwen3 has this vocabulary, whose first id without a token becomes the mask token. No other
 # family is as uniform, so there the id comes from the tokenizer (`unmask convert`).
 _QWEN3_VOCAB_SIZE, _QWEN3_MASK_TOKEN_ID = 151936, 151669
+
+# What makes a config one of a diffusion model; `Qwen3DiffusionConfig` says what each is.
+FIELDS = ("mask_token_id", "logit_shift", "noise_eps", "attention", "block_length")
+# Arguments of `from_pretrained` that say where a config is.
+_LOCATION = (
+    *("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder"),
+    "gguf_file",
+)
+_OF_THE_BASE = ("architectures", "auto_map")  # they name the base's classes and code
 
 
 class _DiffusionConfig:
@@ -47,9 +58,77 @@ def diffusion_values(values: dict[str, Any]) -> dict[str, Any]:
     if model_type == "qwen3" and values.get("vocab_size") == _QWEN3_VOCAB_SIZE:
         values.setdefault("mask_token_id", _QWEN3_MASK_TOKEN_ID)
     values.update(model_type=PREFIX + model_type, is_causal=False, logit_shift=True)
-    for name in ("architectures", "auto_map"):  # they name the base's classes and code
+    for name in _OF_THE_BASE:
         values.pop(name, None)
     return values
+
+
+def diffusion_config(config: Any, config_class: Any, checkpoint: dict[str, Any] | None = None) -> Any:
+    """Return `config` as a `config_class`; a stock config of the same family is copied and completed.
+
+    Everything that the stock config says stays, diffusion fields set on it included. What it does not say
+    is bidirectional attention, no logit shift, the default `noise_eps`, and the mask token that every
+    Qwen3 vocabulary has; or the values of the checkpoint whose weights it is loaded with.
+
+    Args:
+        config: a `config_class`, returned as it is, or a stock config, which is not changed.
+        config_class: one of the classes below.
+        checkpoint: diffusion fields of the checkpoint that is loaded; see `checkpoint_fields`.
+
+    Raises:
+        UnmaskError: a config of another family.
+    """
+    if isinstance(config, config_class):
+        return config
+    stock = next(c for c in config_class.__mro__ if not issubclass(c, _DiffusionConfig))
+    if not isinstance(config, stock):
+        raise UnmaskError(
+            f"config must be a {stock.__name__} or a {config_class.__name__}; got a {type(config).__name__}:"
+            " use the model class of its family."
+        )
+    made, said = config_class(), copy.deepcopy(vars(config))
+    missing = {name: getattr(made, name) for name in FIELDS}
+    if stock is Qwen3Config and config.vocab_size == _QWEN3_VOCAB_SIZE:
+        missing["mask_token_id"] = _QWEN3_MASK_TOKEN_ID
+    missing |= checkpoint or {}
+    vars(made).update({name: value for name, value in said.items() if name not in _OF_THE_BASE})
+    for name in FIELDS:
+        setattr(made, name, said.get(name, missing[name]))
+    made.is_causal = False
+    return made
+
+
+def checkpoint_fields(
+    name: Any = None, *_: Any, pretrained_model_name_or_path: Any = None, **settings: Any
+) -> dict[str, Any]:
+    """Read the diffusion fields that go with the weights `from_pretrained` loads; its arguments as there.
+
+    A checkpoint without a config.json is taken for an autoregressive one.
+    """
+    name = pretrained_model_name_or_path if name is None else name
+    if name is None:  # the weights come as `state_dict`
+        return {}
+    settings = {key: value for key, value in settings.items() if key in _LOCATION}
+    values = PreTrainedConfig.get_config_dict(name, **settings)[0]
+    if not str(values.get("model_type")).startswith(PREFIX):
+        return {"logit_shift": True}
+    return {key: value for key, value in values.items() if key in FIELDS}
+
+
+def mask_token_of(config: Any) -> int:
+    """Read the id of the mask token from a config.
+
+    Raises:
+        UnmaskError: it has none, or one outside the vocabulary.
+    """
+    if config.mask_token_id is None:
+        raise UnmaskError(NO_MASK_TOKEN)
+    if not 0 <= config.mask_token_id < config.vocab_size:
+        raise UnmaskError(
+            f"config.mask_token_id must be an id in [0, {config.vocab_size}); got {config.mask_token_id}:"
+            " call model.resize_token_embeddings, or use `unmask convert`."
+        )
+    return config.mask_token_id
 
 
 def block_length_of(config: Any, name: str = "config") -> int | None:

@@ -1,12 +1,11 @@
 """Uniform random numbers that are a pure function of (seed, keys): counter-based randomness.
 
-A generator with a state makes the noise of a sample depend on everything drawn before it. Here every
-number is a hash of integers instead, so the corruption of a sample is the same in any batch, under any
-padding, on any number of processes, on every device and after every restart.
+A generator with a state makes the noise of a sample depend on everything drawn before it. Here every number
+is a hash of integers, so a sample is corrupted the same in any batch, under any padding, on any number of
+processes, on every device and after every restart.
 
 The hash is the finaliser of SplitMix64 (Steele, Lea & Flood, "Fast splittable pseudorandom number
-generators", OOPSLA 2014), folded over the keys. It uses int64 tensor operations alone, which wrap
-around alike on every device.
+generators", OOPSLA 2014), folded over the keys, in int64 operations that wrap around alike on every device.
 """
 
 from __future__ import annotations
@@ -19,9 +18,8 @@ from torch import Tensor
 STREAM_SEED, STREAM_TIME, STREAM_MASK, STREAM_SAMPLE, STREAM_COMMIT, STREAM_ATTENTION = range(6)
 STREAM_CUT, STREAM_CELLS, STREAM_STRATA, STREAM_SCORE, STREAM_REMASK = range(6, 11)
 
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 / golden ratio, as a signed 64-bit integer
-_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
-_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 / golden ratio, as a signed 64-bit integer
+_MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -36,25 +34,19 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def keyed_hash(seed: Int[Tensor, "..."] | int, *keys: Int[Tensor, "..."] | int) -> Int[Tensor, "..."]:
-    """Hash a seed and further integer keys, broadcast together, to int64 with all 64 bits random.
-
-    >>> keyed_hash(0, 1, 2).item() == keyed_hash(0, 1, 2).item()
-    True
-    """
-    like = next((k for k in (seed, *keys) if isinstance(k, Tensor)), None)
-    device = like.device if like is not None else None
-    state = _mix(torch.as_tensor(seed, dtype=torch.int64, device=device) + _GOLDEN)
+    """Hash a seed and further integer keys, broadcast together, to int64 with all 64 bits random."""
+    device = next((k.device for k in (seed, *keys) if isinstance(k, Tensor)), None)
+    state = _mix(torch.as_tensor(seed, dtype=torch.int64, device=device) + GOLDEN)
     for key in keys:
         # The key enters unmixed: were both sides mixed alike, (a, b) and (b, a) would hash to the same.
-        state = _mix((state ^ torch.as_tensor(key, dtype=torch.int64, device=device)) + _GOLDEN)
+        state = _mix((state ^ torch.as_tensor(key, dtype=torch.int64, device=device)) + GOLDEN)
     return state
 
 
 def keyed_uniform(seed: Int[Tensor, "..."] | int, *keys: Int[Tensor, "..."] | int) -> Float[Tensor, "..."]:
-    """Draw uniforms in [0, 1) as a pure function of the seed and the keys, broadcast together.
+    """Draw float32 uniforms in [0, 1) as a pure function of the seed and the keys, broadcast together.
 
-    The result is float32 with 24 significant bits at every magnitude (small numbers are as finely
-    spaced as float32 allows), so P(u < t) equals t to one part in 2^24. No generator is read or moved.
+    They have 24 significant bits at every magnitude, so P(u < t) equals t to one part in 2^24.
     """
     bits = _shift_right(keyed_hash(seed, *keys), 11)  # 53 random bits
     uniform = bits.to(torch.float32) * 2.0**-53
@@ -62,19 +54,12 @@ def keyed_uniform(seed: Int[Tensor, "..."] | int, *keys: Int[Tensor, "..."] | in
 
 
 def keyed_double(seed: Int[Tensor, "..."] | int, *keys: Int[Tensor, "..."] | int) -> Float[Tensor, "..."]:
-    """Draw uniforms in [0, 1) as `keyed_uniform` does, but in float64, with 53 bits.
-
-    For inverting a distribution function, whose tail 24 bits would cut off.
-    """
+    """Draw float64 uniforms in [0, 1) with 53 bits, for inverting a distribution function with a tail."""
     return _shift_right(keyed_hash(seed, *keys), 11).double() * 2.0**-53
 
 
 def keyed_below(
     below: Int[Tensor, "..."] | int, seed: Int[Tensor, "..."] | int, *keys: Int[Tensor, "..."] | int
 ) -> Int[Tensor, "..."]:
-    """Draw integers in [0, below) as a pure function of the seed and the keys; 0 where below is less than 1.
-
-    Integer operations alone, so that every device agrees; each value has probability 1 / below to one part
-    in 2^31 / below.
-    """
+    """Draw integers in [0, below), 0 where that is empty; each has probability 1 / below to 2^-31."""
     return (_shift_right(keyed_hash(seed, *keys), 33) * torch.as_tensor(below).clamp(min=0)) >> 31

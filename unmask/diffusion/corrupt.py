@@ -1,11 +1,11 @@
-"""The forward process: how much noise (`sample_t`), which tokens it takes (`transition`), and both (`draw`).
+"""The forward process: how much noise (`sample_t`), which tokens it takes (`transition`), both (`corrupt`).
 
 Absorbing-state diffusion: at time t every maskable token has become the mask token with probability t
 (Sahoo et al., "Simple and Effective Masked Diffusion Language Models", arXiv:2406.07524, eq. 1 with
 alpha_t = 1 - t; Nie et al., LLaDA, arXiv:2502.09992, eq. 7).
 
-Around that base case stand the corruptions of the CoDA recipe, named S1 to S3 as there; each leaves every
-maskable token masked with exactly the probability `t` that is recorded for it:
+The corruptions of the CoDA recipe, named S1 to S3 as there, leave every maskable token masked with exactly
+the probability `t` that is recorded for it:
 
   S1  a random number of a document's first maskable tokens becomes context: not masked, not counted;
   S2  a document is cut after a random number of maskable tokens: the rest becomes padding;
@@ -26,8 +26,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from unmask.diffusion.attention import Layout, block_index, count_by_document
-from unmask.diffusion.keyed import (
+from unmask.diffusion.attention import Layout, block_index, count_by_document, row_layout
+from unmask.diffusion.objective import Objective, Schedule
+from unmask.diffusion.rng import (
     STREAM_CELLS,
     STREAM_CUT,
     STREAM_MASK,
@@ -38,10 +39,34 @@ from unmask.diffusion.keyed import (
     keyed_hash,
     keyed_uniform,
 )
-from unmask.diffusion.objective import Objective, Schedule
+from unmask.errors import UnmaskError
 
+NO_MASK_TOKEN = (
+    "the model has no mask token: set model.config.mask_token_id, or make the checkpoint with"
+    " `unmask convert`, which adds one to the tokenizer."
+)
 _GOLDEN = round((math.sqrt(5) - 1) / 2 * 2**24)  # multiples of the golden ratio modulo 1 are spread evenly
 _SILVER = round((math.sqrt(2) - 1) * 2**24)  # and so are these, also together with those
+
+
+class ForwardInputs(NamedTuple):
+    """A batch, checked and laid out: what `model.prepare` returns."""
+
+    input_ids: Int[Tensor, "B L"]
+    targets: Int[Tensor, "B L"]
+    """The ids to predict: the labels if there were some. Where nothing is maskable they are not looked at."""
+    layout: Layout
+    maskable: Bool[Tensor, "B L"]
+    """True where a token may be masked: not padding, not source, not ignored by its label."""
+    source: Bool[Tensor, "B L"] | None
+    """True = source token, masked only where an objective's `source_share` is below 1."""
+    mask_token_id: int | None
+    block_length: int | None
+    """Tokens of a block in a block-causal model; None = bidirectional."""
+    padded: bool
+    """Whether some column is padding."""
+    packed: bool
+    """Whether rows have several documents."""
 
 
 class Noised(NamedTuple):
@@ -53,26 +78,21 @@ class Noised(NamedTuple):
     """True where this draw replaced the token, recorded when drawn: never `x_t == mask_token_id`."""
     t: Float[Tensor, "B L"]
     """The masking probability in force at each position, in (0, 1]."""
-
-
-class Drawn(NamedTuple):
-    """One draw of an objective: what is masked, and what is left to be masked after S1 and S2."""
-
-    noised: Noised
     maskable: Bool[Tensor, "B L"]
-    """True where a token could have been masked: the supervised tokens."""
+    """True where a token could have been masked: the supervised tokens. S1 and S2 leave fewer."""
     layout: Layout
     """Documents and positions; `layout.is_token` is False where S2 made padding."""
     seed: Int[Tensor, "B L"]
-    """Noise seed of each token's document."""
+    """Noise seed of each token's document; 0 where torch's generator drew."""
     block: Int[Tensor, "B L"] | None
     """Block of each token within its document, for block diffusion."""
 
-    def complement(self, x_0: Int[Tensor, "B L"], mask_token_id: int) -> Drawn:
+    def complement(self, inputs: ForwardInputs) -> Noised:
         """Mask the other maskable tokens instead, each with probability 1 - t."""
-        is_masked = self.maskable & ~self.noised.is_masked
-        x_t = torch.where(is_masked, mask_token_id, x_0)
-        return self._replace(noised=Noised(x_t, is_masked, 1 - self.noised.t))
+        assert inputs.mask_token_id is not None
+        is_masked = self.maskable & ~self.is_masked
+        x_t = torch.where(is_masked, inputs.mask_token_id, inputs.input_ids)
+        return self._replace(x_t=x_t, is_masked=is_masked, t=1 - self.t)
 
 
 def example_seeds(
@@ -184,7 +204,7 @@ def transition(
         generator: torch generator for draws without seeds; torch's global one by default.
 
     Returns:
-        `Noised(x_t, is_masked, t)`; `is_masked` is True exactly where a token was replaced.
+        `Noised`; its layout is that of rows of one document without padding.
 
     Raises:
         ValueError: `maskable_mask` has another shape than `x_0`.
@@ -201,44 +221,40 @@ def transition(
     t = torch.as_tensor(sigma, device=x_0.device)
     if not t.is_floating_point():
         t = t.to(torch.get_default_dtype())
-    if t.dim() == 1:
-        t = t[:, None]
-    t = t.expand(x_0.shape)
-    if noise_seed is not None:
-        if positions is None:
-            positions = torch.arange(x_0.shape[1], device=x_0.device)[None]
-        seed = noise_seed if noise_seed.dim() == 2 else noise_seed[:, None]
-        uniform = keyed_uniform(seed, STREAM_MASK, positions)
-    else:
+    t = (t[:, None] if t.dim() == 1 else t).expand(x_0.shape)
+    layout = row_layout(torch.ones_like(maskable_mask))
+    if noise_seed is None:
+        seed = torch.zeros_like(x_0)
         uniform = torch.rand(x_0.shape, generator=generator, device=x_0.device)
+    else:
+        seed = (noise_seed if noise_seed.dim() == 2 else noise_seed[:, None]).expand(x_0.shape)
+        uniform = keyed_uniform(seed, STREAM_MASK, layout.position if positions is None else positions)
     is_masked = (uniform < t) & maskable_mask
-    return Noised(torch.where(is_masked, mask_token_id, x_0), is_masked, t)
+    x_t = torch.where(is_masked, mask_token_id, x_0)
+    return Noised(x_t, is_masked, t, maskable_mask, layout, seed, None)
 
 
-def draw(
-    x_0: Int[Tensor, "B L"],
-    layout: Layout,
-    maskable: Bool[Tensor, "B L"],
-    mask_token_id: int,
+def corrupt(
+    inputs: ForwardInputs,
     objective: Objective,
-    *,
-    source: Bool[Tensor, "B L"] | None = None,
     noise_seed: Int[Tensor, "..."] | None = None,
     strata: Float[Tensor, "..."] | None = None,
-    block_length: int | None = None,
-) -> Drawn:
+) -> Noised:
     """Draw everything random of a training step for a batch: S1, S2, the rates t, and the masks.
 
     Args:
-        layout: see `row_layout`.
-        maskable: True where a token may be masked: not padding, not source, not ignored.
-        source: True at source tokens that may be masked when `objective.source_share` is below 1.
+        inputs: the batch, from `model.prepare`.
         noise_seed: int64, one a row (B,) or one a document (B, D); all of a document's draws are functions
             of its seed and of positions within it. Without it seeds come from torch's generator.
         strata: uniforms from `low_discrepancy`, shaped like `noise_seed`, that replace the keyed ones t is
             made of; block b of a document takes its stratum shifted by b golden ratios.
-        block_length: draw one t a block of this many tokens instead of one a document.
+
+    Raises:
+        UnmaskError: the model has no mask token.
     """
+    if inputs.mask_token_id is None:
+        raise UnmaskError(NO_MASK_TOKEN)
+    layout, maskable, source = inputs.layout, inputs.maskable, inputs.source
     seed = _position_seeds(layout, noise_seed)
     # 1. Source tokens beyond the conditioned share are learnt like the response.
     if source is not None and objective.source_share < 1:
@@ -256,7 +272,7 @@ def draw(
         maskable = maskable & ~context & ~cut
         layout = layout._replace(is_token=layout.is_token & ~cut)
     # 3. The rate: one a document, or one a block.
-    block = None if block_length is None else block_index(layout, maskable, block_length)
+    block = None if inputs.block_length is None else block_index(layout, maskable, inputs.block_length)
     if strata is None:
         uniform = keyed_uniform(seed, STREAM_TIME, *(() if block is None else (block,)))
     else:
@@ -270,12 +286,12 @@ def draw(
     unit = layout.position
     if objective.block_masking_probability:
         in_cells = keyed_uniform(seed, STREAM_CELLS, 0) < objective.block_masking_probability
-        sizes = torch.tensor(objective.mask_block_sizes, device=x_0.device)
+        sizes = torch.tensor(objective.mask_block_sizes, device=seed.device)
         size = sizes[keyed_below(len(sizes), seed, STREAM_CELLS, 1)]
         phase = keyed_below(size, seed, STREAM_CELLS, 2)
         unit = torch.where(in_cells, (unit + phase) // size, unit)
-    noised = transition(x_0, t, maskable, mask_token_id, noise_seed=seed, positions=unit)
-    return Drawn(noised, maskable, layout, seed, block)
+    noised = transition(inputs.input_ids, t, maskable, inputs.mask_token_id, noise_seed=seed, positions=unit)
+    return noised._replace(layout=layout, block=block)
 
 
 def _position_seeds(layout: Layout, noise_seed: Int[Tensor, "..."] | None) -> Int[Tensor, "B L"]:
