@@ -27,7 +27,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import unmask
-from unmask.recipe import recipe_from_dict
+from unmask.config import recipe_from_dict
 from unmask.training import run  # noqa: F401  so that a fork has it
 from unmask.training.checkpoints import PARTIAL, checkpoints, newest_whole, step_of
 

@@ -23,7 +23,7 @@ from unmask.cli import app
 from unmask.errors import UnmaskError
 from unmask.model.adapter import DiffusionAdapter, add_adapter, load_adapter, merge
 from unmask.model.checkpoint import fingerprint, fit_to_tokenizer, save_checkpoint
-from unmask.recipe import recipe_from_dict
+from unmask.config import recipe_from_dict
 from unmask.training.trainer import DiffusionTrainer
 
 MASK = 259

@@ -18,7 +18,7 @@ from unmask.data.conversation import Conversation, Turn
 from unmask.data.encode import Encoder, Example
 from unmask.data.tokenizer import byte_tokenizer
 from unmask.errors import UnmaskError
-from unmask.recipe import Recipe, recipe_from_dict
+from unmask.config import Recipe, recipe_from_dict
 from unmask.training.dataset import RunData, load_data
 
 TOKENIZER = byte_tokenizer()

@@ -10,7 +10,7 @@ from tiny import byte_model
 from transformers import TrainerState
 
 from unmask.data.encode import Example
-from unmask.recipe import Recipe, load_recipe, recipe_from_dict
+from unmask.config import Recipe, load_recipe, recipe_from_dict
 from unmask.training.accounting import PARTS, Usage
 from unmask.training.card import write_card
 from unmask.training.dataset import RunData

@@ -14,7 +14,7 @@ from unmask.data.encode import Encoder, Example, encode_records
 from unmask.data.sources import read_records
 from unmask.data.text import pack_text
 from unmask.errors import UnmaskError
-from unmask.recipe import Recipe, recipe_from_dict
+from unmask.config import Recipe, recipe_from_dict
 from unmask.training.dataset import ExampleDataset, custom_fields, load_data, make_encoder, run_tokenizer
 
 

@@ -15,7 +15,7 @@ from test_resume import history
 from test_run import assert_close, saved, settings, train, write_data
 
 from unmask.errors import UnmaskError
-from unmask.recipe import recipe_from_dict
+from unmask.config import recipe_from_dict
 from unmask.training import guard
 from unmask.training.trainer import DiffusionTrainer
 

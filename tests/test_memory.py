@@ -16,7 +16,7 @@ from torch import Tensor
 from unmask.cli import main
 from unmask.errors import UnmaskError
 from unmask.model.families import MODEL_CLASSES
-from unmask.recipe import Recipe, load_recipe, recipe_from_dict
+from unmask.config import Recipe, load_recipe, recipe_from_dict
 from unmask.training import memory
 from unmask.training.dry_run import dry_run
 from unmask.training.memory import GIB, Memory, estimate, judge, memory_lines, sizes_of

@@ -16,7 +16,7 @@ from tiny import tiny_model
 from torch import Tensor
 
 from unmask.errors import UnmaskError
-from unmask.recipe import recipe_from_dict
+from unmask.config import recipe_from_dict
 from unmask.training import optimizer as optimizer_module
 from unmask.training.optimizer import MuonWithAdamW, muon_groups, optimizer_name
 

@@ -22,7 +22,7 @@ from transformers import TrainingArguments
 
 import unmask
 from unmask.errors import UnmaskError
-from unmask.recipe import recipe_from_dict
+from unmask.config import recipe_from_dict
 from unmask.training import parallel
 from unmask.training.arguments import training_arguments
 from unmask.training.parallel import batch_plan, check_enough, parallel_settings, read_deepspeed, settle

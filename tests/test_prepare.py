@@ -30,7 +30,7 @@ from unmask.data.manifest import PROGRESS, fingerprint, read_manifest
 from unmask.data.pack import PackedRows
 from unmask.data.prepared import PreparedExamples, open_prepared
 from unmask.errors import UnmaskError
-from unmask.recipe import Recipe, recipe_from_dict
+from unmask.config import Recipe, recipe_from_dict
 from unmask.training.dataset import load_data
 from unmask.training.prepare import prepare
 

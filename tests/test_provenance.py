@@ -11,7 +11,7 @@ import pytest
 import unmask
 from unmask import byte_tokenizer
 from unmask.data.manifest import fingerprint
-from unmask.recipe import recipe_from_dict
+from unmask.config import recipe_from_dict
 from unmask.training import provenance
 from unmask.training.provenance import Provenance, file_hash
 

@@ -30,7 +30,7 @@ from unmask.data.encode import Encoder
 from unmask.errors import UnmaskError
 from unmask.generation.complete import chat_example, chat_turns, complete
 from unmask.model.checkpoint import read_config
-from unmask.recipe import recipe_from_dict
+from unmask.config import recipe_from_dict
 from unmask.training import run
 from unmask.training.dataset import load_data, run_tokenizer
 from unmask.training.run import TrainResult
@@ -202,7 +202,7 @@ def test_two_runs_in_one_folder_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
     def build(*args: Any) -> Any:
         program = (
-            "import sys; from unmask.recipe import recipe_from_dict; import json\n"
+            "import sys; from unmask.config import recipe_from_dict; import json\n"
             "from unmask.training.run import train\n"
             "train(recipe_from_dict(json.loads(sys.argv[1])))"
         )

@@ -11,7 +11,7 @@ from unmask.data.encode import Example
 from unmask.diffusion.loss import PRESETS
 from unmask.diffusion.objective import Curriculum, Objective
 from unmask.errors import UnmaskError
-from unmask.recipe import Recipe, recipe_from_dict
+from unmask.config import Recipe, recipe_from_dict
 from unmask.training.schedule import (
     check_attention,
     check_block_sizes,

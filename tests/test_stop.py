@@ -14,7 +14,7 @@ import pytest
 from test_resume import history
 from test_run import assert_close, saved, settings, train, write_data
 
-from unmask.recipe import recipe_from_dict
+from unmask.config import recipe_from_dict
 from unmask.training.checkpoints import PARTIAL
 from unmask.training.stop import StopSignals
 from unmask.training.trainer import DiffusionTrainer

@@ -33,7 +33,7 @@ from unmask.data.sources import open_files
 from unmask.data.stream import CHUNK, RecordStream, Share, StreamLoader
 from unmask.data.tokenizer import byte_tokenizer
 from unmask.errors import UnmaskError
-from unmask.recipe import Recipe, recipe_from_dict
+from unmask.config import Recipe, recipe_from_dict
 from unmask.training.dataset import load_data
 
 PAD = partial(collate, pad_token_id=256)

@@ -17,7 +17,7 @@ from test_run import settings, write_data
 
 import unmask
 from unmask.errors import UnmaskError
-from unmask.recipe import recipe_from_dict
+from unmask.config import recipe_from_dict
 from unmask.training import run
 from unmask.training.trainer import DiffusionTrainer
 

@@ -38,10 +38,9 @@ if TYPE_CHECKING:
     from unmask.model.families import LlamaForCausalLM as LlamaForCausalLM
     from unmask.model.families import Qwen2ForCausalLM as Qwen2ForCausalLM
     from unmask.model.families import Qwen3ForCausalLM as Qwen3ForCausalLM
-    from unmask.recipe import Recipe as Recipe
-    from unmask.recipe import load_recipe as load_recipe
-    from unmask.training.run import train as train
-    from unmask.training.trainer import DiffusionTrainer as DiffusionTrainer
+    from unmask.config import Recipe as Recipe
+    from unmask.config import load_recipe as load_recipe
+    from unmask.training.train import train as train
 
 __version__ = "0.1.0"
 
@@ -69,10 +68,9 @@ _MODULE_OF = {
     "LlamaForCausalLM": "model.families",
     "Qwen2ForCausalLM": "model.families",
     "Qwen3ForCausalLM": "model.families",
-    "Recipe": "recipe",
-    "load_recipe": "recipe",
-    "train": "training.run",
-    "DiffusionTrainer": "training.trainer",
+    "Recipe": "config",
+    "load_recipe": "config",
+    "train": "training.train",
 }
 
 __all__ = ["__version__", *_MODULE_OF]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -96,7 +96,7 @@ def data(
     With --html the same as a page for a browser, with --curriculum how masking
     and attention change over the run.
     """
-    from unmask.recipe import load_recipe
+    from unmask.config import load_recipe
 
     settings = load_recipe(recipe, overrides or [])  # before the imports that take seconds
     quiet()
@@ -187,7 +187,7 @@ def prepare(
     Train from it with data.dataset_name=OUT. Interrupted, the same command goes
     on where it was.
     """
-    from unmask.recipe import load_recipe
+    from unmask.config import load_recipe
 
     settings = load_recipe(recipe, overrides or [])  # before the imports that take seconds
     quiet()
@@ -226,7 +226,7 @@ def train(
     """
     if devices is not None and not dry_run:
         raise UnmaskError("--devices has no effect without --dry-run; torchrun --nproc_per_node=N starts N.")
-    from unmask.recipe import load_recipe
+    from unmask.config import load_recipe
 
     settings = load_recipe(recipe, overrides or [])  # before the imports that take seconds
     quiet()

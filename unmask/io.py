@@ -64,7 +64,7 @@ def atomic_write(path: Path, data: str | bytes) -> None:
     """
     aside = path.with_name(f".{path.name}.partial")
     try:
-        aside.write_bytes(data.encode() if isinstance(data, str) else data)
+        aside.write_bytes(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
         sync(aside)
         os.replace(aside, path)
     except OSError as error:
@@ -85,6 +85,21 @@ def check_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UnmaskError(f"{folder}: cannot be written: {reason(error)}.") from error
+
+
+def check_output_file(file: Path, option: str) -> None:
+    """Check that a file can be written, before the work that fills it.
+
+    Raises:
+        UnmaskError: names the option; the path is a folder, its folder is missing, or it is not writable.
+    """
+    if file.is_dir():
+        raise UnmaskError(f"{option}: {file} is a folder; name a file in it.")
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise UnmaskError(f"{option}: {file} cannot be written: there is no folder {folder}; make it first.")
+    if not os.access(file if file.exists() else folder, os.W_OK):
+        raise UnmaskError(f"{option}: {file} cannot be written to.")
 
 
 def sha256(path: Path) -> str:

@@ -16,8 +16,8 @@ from unmask.diffusion.loss import PRESETS
 from unmask.diffusion.objective import PROBABILITIES, Curriculum, Objective
 from unmask.errors import UnmaskError
 from unmask.io import reason
+from unmask.model.adapter import add_adapter
 from unmask.model.checkpoint import (
-    add_adapter,
     fit_to_tokenizer,
     fingerprint,
     is_adapter,

@@ -27,7 +27,9 @@ from unmask.data.collate import collate
 from unmask.diffusion.corrupt import Noised, corrupt, example_seeds
 from unmask.diffusion.likelihood import Masks, exact_masks
 from unmask.diffusion.objective import Objective
-from unmask.evaluation.exact_match import Prompt, exact_share, is_exact
+from unmask.data.conversation import CustomFields
+from unmask.data.sources import read_records
+from unmask.evaluation.exact_match import Prompt, exact_share, is_exact, make_prompts
 from unmask.generation.text import Completion, complete
 from unmask.generation.trace import trace_lines
 from unmask.io import atomic_write
@@ -74,7 +76,7 @@ def held_out_loss(
         if not batch and not shared.sharded:
             break
         # Under FSDP every process takes part in every forward pass.
-        tensors = to_device(collate(batch or [rows[0]], pad_token_id), group.device)
+        tensors = to_device(collate(batch or [rows[0]], pad_token_id=pad_token_id), group.device)
         ids = tensors.pop("sample_ids")
         inputs = model.prepare(**_sft(tensors, recipe))
         noised = corrupt(inputs, objective, example_seeds(recipe.seed, ids, EPOCH))
@@ -187,6 +189,16 @@ def _ratio(sums: list[float]) -> tuple[float, float]:
     squares = bb - 2 * ratio * bn + ratio * ratio * nn
     few = samples < 2 or tokens == 0
     return ratio, 0.0 if few else math.sqrt(max(0.0, squares) * samples / (samples - 1)) / tokens
+
+
+def load_prompts(recipe: Recipe, encoder: Any) -> list[Prompt]:
+    """Read the held-out prompts of a recipe, with the answers that are expected."""
+    if recipe.evaluation.prompts is None:
+        return []
+    records = read_records(recipe.evaluation.prompts, limit=recipe.evaluation.limit)
+    sft = recipe.data.sft
+    fields = CustomFields(**sft.custom_format.model_dump()) if sft.format == "custom" else None
+    return make_prompts(records, encoder, sft.format, fields)
 
 
 class Answers:

@@ -29,7 +29,7 @@ from unmask.diffusion.corrupt import Noised, corrupt, document_strata, example_s
 from unmask.diffusion.loss import loss_divisor
 from unmask.diffusion.objective import Objective
 from unmask.errors import UnmaskError
-from unmask.evaluation.exact_match import exact_share, load_prompts
+from unmask.evaluation.exact_match import exact_share
 from unmask.io import atomic_dir, atomic_write, directory_lock
 from unmask.model.checkpoint import save_checkpoint
 from unmask.training import checkpoint as checkpoints
@@ -42,7 +42,14 @@ from unmask.training.build import (
 )
 from unmask.training.card import provenance, write_card
 from unmask.training.checkpoint import FINAL, PREFIX, RECIPE, RunState
-from unmask.training.evaluate import SAMPLES, Answers, examples_of, held_out_loss, to_device
+from unmask.training.evaluate import (
+    SAMPLES,
+    Answers,
+    examples_of,
+    held_out_loss,
+    load_prompts,
+    to_device,
+)
 from unmask.training.memory import memory_lines
 from unmask.training.metrics import Accounting
 from unmask.training.optim import WeightAverage, learning_rate, make_optimizer
@@ -270,7 +277,7 @@ class Run:
         """Collate some units and draw their noise."""
         recipe, device = self.recipe, self.group.device
         rows = [unit.row for unit in units]
-        tensors = to_device(collate(rows, cast(int, self.tokenizer.pad_token_id)), device)
+        tensors = to_device(collate(rows, pad_token_id=cast(int, self.tokenizer.pad_token_id)), device)
         ids = tensors["sample_ids"]
         epochs = torch.tensor([unit.epoch for unit in units], device=device)
         seeds = example_seeds(recipe.seed, ids, epochs if ids.dim() == 1 else epochs[:, None])
