@@ -62,13 +62,18 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, encoder: Any
     settings = recipe.model
     dtype = getattr(torch, settings.dtype)
     overrides = config_overrides(recipe)
-    if settings.name_or_path is not None:
-        if is_adapter(settings.name_or_path):
-            raise UnmaskError(
-                f"model.name_or_path: {settings.name_or_path} is an adapter; start from what"
-                f" `unmask merge {settings.name_or_path} OUT` makes of it."
-            )
-        model: Any = load_model(
+    if settings.name_or_path is not None and is_adapter(settings.name_or_path):
+        raise UnmaskError(
+            f"model.name_or_path: {settings.name_or_path} is an adapter; start from what"
+            f" `unmask merge {settings.name_or_path} OUT` makes of it."
+        )
+    if settings.name_or_path is not None and recipe.distributed.type == "fsdp" and recipe.lora.r is None:
+        # Without its weights, of which each process later reads its own part; see `load_shards`.
+        read_config(settings.name_or_path)  # which also finds out whether there are any
+        model: Any = meta_model(recipe).to(dtype)
+        model.set_attn_implementation(settings.attn_implementation)
+    elif settings.name_or_path is not None:
+        model = load_model(
             settings.name_or_path,
             dtype=dtype,
             attn_implementation=settings.attn_implementation,

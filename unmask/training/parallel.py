@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -17,6 +20,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from unmask.config import Recipe
@@ -160,6 +164,8 @@ class SharedModel:
             recompute_activations(model)
         if self.sharded:
             shard(model, bf16, group)
+            if any(p.is_meta for p in model.parameters()):
+                load_shards(model, str(recipe.model.name_or_path), group.device)
             self.module: nn.Module = model
         else:
             model.to(group.device)
@@ -209,6 +215,47 @@ def shard(model: Any, bf16: bool, group: Processes) -> None:
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for name in _ENTRIES:
         register_fsdp_forward_method(model, name)
+
+
+@torch.no_grad()
+def load_shards(model: Any, name: str, device: torch.device) -> None:
+    """Give a sharded model on "meta" its weights, of which this process reads its own part from the disk.
+
+    Rows of the embedding and the head that the checkpoint does not have become the mean of the others.
+
+    Args:
+        name: folder or hub name of a checkpoint in safetensors.
+
+    Raises:
+        UnmaskError: a weight is missing, or has another shape.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+    model.to_empty(device=device)
+    # Its buffers are computed, and in no checkpoint.
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config=model.config).to(device)
+    files = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            files.update(dict.fromkeys(opened.keys(), file))
+    for key, parameter in model.named_parameters():
+        if key not in files:
+            raise UnmaskError(f"{name}: the checkpoint is incomplete: {key} is missing.")
+        with safe_open(files[key], framework="pt") as opened:
+            whole = opened.get_tensor(key)  # in mapped memory: what is not used is not read
+        new_rows = len(parameter) - len(whole)
+        if whole.shape[1:] != parameter.shape[1:] or new_rows < 0:
+            raise UnmaskError(
+                f"{name}: {key} has shape {tuple(whole.shape)}; by its config.json it must be"
+                f" {tuple(parameter.shape)}."
+            )
+        if new_rows:
+            mean = whole.float().mean(dim=0, keepdim=True).to(whole.dtype)
+            whole = torch.cat([whole, mean.expand(new_rows, -1)])
+        part = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(part.to_local())
 
 
 def recompute_activations(model: Any) -> None:
