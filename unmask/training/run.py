@@ -26,7 +26,8 @@ from unmask.data.processes import alone
 from unmask.data.sources import read_records
 from unmask.errors import UnmaskError
 from unmask.evaluation.exact_match import Prompt, exact_share, make_prompts
-from unmask.model.checkpoint import save_checkpoint, written_aside
+from unmask.io import atomic_dir
+from unmask.model.checkpoint import save_checkpoint
 from unmask.recipe import Recipe
 from unmask.training.arguments import training_arguments
 from unmask.training.build import build_model
@@ -201,7 +202,7 @@ def _train_in(
     if main:
         if before is not None and after is not None:
             shares = exact_share(before, prompts), exact_share(after, prompts)
-        with written_aside(out / FINAL) as aside:
+        with atomic_dir(out / FINAL) as aside:
             save_checkpoint(model, tokenizer, aside, weights)
             write_card(
                 aside,
