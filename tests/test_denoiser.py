@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import assert_rate, random_ids, tiny_model
 from torch import Tensor
+from training_step import noise_of
 from transformers import Qwen3Config
 from transformers import Qwen3ForCausalLM as StockQwen3
 
@@ -55,18 +56,9 @@ def stock_loss(
     return total / max(count, 1)
 
 
-def seen_by(model: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """The ids that the backbone is given in one forward call: x_t."""
-    seen: list[Tensor] = []
-    hook = model.model.register_forward_pre_hook(
-        lambda _, __, given: seen.append(given["input_ids"].clone()), with_kwargs=True
-    )
-    try:
-        model(*args, **kwargs)
-    finally:
-        hook.remove()
-    (x_t,) = seen
-    return x_t
+def seen_by(model: Any, ids: Tensor, **batch: Any) -> Tensor:
+    """The corrupted ids, which the backbone is given: x_t."""
+    return noise_of(model, ids, **batch).x_t
 
 
 def gradients(model: Any, loss: Tensor) -> list[Tensor]:
