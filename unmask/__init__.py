@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from unmask.diffusion.objective import Objective as Objective
     from unmask.errors import UnmaskError as UnmaskError
     from unmask.generation.config import DiffusionGenerationConfig as DiffusionGenerationConfig
+    from unmask.model.checkpoint import convert as convert
     from unmask.model.checkpoint import load_model as load_model
     from unmask.model.config import LlamaDiffusionConfig as LlamaDiffusionConfig
     from unmask.model.config import Qwen2DiffusionConfig as Qwen2DiffusionConfig
     from unmask.model.config import Qwen3DiffusionConfig as Qwen3DiffusionConfig
-    from unmask.model.convert import convert as convert
     from unmask.model.families import LlamaForCausalLM as LlamaForCausalLM
     from unmask.model.families import Qwen2ForCausalLM as Qwen2ForCausalLM
     from unmask.model.families import Qwen3ForCausalLM as Qwen3ForCausalLM
@@ -64,7 +64,7 @@ _MODULE_OF = {
     "LlamaDiffusionConfig": "model.config",
     "Qwen2DiffusionConfig": "model.config",
     "Qwen3DiffusionConfig": "model.config",
-    "convert": "model.convert",
+    "convert": "model.checkpoint",
     "LlamaForCausalLM": "model.families",
     "Qwen2ForCausalLM": "model.families",
     "Qwen3ForCausalLM": "model.families",

@@ -66,7 +66,7 @@ def convert(
     before use.
     """
     quiet()
-    from unmask.model.convert import convert as run
+    from unmask.model.checkpoint import convert as run
 
     model, tokenizer = run(base, out)
     print(

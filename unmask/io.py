@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from unmask.errors import UnmaskError
 
 LOCK = ".lock"
@@ -22,7 +24,7 @@ def reason(error: BaseException, limit: int = 200) -> str:
 
 
 @contextmanager
-def atomic_dir(folder: Path) -> Iterator[Path]:
+def atomic_dir(folder: str | Path) -> Iterator[Path]:
     """Yield a folder next to `folder` that replaces it, as a whole, once everything in it is on the disk.
 
     If anything fails, `folder` is as it was.
@@ -30,7 +32,7 @@ def atomic_dir(folder: Path) -> Iterator[Path]:
     Raises:
         UnmaskError: the disk is full, or the folder cannot be written.
     """
-    target = folder.absolute()  # `.` has no name of its own
+    target = Path(folder).absolute()  # `.` has no name of its own
     aside, old = (target.with_name(f".{target.name}.{what}") for what in ("partial", "old"))
     try:
         shutil.rmtree(aside, ignore_errors=True)
@@ -48,7 +50,7 @@ def atomic_dir(folder: Path) -> Iterator[Path]:
             raise
         sync(target.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UnmaskError(
             f"{folder}: could not be written: {reason(error)}; nothing already there was changed."
         ) from error

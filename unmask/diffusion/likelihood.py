@@ -322,87 +322,88 @@ class Passes(NamedTuple):
     """The draw that the pass belongs to: its weighted nlls are added up there."""
 
 
-class Result(NamedTuple):
-    """What the draws (S, N) of a record come to."""
+class SampledSets:
+    """A set of tokens in each draw, in pairs of one stratum: one pass a draw, none for an empty set."""
 
-    token_nll: Float[Tensor, "N"]
-    stderr: float
-    mixture_nll: float | None = None
+    def __init__(self, is_masked: Bool[Tensor, "S N"], weight: Float[Tensor, "S N"]):
+        self.is_masked, self.weight = is_masked, weight
+        self.draw = is_masked.any(dim=1).nonzero()[:, 0]
+        self.num_passes, self.num_draws = len(self.draw), len(is_masked)
 
+    def passes(self, number: Int[Tensor, "P"]) -> Passes:
+        draw = self.draw[number]
+        return Passes(self.is_masked[draw], self.weight[draw], draw)
 
-class Plan(NamedTuple):
-    """The passes of one record, made when they are asked for."""
-
-    num_passes: int
-    num_draws: int
-    passes: Callable[[Int[Tensor, "P"]], Passes]
-    finish: Callable[[Float[Tensor, "S N"]], Result]
-
-
-def sampled_sets(is_masked: Bool[Tensor, "S N"], weight: Float[Tensor, "S N"]) -> Plan:
-    """Mask a set of tokens in each draw, in pairs of one stratum: one pass a draw, none for an empty set."""
-    draw = is_masked.any(dim=1).nonzero()[:, 0]
-
-    def passes(number: Tensor) -> Passes:
-        return Passes(is_masked[draw[number]], weight[draw[number]], draw[number])
-
-    def finish(values: Tensor) -> Result:
-        return Result(values.mean(dim=0), paired_stderr(values.sum(dim=1)))
-
-    return Plan(len(draw), len(is_masked), passes, finish)
+    def finish(self, values: Float[Tensor, "S N"]) -> tuple[Float[Tensor, "N"], float]:
+        return values.mean(dim=0), paired_stderr(values.sum(dim=1))
 
 
-def sampled_chains(block: Int[Tensor, "N"], rank: Int[Tensor, "S N"]) -> Plan:
-    """Decode the tokens of each block one at a time, in the order of `rank`, all blocks at once."""
-    steps, draws = int(rank.max()) + 1, len(rank)
+class SampledChains:
+    """The tokens of each block one at a time, in the order of `rank`, all blocks at once."""
 
-    def passes(number: Tensor) -> Passes:
-        draw, step = number // steps, (number % steps)[:, None]
-        return Passes(rank[draw] >= step, (rank[draw] == step).double(), draw)
+    def __init__(self, block: Int[Tensor, "N"], rank: Int[Tensor, "S N"]):
+        self.block, self.rank, self.steps = block, rank, int(rank.max()) + 1
+        self.num_passes, self.num_draws = len(rank) * self.steps, len(rank)
 
-    def finish(values: Tensor) -> Result:
-        blocks = values.new_zeros(draws, int(block.max()) + 1).index_add_(1, block, values)
-        mixture = (math.log(draws) - torch.logsumexp(-blocks, dim=0)).sum().item()
-        return Result(values.mean(dim=0), values.sum(dim=1).std().item() / math.sqrt(draws), mixture)
+    def passes(self, number: Int[Tensor, "P"]) -> Passes:
+        draw, step = number // self.steps, (number % self.steps)[:, None]
+        rank = self.rank[draw]
+        return Passes(rank >= step, (rank == step).double(), draw)
 
-    return Plan(draws * steps, draws, passes, finish)
+    def finish(self, values: Float[Tensor, "S N"]) -> tuple[Float[Tensor, "N"], float]:
+        return values.mean(dim=0), values.sum(dim=1).std().item() / math.sqrt(len(values))
+
+    def mixture(self, values: Float[Tensor, "S N"]) -> float:
+        """-log of the mean probability over the orders, block by block."""
+        blocks = values.new_zeros(len(values), int(self.block.max()) + 1).index_add_(1, self.block, values)
+        return (math.log(len(values)) - torch.logsumexp(-blocks, dim=0)).sum().item()
 
 
-def all_sets(block: Int[Tensor, "N"]) -> Plan:
-    """Mask every non-empty set of tokens of each block, once: pass p has those at the bits of p + 1."""
-    index, size = rank_in_group(torch.arange(len(block)), block)
-    longest, blocks = int(size.max()), int(block.max()) + 1
-    count = 2**longest - 1
+class AllSets:
+    """Every non-empty set of tokens of each block, once: pass p masks those at the bits of p + 1."""
 
-    def holds(sets: Tensor) -> Tensor:
-        """Whether each set, as bits, is one of the token's block and holds it."""
-        return ((sets[:, None] >> index) & 1).bool() & (sets[:, None] >> size == 0)
+    def __init__(self, block: Int[Tensor, "N"]):
+        self.block = block
+        self.index, self.size = rank_in_group(torch.arange(len(block)), block)
+        self.longest = int(self.size.max())
+        self.num_passes = self.num_draws = 2**self.longest - 1
 
-    def passes(number: Tensor) -> Passes:
-        is_masked = holds(number + 1)
+    def passes(self, number: Int[Tensor, "P"]) -> Passes:
+        is_masked = self._holds(number + 1)
         return Passes(is_masked, torch.ones_like(is_masked).double(), number)
 
-    def finish(values: Tensor) -> Result:
+    def _holds(self, sets: Int[Tensor, "P"]) -> Bool[Tensor, "P N"]:
+        """Whether each set, as bits, is one of the token's block and holds it."""
+        return ((sets[:, None] >> self.index) & 1).bool() & (sets[:, None] >> self.size == 0)
+
+    def finish(self, values: Float[Tensor, "S N"]) -> tuple[Float[Tensor, "N"], float]:
         # A set of k is what is masked at some step of a random order with probability 1 / C(n, k), and each
         # of its tokens is then decoded with probability 1 / k.
-        k = torch.tensor([number.bit_count() for number in range(1, count + 1)])[:, None]
-        comb = torch.tensor([[math.comb(n, k) for k in range(longest + 1)] for n in range(longest + 1)])
-        weight = holds(torch.arange(1, count + 1)) / (k * comb[size, k]).clamp(min=1).double()
-        # The model that decodes in a uniformly random order, by dynamic programming over sets: p(set) is the
-        # mean over its tokens of p(token | set masked) * p(set without it).
-        nll = values.new_zeros(count, longest, blocks)
-        nll[:, index, block] = values
-        log_p = values.new_zeros(count + 1, blocks)
-        for number in range(1, count + 1):
-            members = [bit for bit in range(longest) if number >> bit & 1]
+        sets = torch.arange(1, len(values) + 1)
+        k = torch.tensor([number.bit_count() for number in sets.tolist()])[:, None]
+        upto = range(self.longest + 1)
+        comb = torch.tensor([[math.comb(n, k) for k in upto] for n in upto])
+        weight = self._holds(sets) / (k * comb[self.size, k]).clamp(min=1).double()
+        return (values * weight).sum(dim=0), 0.0
+
+    def mixture(self, values: Float[Tensor, "S N"]) -> float:
+        """-log p of the model that decodes in a uniformly random order, by dynamic programming over sets:
+        p(set) is the mean over its tokens of p(token | set masked) * p(set without it)."""
+        blocks = int(self.block.max()) + 1
+        nll = values.new_zeros(len(values), self.longest, blocks)
+        nll[:, self.index, self.block] = values
+        log_p = values.new_zeros(len(values) + 1, blocks)
+        for number in range(1, len(values) + 1):
+            members = [bit for bit in range(self.longest) if number >> bit & 1]
             rest = log_p[[number ^ (1 << bit) for bit in members]]
             ways = torch.logsumexp(rest - nll[number - 1, members], dim=0)
             log_p[number] = ways - math.log(len(members))
         # Shorter blocks have fewer sets: those beyond theirs are not read.
-        whole = torch.zeros(blocks, dtype=torch.long).index_copy(0, block, 2**size - 1)
-        return Result((values * weight).sum(dim=0), 0.0, -log_p[whole, torch.arange(blocks)].sum().item())
+        whole = torch.zeros(blocks, dtype=torch.long).index_copy(0, self.block, 2**self.size - 1)
+        return -log_p[whole, torch.arange(blocks)].sum().item()
 
-    return Plan(count, count, passes, finish)
+
+Plan = SampledSets | SampledChains | AllSets
 
 
 def plan_passes(
@@ -419,20 +420,20 @@ def plan_passes(
     longest = int(size.max())
     forwards = num_samples * longest if estimator == "chain" else num_samples
     if estimator != "continuous" and longest < 62 and 2**longest - 1 <= forwards:
-        return all_sets(block)
+        return AllSets(block)
     draw, seed = torch.arange(num_samples)[:, None], torch.tensor(key)
     of_token = keyed_hash(seed, STREAM_MASK, draw, index)  # (S, N)
     of_block = keyed_hash(seed, STREAM_TIME, draw, block)
     stratum, strata = draw // 2, num_samples // 2
     if estimator == "continuous":
         t = eps + (1 - eps) * (stratum + _uniform(of_block)) / strata
-        return sampled_sets(_uniform(of_token) < t, 1 / t)
+        return SampledSets(_uniform(of_token) < t, 1 / t)
     group = draw * (int(block.max()) + 1) + block
     rank = rank_in_group(of_token.flatten(), group.flatten())[0].view(of_token.shape)
     if estimator == "chain":
-        return sampled_chains(block, rank)
+        return SampledChains(block, rank)
     k = subset_size(size, of_block, stratum, strata)
-    return sampled_sets(rank < k, size / k.double())
+    return SampledSets(rank < k, size / k.double())
 
 
 def paired_stderr(draws: Float[Tensor, "S"]) -> float:
@@ -521,10 +522,12 @@ def estimate(
             values[row].index_add_(0, part.draw, weighted)
             num_forwards += len(number)
             if number[-1] == plan.num_passes - 1:
-                result = plan.finish(values.pop(row))
-                token_nll[row, maskable[row]] = result.token_nll
-                nll[row], stderr[row] = result.token_nll.sum(), result.stderr
-                mixture[row] = result.mixture_nll or 0.0
+                draws = values.pop(row)
+                per_token, stderr[row] = plan.finish(draws)
+                token_nll[row, maskable[row]] = per_token
+                nll[row] = per_token.sum()
+                if estimator == "chain" and not isinstance(plan, SampledSets):
+                    mixture[row] = plan.mixture(draws)
             advance(len(number) / plan.num_passes)
     mixture_nll = mixture if estimator == "chain" else None
     return Likelihood(nll, stderr, maskable.sum(dim=1), token_nll, mixture_nll, num_forwards, keys)

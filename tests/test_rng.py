@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import assert_uniform
 
-from unmask.diffusion import keyed
+from unmask.diffusion import rng
 from unmask.diffusion.rng import STREAM_MASK, STREAM_TIME, keyed_hash, keyed_uniform
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
@@ -50,7 +50,7 @@ def test_values_never_change() -> None:
 @given(bits=INT64)
 def test_uniform_is_the_hash_read_as_a_fraction(bits: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(keyed, "keyed_hash", lambda seed, *keys: torch.tensor(bits))
+        patch.setattr(rng, "keyed_hash", lambda seed, *keys: torch.tensor(bits))
         uniform = keyed_uniform(0).item()
     exact = (bits & WORD) / 2**64
     assert 0 <= uniform < 1
@@ -59,7 +59,7 @@ def test_uniform_is_the_hash_read_as_a_fraction(bits: int) -> None:
 
 @pytest.mark.parametrize(("bits", "expected"), [(0, 0.0), (-1, 1 - 2**-24), (2**63 - 1, 0.5)])
 def test_uniform_at_the_ends(monkeypatch: pytest.MonkeyPatch, bits: int, expected: float) -> None:
-    monkeypatch.setattr(keyed, "keyed_hash", lambda seed, *keys: torch.tensor(bits))
+    monkeypatch.setattr(rng, "keyed_hash", lambda seed, *keys: torch.tensor(bits))
     assert keyed_uniform(0).item() == expected
     assert keyed_uniform(0).dtype == torch.float32
 
@@ -80,7 +80,7 @@ PAIRS: dict[str, Callable[[], tuple[torch.Tensor, torch.Tensor]]] = {
     "high bits": lambda: (keyed_uniform(INDEX << 48, 2), keyed_uniform((INDEX << 48) + 1, 2)),
     "seeds a golden ratio apart": lambda: (
         keyed_uniform(INDEX, 2, 5),
-        keyed_uniform(INDEX + keyed._GOLDEN, 2, 5),
+        keyed_uniform(INDEX + rng.GOLDEN, 2, 5),
     ),
 }
 
