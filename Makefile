@@ -1,7 +1,7 @@
 # Every target makes the environment it needs: .venv, about 80 s and 1.5 GB the first time.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check fix docs bench clean
+.PHONY: help install demo test test-newest test-oldest lock check fix docs bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,16 +14,33 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
-# The exact torch on the command line makes pip take its small CPU build.
-$(STAMP): pyproject.toml constraints.txt
-	@echo "making $(VENV): about 80 s and 1.5 GB the first time"
-	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install -qq -c constraints.txt $(TORCH) -e '.[dev]'
+# What each environment holds: the lock, the newest that pyproject.toml allows, its lower bounds.
+.venv/.installed: LIMITS := cat constraints.txt
+.venv/.installed: constraints.txt
+.venv-newest/.installed: LIMITS := echo $(TORCH)
+.venv-oldest/.installed: LIMITS := $(PYTHON) scripts/lowest.py
+.venv-oldest/.installed: scripts/lowest.py
+
+# The exact torch on the command line makes pip take its small CPU build. The variables reach the build
+# of the package (setuptools) too: the first in pip before 25.3, the second from there on.
+.venv/.installed .venv-newest/.installed .venv-oldest/.installed: pyproject.toml
+	@echo "making $(@D): about 80 s and 1.5 GB the first time"
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(LIMITS) > $(@D)/limits.txt
+	@PIP_CONSTRAINT=$(@D)/limits.txt PIP_BUILD_CONSTRAINT=$(@D)/limits.txt $(@D)/bin/pip install $(TORCH) -e '.[dev]' \
+		> $(@D)/pip.log 2>&1 || { tail -n 20 $(@D)/pip.log; exit 1; }
 	@touch $@
 
-install: $(STAMP)  ## make the environment in .venv
+install: $(STAMP)  ## make the environment in .venv, with the versions of constraints.txt
+
+lock:  ## write constraints.txt again: the newest versions that pyproject.toml allows
+	@rm -rf .venv-newest
+	@$(MAKE) --no-print-directory .venv-newest/.installed
+	@{ sed '/^torch==/q' constraints.txt; .venv-newest/bin/pip freeze --all --exclude-editable \
+		--exclude pip --exclude torch; } > .venv-newest/lock.txt
+	@mv .venv-newest/lock.txt constraints.txt
 
 demo: $(STAMP)  ## fine-tune a small diffusion model on the CPU and measure it (ARGS="key=value ...")
 	@rm -rf outputs/demo
@@ -31,6 +48,12 @@ demo: $(STAMP)  ## fine-tune a small diffusion model on the CPU and measure it (
 
 test: $(STAMP)  ## run the tests (ARGS="-k word")
 	@$(RUN) python -m pytest $(ARGS)
+
+test-newest: .venv-newest/.installed  ## the tests with the newest versions that pyproject.toml allows
+test-oldest: .venv-oldest/.installed  ## the tests with the lowest versions that pyproject.toml allows
+test-newest test-oldest: test-%:
+	@.venv-$*/bin/pip freeze --exclude-editable | paste -sd' ' | fold -sw 100
+	@$(MAKE) --no-print-directory test VENV=.venv-$*
 
 check: $(STAMP)  ## lint, formatting, types, layers, generated docs; offline
 	$(BIN)/ruff check .
@@ -50,5 +73,5 @@ bench: $(STAMP)  ## run every benchmark; each prints a ratio
 	@$(RUN); set -e; for file in $(wildcard benchmarks/*.py); do echo "== $$file"; python "$$file"; done
 
 clean:  ## remove the environment, caches and runs
-	rm -rf $(VENV) outputs build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest .venv-oldest outputs build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import autoregressive_folder, random_ids, tiny_model
+from tiny import autoregressive_folder, random_ids, recompute_activations, tiny_model
 from torch import Tensor
 from training_step import loss_of, noise_of
 
@@ -106,7 +106,7 @@ def test_the_rest_gets_no_gradient_and_recomputing_changes_none(base: Path) -> N
     model: Any = adapted(base)
     plain = gradients(model)
     assert all((weight.grad is None) != weight.requires_grad for weight in model.parameters())
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    recompute_activations(model)
     again = gradients(model)
     for name, gradient in plain.items():
         assert gradient.abs().max() > 0, name

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES, STOCK, assert_rate, random_ids, tiny_model, tiny_stock_model
+from tiny import FAMILIES, STOCK, assert_rate, random_ids, recompute_activations, tiny_model, tiny_stock_model
 from torch import Tensor
 from training_step import logits_of, loss_of, noise_of
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -649,12 +649,11 @@ def test_evaluation_sees_a_block_as_training_does(shift: bool) -> None:
         assert_same(logits[:, own], trained[:, :end][:, own])
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_gradient_checkpointing_and_bfloat16() -> None:
     model, batch = block_model(3), pack(ROWS, "left")
     loss = loss_of(model, **batch.given())
     expected = gradients(model, loss)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute_activations(model)
     for name, gradient in gradients(model, loss_of(model, **batch.given())).items():
         assert_same(gradient, expected[name])
     small = loss_of(block_model(3, dtype=torch.bfloat16), **batch.given())

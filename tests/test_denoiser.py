@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import assert_rate, random_ids, tiny_model
+from tiny import assert_rate, random_ids, recompute_activations, tiny_model
 from torch import Tensor
 from training_step import logits_of, loss_of, noise_of
 from transformers import Qwen3Config
@@ -340,12 +340,11 @@ def test_nothing_masked_gives_zero_and_a_zero_gradient(case: str, fields: dict[s
         assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_gradient_checkpointing_and_bfloat16() -> None:
     model, ids, seeds = tiny_model(), random_ids(8, 8), torch.arange(8)
     plain = loss_of(model, ids, noise_seed=seeds)
     expected = gradients(model, plain)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute_activations(model)
     loss = loss_of(model, ids, noise_seed=seeds)
     assert torch.equal(loss, plain)
     for one, other in zip(gradients(model, loss), expected, strict=True):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import FAMILIES, STOCK, random_ids, tiny_model, tiny_stock_config, tiny_stock_model
+from tiny import FAMILIES, STOCK, random_ids, recompute_activations, tiny_model, tiny_stock_config, tiny_stock_model
 from torch import Tensor
 from training_step import logits_of, loss_of, noise_of
 
@@ -205,7 +205,7 @@ def test_a_batch_without_a_token() -> None:
 def test_gradient_checkpointing_recomputes_documents(reentrant: bool) -> None:
     model = tiny_model()
     expected = run(model)
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    recompute_activations(model, reentrant)
     loss = loss_of(model, **packed_batch())
     loss.backward()
     assert_same([loss, *(p.grad for p in model.parameters())], expected[1:])

@@ -201,7 +201,8 @@ def test_unknown_key_in_the_file(recipe_file: Path) -> None:
         ("max_steps=", "max_steps: expected a positive integer; got null"),
         (
             "model.attn_implementation=flash_attention_2",
-            "model.attn_implementation: expected auto, sdpa, eager or flex_attention; got",
+            "model.attn_implementation: expected auto, sdpa, eager or flex_attention; got"
+            " 'flash_attention_2'",
         ),
         ("seed=true", "seed: expected an integer, 0 or more; got true"),
         ("seed=-1", "seed: expected an integer, 0 or more; got -1"),
@@ -234,7 +235,7 @@ def test_unknown_key_in_the_file(recipe_file: Path) -> None:
         ("optimizer.beta2=1", "optimizer.beta2: expected a number from 0, below 1; got 1"),
         ("optimizer.learning_rate=.nan", "expected a number, 0 or more; got nan"),
         ("optimizer=adamw", "optimizer: expected a group of keys; got 'adamw'"),
-        ("precision=fp16", "precision: expected fp32 or bf16; got 'fp16'"),
+        ("precision=fp16", "precision: expected auto, fp32 or bf16; got 'fp16'"),
         ("gradient_checkpointing=3", "gradient_checkpointing: expected true or false; got 3"),
         ("report_to=none", "report_to: expected a list such as [tensorboard]; got 'none'"),
         ("model.config=3", "model.config: expected a group of keys or null; got 3"),

@@ -153,3 +153,9 @@ def assert_rate(hits: torch.Tensor, probability: float | torch.Tensor) -> None:
     p = torch.as_tensor(probability, dtype=torch.float64)
     error = (hits.mean(dim=0) - p).abs() / (p * (1 - p) / len(hits)).sqrt()
     assert error.max() < 5, f"off by {error.max():.1f} standard errors"
+
+
+def recompute_activations(model: Any, reentrant: bool = False) -> None:
+    """Turn activation checkpointing on; transformers 5.24 renamed the method."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})

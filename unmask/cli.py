@@ -14,7 +14,8 @@ import typer
 from rich.console import Console
 
 from unmask import __version__, cli_generate
-from unmask.cli_generate import quiet
+from unmask.cli_generate import hide_progress_bars
+from unmask.cli_warnings import warnings_in_lines
 from unmask.errors import UnmaskError
 
 app = typer.Typer(
@@ -65,7 +66,7 @@ def convert(
     is shifted by one, and the tokenizer gets a mask token. Train the result
     before use.
     """
-    quiet()
+    hide_progress_bars()
     from unmask.model.checkpoint import convert as run
 
     model, tokenizer = run(base, out)
@@ -99,7 +100,7 @@ def data(
     from unmask.config import load_recipe
 
     settings = load_recipe(recipe, overrides or [])  # before the imports that take seconds
-    quiet()
+    hide_progress_bars()
     from unmask.data.page import SEQUENCES, check_page, write_page
     from unmask.data.preview import show_examples, show_report
     from unmask.data.survey import survey
@@ -190,7 +191,7 @@ def prepare(
     from unmask.config import load_recipe
 
     settings = load_recipe(recipe, overrides or [])  # before the imports that take seconds
-    quiet()
+    hide_progress_bars()
     from unmask.training.prepare import prepare as run
 
     try:
@@ -229,7 +230,7 @@ def train(
     from unmask.config import load_recipe
 
     settings = load_recipe(recipe, overrides or [])  # before the imports that take seconds
-    quiet()
+    hide_progress_bars()
     if dry_run:
         from unmask.training.dry_run import dry_run as show
 
@@ -249,7 +250,7 @@ def merge(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist or be empty.")],
 ) -> None:
     """Add an adapter to the weights it was trained on: a plain diffusion checkpoint."""
-    quiet()
+    hide_progress_bars()
     from unmask.model.adapter import merge as run
 
     model, _ = run(adapter, out)
@@ -298,7 +299,7 @@ def score(
     Of a conversation the last response is scored, given all before it; plain
     text is scored block by block. The figures are upper bounds of -log p.
     """
-    quiet()
+    hide_progress_bars()
     from unmask.evaluation.score import score_file, show_records, show_total
 
     console = Console()
@@ -327,7 +328,8 @@ def main() -> None:
     debug = "--debug" in sys.argv
     arguments = cli_generate.place_of_trace([one for one in sys.argv[1:] if one != "--debug"])
     try:
-        app(arguments, prog_name="unmask")
+        with warnings_in_lines():
+            app(arguments, prog_name="unmask")
     except UnmaskError as error:
         _fail(error, str(error), debug)
     except OSError as error:

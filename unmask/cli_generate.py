@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -40,7 +37,7 @@ from unmask.cli_options import (
     TopK,
     TopP,
 )
-from unmask.errors import UnmaskError, UnmaskWarning
+from unmask.errors import UnmaskError
 
 IN_TERMINAL = "-"  # what --trace alone stands for
 _TRACES = (".html", ".png")
@@ -140,7 +137,7 @@ def generate(
     _check_texts(prompt=prompt, system=system, prefix=prefix, stop=stop, choice=choice)
     _check_trace(trace)
 
-    quiet()
+    hide_progress_bars()
     from unmask.evaluation.choose import chosen
     from unmask.generation.complete import begun, chat_example, chat_turns, complete, raw_example
     from unmask.generation.prompts import answer_file, check_lengths, check_out, generated, read_prompts
@@ -182,8 +179,7 @@ def generate(
     decoding |= {"stop": stop or [], "batch_size": size, "seed": seeds}
     keep = trace not in (None, IN_TERMINAL)
     asked = text + ("\n" if prefix and not raw else "") + prefix
-    with _warnings_in_a_line():
-        answers = complete(denoiser, tokenizer, [example] * samples, keep_states=keep, **decoding)
+    answers = complete(denoiser, tokenizer, [example] * samples, keep_states=keep, **decoding)
     _show_trace(trace, answers, tokenizer, title=f"unmask generate {model}", prompt=asked, seeds=seeds)
     for number, one in zip(seeds, answers, strict=True):
         if samples > 1:
@@ -210,7 +206,7 @@ def chat(
     values = locals()
     decoding = {name: values[name] for name in names if values[name] is not None}
     _check_texts(system=system)
-    quiet()
+    hide_progress_bars()
     from unmask.generation.chat import chat as run
 
     denoiser, tokenizer = _load(model)
@@ -223,8 +219,7 @@ def chat(
     def ask() -> str:
         return input("> " if interactive else "")
 
-    with _warnings_in_a_line():
-        run(denoiser, tokenizer, ask=ask, console=console, system=system, **decoding)
+    run(denoiser, tokenizer, ask=ask, console=console, system=system, **decoding)
 
 
 def infill(
@@ -275,7 +270,7 @@ def infill(
     if end_fill is not None and prompt is None:
         raise UnmaskError("--end-fill has an effect with --prompt alone.")
     _check_texts(text=text, prefix=prefix, suffix=suffix, prompt=prompt)
-    quiet()
+    hide_progress_bars()
     from unmask.data.encode import Encoder
     from unmask.generation.complete import chat_example, chat_turns
     from unmask.generation.infill import infill_text, parse_gaps, parse_length
@@ -323,42 +318,21 @@ def place_of_trace(arguments: Sequence[str]) -> list[str]:
     return placed
 
 
-def quiet() -> None:
-    """Keep libraries from writing between our own lines."""
-    warnings.filterwarnings("ignore")
-    from transformers.utils import logging as transformers_logging
+def hide_progress_bars() -> None:
+    """Keep the bars of transformers, of loading and of writing weights, from between our own lines."""
+    from transformers.utils import logging
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("torch").setLevel(logging.ERROR)
-
-
-@contextmanager
-def _warnings_in_a_line() -> Iterator[None]:
-    """Print our own warnings, each once."""
-    said: set[str] = set()
-
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        if str(message) not in said:
-            said.add(str(message))
-            print(f"warning: {message}", file=sys.stderr)
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("always", category=UnmaskWarning)
-        warnings.showwarning = show
-        yield
+    logging.disable_progress_bar()
 
 
 def _load(name: str) -> tuple[Any, Any]:
     """The model, on the accelerator if there is one, and its tokenizer."""
-    import torch
-
     from unmask.data.tokenizer import load_tokenizer
+    from unmask.model.bf16 import place_for_inference
     from unmask.model.checkpoint import load_model
 
     model = load_model(name)
-    if torch.accelerator.is_available():
-        cast(Any, model).to(torch.accelerator.current_accelerator())
+    place_for_inference(model)
     return model, load_tokenizer(name)
 
 
@@ -431,10 +405,7 @@ def _answer_file(run: Callable[..., dict[str, int]], out: Path, prompts: int, sa
     """Answer a file with a progress bar, and say what was done."""
     console = Console(stderr=True)
     columns = (TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with (
-        _warnings_in_a_line(),
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
-    ):
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("answering", total=prompts * samples)
         try:
             totals = run(advance=lambda count: progress.advance(task, count))

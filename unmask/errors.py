@@ -13,4 +13,4 @@ class UnmaskError(ValueError):
 
 
 class UnmaskWarning(UserWarning):
-    """A setting that works, but perhaps not as meant; the `unmask` command prints it in one line."""
+    """A setting that works, but possibly not as meant; the `unmask` command prints it in one line."""

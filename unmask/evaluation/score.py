@@ -27,6 +27,7 @@ from unmask.data.tokenizer import load_tokenizer
 from unmask.diffusion.likelihood import Estimate, Score, check_settings, likelihood, total
 from unmask.errors import UnmaskError
 from unmask.generation.trace import token_texts
+from unmask.model.bf16 import place_for_inference
 from unmask.model.checkpoint import load_model, read_config
 
 TEXT_FIELD = "text"
@@ -166,8 +167,7 @@ def score_file(
         positions=positions,
     )
     denoiser: Any = load_model(model)
-    if torch.accelerator.is_available():
-        denoiser.to(torch.accelerator.current_accelerator())
+    place_for_inference(denoiser)
     records: list[RecordScore] = []
     parts = []
     console = console or Console(quiet=True)
