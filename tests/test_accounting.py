@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from unmask.data.collate import collate
 from unmask.data.encode import Example
-from unmask.data.pack import pack
+from unmask.data.collate import pack
 from unmask.diffusion.curriculum import Curriculum
 from unmask.diffusion.objective import Objective
 from unmask.training.accounting import PARTS, Clock, Usage, measured_peak, model_flops, peak_memory

@@ -15,7 +15,7 @@ from tiny import tiny_model
 
 from unmask.data.collate import collate
 from unmask.data.encode import SOURCE_BIT, Example
-from unmask.data.pack import pack
+from unmask.data.collate import pack
 from unmask.diffusion.keyed import STREAM_MASK, STREAM_STRATA, keyed_hash
 from unmask.diffusion.likelihood import likelihood
 from unmask.diffusion.noise import Drawn, example_seeds

@@ -9,7 +9,7 @@ import pytest
 from unmask.data import page
 from unmask.data.collate import collate
 from unmask.data.encode import Encoder, Example, encode_records
-from unmask.data.pack import Row, pack
+from unmask.data.collate import Row, pack
 from unmask.data.page import check_page, write_page
 from unmask.data.preview import visible
 from unmask.data.survey import survey

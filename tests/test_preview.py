@@ -5,11 +5,11 @@ from typing import Any
 
 from rich.console import Console
 
-from unmask.data.conversation import RecordError
+from unmask.data.records import RecordError
 from unmask.data.encode import Encoder, EncodeReport, Example, encode_records
 from unmask.data.preview import show_examples, show_report, visible
 from unmask.data.survey import survey
-from unmask.data.text import pack_text
+from unmask.data.encode import pack_text
 from unmask.data.tokenizer import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from unmask.data.conversation import FORMATS
+from unmask.data.records import FORMATS
 from unmask.errors import UnmaskError
 from unmask.recipe import Recipe, load_recipe, recipe_fields, recipe_from_dict
 

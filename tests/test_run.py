@@ -25,7 +25,7 @@ from torch import Tensor
 
 import unmask
 from unmask import byte_tokenizer, load_model, load_recipe, load_tokenizer
-from unmask.data.conversation import Turn
+from unmask.data.records import Turn
 from unmask.data.encode import Encoder
 from unmask.errors import UnmaskError
 from unmask.generation.complete import chat_example, chat_turns, complete

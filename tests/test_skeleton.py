@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unmask.data.conversation import Turn
+from unmask.data.records import Turn
 from unmask.data.skeleton import Skeletons
 from unmask.data.template import ChatLayout, DropRecord, Span, separator_template
 from unmask.data.tokenizer import CHATML_TEMPLATE, byte_tokenizer

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 from unmask.data.collate import collate
-from unmask.data.conversation import RecordError
+from unmask.data.records import RecordError
 from unmask.data.encode import EncodeReport, Example
 from unmask.data.files import RecordFile, record_id
-from unmask.data.pack import pack
+from unmask.data.collate import pack
 from unmask.data.survey import Duplicates, Filling, SourceShare, place, record_rows, survey
 
 

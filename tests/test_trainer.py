@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 
 from unmask.data.collate import collate
 from unmask.data.encode import Example
-from unmask.data.pack import Row, pack
+from unmask.data.collate import Row, pack
 from unmask.diffusion.curriculum import Curriculum
 from unmask.diffusion.keyed import STREAM_MASK, keyed_uniform
 from unmask.diffusion.loss import PRESETS, loss_divisor

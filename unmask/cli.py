@@ -191,7 +191,7 @@ def prepare(
 
     settings = load_recipe(recipe, overrides or [])  # before the imports that take seconds
     quiet()
-    from unmask.training.prepare import prepare as run
+    from unmask.data.dataset import prepare as run
 
     try:
         manifest = run(settings, out, workers=workers)

@@ -15,7 +15,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from unmask.data.encode import Example
-from unmask.data.pack import Row
+from unmask.data.collate import Row
 from unmask.data.preview import MEANINGS, pieces, visible
 from unmask.data.survey import Survey, place, sections
 from unmask.errors import UnmaskError

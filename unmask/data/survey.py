@@ -12,7 +12,7 @@ from itertools import islice, takewhile
 
 from unmask.data.encode import SOURCE_BIT, EncodeReport, Example
 from unmask.data.files import from_record_id
-from unmask.data.pack import filled, pack
+from unmask.data.collate import filled, pack
 
 BINS = 10
 PLACES = 3  # pairs of places named of each kind of duplicates

@@ -11,7 +11,7 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from unmask.data.conversation import Turn, check_text
+from unmask.data.records import Turn, check_text
 from unmask.data.preview import visible
 from unmask.errors import UnmaskError
 from unmask.generation.complete import Completion, chat_example, complete

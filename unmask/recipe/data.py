@@ -43,6 +43,9 @@ class SFTRecipe(Section):
     end_fill: Positive = 1
     """end tokens follow a response until the two together are a multiple of this many tokens, and are
     learnt like it; 1 = exactly one end token"""
+    thinking: Literal["off", "on", "template"] = "template"
+    """where a response starts, in training and for generation: off = after an empty think block, on = after
+    the opening of one, template = where the chat template's own generation prompt ends"""
     custom_format: CustomFormat = CustomFormat()
     """field names of `data.sft.format: custom`"""
 

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from unmask.data.encode import SOURCE_BIT, SOURCES
+from unmask.training.dataset import SOURCE_BIT, SOURCES
 from unmask.diffusion.keyed import STREAM_MASK, STREAM_STRATA, keyed_hash
 from unmask.diffusion.noise import Drawn
 from unmask.training.callbacks import BY_T

@@ -16,10 +16,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 import unmask
-from unmask.data.manifest import MANIFEST, fingerprint, is_prepared, sha256
-from unmask.data.sources import find_files
+from unmask.data.prepare import MANIFEST, is_prepared
+from unmask.data.prepare import tokenizer_fingerprint as fingerprint
+from unmask.io import sha256
+from unmask.data.files import RecordFile, find_files
 from unmask.recipe import Recipe
-from unmask.training.feed import eval_names, groups_of
+from unmask.data.dataset import data_sources as groups_of
+from unmask.data.dataset import eval_names
 
 FILE = "provenance.json"
 WHOLE = 2**30  # bytes up to which a file is hashed whole
@@ -132,8 +135,8 @@ def _contents(name: str, text: bool) -> Any:
     if is_prepared(name):  # whose manifest has the hashes of its shards
         file = Path(name).expanduser() / MANIFEST
         return {"prepared": {MANIFEST: {"bytes": file.stat().st_size, "sha256": sha256(file)}}}
-    files = find_files(name, text)
-    if files is None:
+    files = [file for file in find_files([name], text=text) if isinstance(file, RecordFile)]
+    if not files:
         return {"hub": name}
     found = {
         file.label: {"remote": file.path} if file.remote else file_hash(file.path) for file in files[:MOST]

@@ -12,9 +12,9 @@ from rich.markup import escape
 from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, TrainingArguments
 
-from unmask.data.mixture import shares
-from unmask.data.pack import Row, filled
-from unmask.data.stream import CHUNK, count_sources
+from unmask.data.dataset import shares
+from unmask.data.collate import Row, filled
+from unmask.training.dataset import CHUNK, count_sources
 from unmask.evaluation.exact_match import Prompt, exact_share, is_exact
 from unmask.generation.complete import Completion, complete
 from unmask.generation.trace import trace_lines

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from unmask.data.hub import first_line
-from unmask.data.manifest import fingerprint
+from unmask.data.prepare import tokenizer_fingerprint as fingerprint
 from unmask.errors import UnmaskError
 from unmask.recipe import Recipe, load_recipe, recipe_fields
 from unmask.training.checkpoints import (

@@ -22,8 +22,8 @@ from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
 from unmask.data.collate import collate
 from unmask.data.encode import Encoder
 from unmask.data.hub import first_line
-from unmask.data.processes import alone
-from unmask.data.sources import read_records
+from unmask.io import directory_lock as alone
+from unmask.data.files import read_records
 from unmask.errors import UnmaskError
 from unmask.evaluation.exact_match import Prompt, exact_share, make_prompts
 from unmask.model.checkpoint import save_checkpoint, written_aside

@@ -20,8 +20,8 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from unmask.data.hub import first_line
-from unmask.data.manifest import fingerprint
-from unmask.data.stream import ignore_stop_signals
+from unmask.data.prepare import tokenizer_fingerprint as fingerprint
+from unmask.training.dataset import ignore_stop_signals
 from unmask.errors import UnmaskError
 from unmask.training.checkpoints import (
     PARTIAL,

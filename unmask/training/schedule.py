@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 
 from unmask.data.encode import Example
-from unmask.data.pack import Row
+from unmask.data.collate import Row
 from unmask.diffusion.curriculum import PROBABILITIES, Curriculum
 from unmask.diffusion.loss import PRESETS
 from unmask.diffusion.objective import Objective

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
-from unmask.data.stream import RecordStream, StreamLoader
+from unmask.training.dataset import RecordStream, StreamLoader
 from unmask.diffusion.curriculum import Curriculum
 from unmask.diffusion.loss import loss_divisor
 from unmask.diffusion.noise import Drawn, document_strata, example_seeds, low_discrepancy
