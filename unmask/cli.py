@@ -6,7 +6,6 @@ import errno
 import os
 import sys
 import time
-from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -100,12 +99,12 @@ def data(
 
     settings = load_recipe(recipe, overrides or [])  # before the imports that take seconds
     quiet()
-    from unmask.data.page import SEQUENCES, check_page, write_page
-    from unmask.data.preview import show_examples, show_report
-    from unmask.data.survey import survey
+    from unmask.data.dataset import first_rows, first_shares
+    from unmask.data.inspect import SEQUENCES, check_page, write_page
+    from unmask.data.inspect import show_examples, show_report
+    from unmask.data.inspect import survey
     from unmask.training.curriculum_plot import check_picture, draw_curriculum
-    from unmask.training.dataset import load_data, run_tokenizer, source_names
-    from unmask.training.report import first_shares
+    from unmask.data.dataset import load_data, run_tokenizer, source_names
     from unmask.training.schedule import (
         check_block_sizes,
         make_curriculum,
@@ -143,7 +142,7 @@ def data(
     if settings.data.streaming:
         console.print("stream: the figures are of the beginning of each source", highlight=False)
     if settings.data.sources is not None:
-        console.print(first_shares(loaded), highlight=False, markup=False)
+        console.print(first_shares(loaded, names), highlight=False, markup=False)
     if loaded.held_out:
         console.print(f"held out: {len(loaded.held_out):,} sequences", highlight=False)
     for line in loaded.left_out(trained=[]):
@@ -156,7 +155,7 @@ def data(
         console.print(f"curriculum: {curriculum}", highlight=False)
     if html is not None:
         stream = loaded.stream
-        rows = loaded.rows if stream is None else [row for row, _, _ in islice(stream.rows(), SEQUENCES)]
+        rows = loaded.rows if stream is None else first_rows(loaded, SEQUENCES)
         shown = write_page(
             html,
             rows,

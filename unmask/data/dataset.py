@@ -270,7 +270,7 @@ class Draws:
     def _phase(self, start: int, counts: list[int]) -> _Phase:
         limits = [None if e is None else e * size for e, size in zip(self.epochs, self.sizes, strict=True)]
         left = [s for s, limit in enumerate(limits) if limit is None or counts[s] < limit]
-        phase = _Phase(start, counts, _quotas({s: self.weights[s] for s in left}))
+        phase = _Phase(start, counts, draw_quotas({s: self.weights[s] for s in left}))
         ends = []
         for source in left:
             limit = limits[source]
@@ -305,7 +305,7 @@ class Draws:
         if quotas is None:
             phase = self._phases[bisect_right(self._phases, start, key=lambda phase: phase.start) - 1]
             quotas = phase.quotas
-        return _shuffled_round(self.seed, start, number, tuple(quotas.items()))
+        return shuffled_round(self.seed, start, number, tuple(quotas.items()))
 
 
 @dataclass
@@ -318,7 +318,7 @@ class _Phase:
     end: int | None = field(default=None)
 
 
-def _quotas(weights: dict[int, Fraction]) -> dict[int, int]:
+def draw_quotas(weights: dict[int, Fraction]) -> dict[int, int]:
     """Draws of each source in a round: exact where a round of `ROUND` allows it."""
     if not weights:
         return {}
@@ -337,9 +337,10 @@ def _quotas(weights: dict[int, Fraction]) -> dict[int, int]:
 
 
 @lru_cache(maxsize=64)
-def _shuffled_round(
+def shuffled_round(
     seed: int, start: int, number: int, quotas: tuple[tuple[int, int], ...]
 ) -> tuple[np.ndarray, np.ndarray]:
+    """The sources of a round's draws in a shuffled order, and the draws of the same source before each."""
     sources = np.repeat([source for source, _ in quotas], [quota for _, quota in quotas])
     before = np.concatenate([np.arange(quota) for _, quota in quotas])
     order = np.argsort(keyed(seed, DRAW, start, number, np.arange(len(sources))), kind="stable")
@@ -527,6 +528,24 @@ class _Reader:
         if report is not None:
             report.merge(found.manifest.report)
         return found, labels
+
+
+def first_rows(data: RunData, count: int) -> list[Example | Row]:
+    """The rows that a run begins with, at most about `count` of them."""
+    steps, rows = data.steps(), list[Example | Row]()
+    while len(rows) < count and (units := steps.at(len(rows) // data.global_batch_size)):
+        rows += [unit.row for unit in units]
+    return rows
+
+
+def first_shares(data: RunData, names: Sequence[str]) -> str:
+    """Say which share each source of a mixture has of the first rows of the run."""
+    counts = [[0, 0] for _ in names]
+    rows = first_rows(data, 1000)
+    for row in rows:
+        for example in [row] if isinstance(row, Example) else row:
+            count_row(counts[example.source], example)
+    return f"the run's first {len(rows):,} rows: {shares(counts, names)}"
 
 
 def prepare(

@@ -11,7 +11,7 @@ import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -125,6 +125,14 @@ class RecordFile:
         if last < 0 and self.suffix in RECORD_SUFFIXES:
             raise UnmaskError(f"{self.label}: the file has no records.")
 
+    def is_array(self) -> bool:
+        """Whether it is one JSON array."""
+        if not self.suffix.startswith(".json") or self.suffix.startswith(JSON_LINES):
+            return False
+        with self.open() as opened, suppress(EOFError, zlib.error, OSError):
+            return opened.read(4096).removeprefix(BOM).lstrip().startswith(b"[")
+        return False
+
     def stamp(self) -> list[Any]:
         """What changes when the file does: its path, size and time, or what its store says of it."""
         if is_url(self.path):
@@ -179,7 +187,7 @@ class Table:
         Raises:
             UnmaskError: The data set cannot be loaded.
         """
-        data = self.open(streaming=self.limit is not None and not Path(self.label).expanduser().is_dir())
+        data = self.open(streaming=self.limit is not None)
         index = 0
         for table in data.with_format("arrow").iter(batch_size=ROWS):
             for row in range(len(table)):
