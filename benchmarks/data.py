@@ -25,10 +25,10 @@ from transformers import TrainingArguments
 
 from unmask import Qwen3DiffusionConfig, Qwen3ForCausalLM, load_tokenizer
 from unmask.data.collate import collate
-from unmask.data.conversation import CustomFields
+from unmask.data.records import CustomFields
 from unmask.data.encode import Encoder, Example, encode_records
-from unmask.data.pack import Row, filled, pack
-from unmask.data.sources import read_records
+from unmask.data.collate import Row, filled, pack
+from unmask.data.files import read_records
 from unmask.data.tokenizer import add_mask_token
 from unmask.training.dataset import ExampleDataset
 from unmask.training.trainer import DiffusionTrainer

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from unmask import Qwen3DiffusionConfig, Qwen3ForCausalLM, load_model, load_tokenizer
 from unmask.data.encode import Encoder
-from unmask.data.sources import read_records
+from unmask.data.files import read_records
 from unmask.evaluation.exact_match import exact_share, make_prompts
 from unmask.generation.complete import complete
 

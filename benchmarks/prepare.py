@@ -23,7 +23,7 @@ from rich.console import Console
 
 from unmask.data.encode import encode_records
 from unmask.data.prepared import open_prepared
-from unmask.data.sources import read_records
+from unmask.data.files import read_records
 from unmask.data.tokenizer import load_tokenizer
 from unmask.config import recipe_from_dict
 from unmask.training.dataset import custom_fields, make_encoder, run_tokenizer

@@ -38,10 +38,10 @@ from transformers import TrainingArguments
 
 from unmask import Qwen3DiffusionConfig, Qwen3ForCausalLM, load_tokenizer
 from unmask.data.collate import collate
-from unmask.data.conversation import CustomFields
+from unmask.data.records import CustomFields
 from unmask.data.encode import Encoder, Example, encode_records
-from unmask.data.pack import Row, pack
-from unmask.data.sources import read_records
+from unmask.data.collate import Row, pack
+from unmask.data.files import read_records
 from unmask.data.tokenizer import add_mask_token
 from unmask.diffusion.corrupt import corrupt, example_seeds
 from unmask.diffusion.objective import Objective

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from unmask.data.conversation import Conversation, Turn
+from unmask.data.records import Conversation, Turn
 from unmask.data.encode import Encoder, Example
 from unmask.data.tokenizer import byte_tokenizer
 from unmask.errors import UnmaskError

@@ -10,7 +10,7 @@ from rich.live import Live
 from tiny import byte_model
 from transformers import PreTrainedTokenizerBase
 
-from unmask.data.conversation import Turn
+from unmask.data.records import Turn
 from unmask.generation.chat import LiveDraft, chat
 from unmask.generation.complete import chat_example, complete
 

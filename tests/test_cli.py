@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 import unmask
 from unmask import cli, cli_generate, load_model, load_tokenizer
 from unmask.data.encode import Example
-from unmask.data.preview import visible
+from unmask.data.inspect import visible
 from unmask.errors import UnmaskError
 
 COMMANDS = ("convert", "data", "prepare", "train", "merge", "generate", "chat", "infill", "score")

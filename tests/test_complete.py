@@ -7,7 +7,7 @@ import torch
 from tiny import byte_model
 from transformers import PreTrainedTokenizerBase
 
-from unmask.data.conversation import Conversation, Turn
+from unmask.data.records import Conversation, Turn
 from unmask.data.encode import Encoder
 from unmask.data.tokenizer import byte_tokenizer
 from unmask.errors import UnmaskError

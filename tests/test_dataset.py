@@ -9,10 +9,10 @@ import pytest
 from tiny import autoregressive_folder
 from transformers import PreTrainedTokenizerBase
 
-from unmask.data.conversation import CustomFields
+from unmask.data.records import CustomFields
 from unmask.data.encode import Encoder, Example, encode_records
-from unmask.data.sources import read_records
-from unmask.data.text import pack_text
+from unmask.data.files import read_records
+from unmask.data.encode import pack_text
 from unmask.errors import UnmaskError
 from unmask.config import Recipe, recipe_from_dict
 from unmask.training.dataset import ExampleDataset, custom_fields, load_data, make_encoder, run_tokenizer

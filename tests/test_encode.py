@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from unmask.data.conversation import BadRecord, Conversation, CustomFields, RecordError, Turn
+from unmask.data.records import BadRecord, Conversation, CustomFields, RecordError, Turn
 from unmask.data.encode import (
     DropRecord,
     Encoder,

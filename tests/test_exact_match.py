@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from unmask.data.conversation import CustomFields, to_conversation
+from unmask.data.records import CustomFields, to_conversation
 from unmask.data.encode import Encoder
 from unmask.errors import UnmaskError
 from unmask.evaluation.exact_match import Prompt, exact_share, is_exact, make_prompts

@@ -18,7 +18,7 @@ from test_run import trainers as trainers
 
 from unmask import load_recipe
 from unmask.errors import UnmaskError, UnmaskWarning
-from unmask.recipe import Recipe, recipe_from_dict
+from unmask.config import Recipe, recipe_from_dict
 from unmask.training import run
 from unmask.training.precision import with_precision
 from unmask.training.resume import Resumed

@@ -27,7 +27,7 @@ from unmask.data import manifest
 from unmask.data import prepare as module
 from unmask.data.encode import EncodeReport, Example
 from unmask.data.manifest import PROGRESS, fingerprint, read_manifest
-from unmask.data.pack import PackedRows
+from unmask.data.collate import PackedRows
 from unmask.data.prepared import PreparedExamples, open_prepared
 from unmask.errors import UnmaskError
 from unmask.config import Recipe, recipe_from_dict

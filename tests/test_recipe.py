@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from unmask.data.conversation import FORMATS
+from unmask.data.records import FORMATS
 from unmask.errors import UnmaskError
 from unmask.config import Recipe, load_recipe, recipe_fields, recipe_from_dict
 
@@ -447,7 +447,7 @@ def test_formats_are_those_of_the_data_stage() -> None:
 
 
 def test_import_stays_light() -> None:
-    code = "import sys, unmask.recipe; print({'torch', 'transformers', 'datasets'} & {*sys.modules})"
+    code = "import sys, unmask.config; print({'torch', 'transformers', 'datasets'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

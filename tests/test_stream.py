@@ -29,7 +29,7 @@ from unmask.data.collate import collate
 from unmask.data.encode import EncodeReport, Example
 from unmask.data.files import from_record_id, record_id
 from unmask.data.mixture import Taken, shares
-from unmask.data.sources import open_files
+from unmask.data.files import open_files
 from unmask.data.stream import CHUNK, RecordStream, Share, StreamLoader
 from unmask.data.tokenizer import byte_tokenizer
 from unmask.errors import UnmaskError

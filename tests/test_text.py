@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unmask.data.conversation import BadRecord, RecordError
+from unmask.data.records import BadRecord, RecordError
 from unmask.data.encode import EncodeReport
-from unmask.data.text import pack_text, split_documents, usable_documents
+from unmask.data.encode import pack_text, split_documents, usable_documents
 from unmask.data.tokenizer import byte_tokenizer
 from unmask.errors import UnmaskError
 

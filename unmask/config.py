@@ -247,6 +247,9 @@ class SFTRecipe(Section):
     end_fill: Positive = 1
     """end-of-sequence tokens follow a response until the two together are a multiple of this many tokens, all of
     them supervised; 1 = exactly one"""
+    thinking: Literal["off", "on", "template"] = "template"
+    """where a response starts, in training and in generation: off = after an empty think block, on = after the
+    opening of one, template = where the chat template's own generation prompt ends"""
     custom_format: CustomFormat = CustomFormat()
     """field names of `data.sft.format: custom`"""
 

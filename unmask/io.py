@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,8 @@ from safetensors import SafetensorError
 
 from unmask.errors import UnmaskError
 
-LOCK = ".lock"
+ASIDE = ".partial"  # ends the names of files and folders that are being written
+LOCK = f".lock{ASIDE}"
 
 
 def reason(error: BaseException, limit: int = 200) -> str:
@@ -126,35 +128,51 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def directory_lock(folder: Path, what: str) -> Iterator[None]:
-    """Keep other processes from `what` ("training") in a folder; the lock ends with the process.
+def directory_lock(folder: str | Path, what: str, *, wait: bool = False) -> Iterator[None]:
+    """Keep other processes from writing to the folder; the lock is released when its holder exits or dies.
 
     Where the file system has no locks, nothing is locked.
 
-    Raises:
-        UnmaskError: another process holds the lock, or the folder cannot be written.
-    """
-    check_writable(folder)
-    path = folder / LOCK
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            import fcntl
+    Args:
+        what: what is done there, for the message to the other process ("preparing data").
+        wait: wait for the other process instead of raising.
 
+    Raises:
+        UnmaskError: Another process holds the lock, or nothing can be written there.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has none
+        yield
+        return
+    path = Path(folder) / LOCK
+    check_writable(folder)
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by child processes
-        except ImportError:  # Windows
-            pass
         except (BlockingIOError, PermissionError) as error:
             file.seek(0)
-            owner = file.read().strip() or "another process"
-            raise UnmaskError(
-                f"{folder}: {owner} is {what} here; wait until it has finished, or name another folder."
-            ) from error
+            holder = file.read().strip() or "another process"
+            file.close()
+            if not wait:
+                raise UnmaskError(
+                    f"{folder}: {holder} is {what} here; wait until it is done, or name another folder."
+                ) from error
+            time.sleep(0.2)
+            continue
         except OSError:
-            pass
+            file.close()
+            yield
+            return
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()  # the holder before removed it
+    try:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
-        try:
-            yield
-        finally:
-            file.truncate(0)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()

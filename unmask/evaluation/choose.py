@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unmask.data.collate import collate
 from unmask.data.encode import Encoder, Example
-from unmask.data.text import document_ids
+from unmask.data.encode import document_ids
 from unmask.diffusion.likelihood import likelihood
 from unmask.errors import UnmaskError
 from unmask.generation.prompts import Answer

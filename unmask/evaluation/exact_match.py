@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from unmask.data.conversation import CustomFields, call_text, detect_format, to_conversation
+from unmask.data.records import CustomFields, call_text, detect_format, to_conversation
 from unmask.data.encode import Encoder, Example
 from unmask.generation.complete import Completion
 

@@ -19,10 +19,10 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from unmask.data.collate import collate
-from unmask.data.conversation import detect_format
+from unmask.data.records import detect_format
 from unmask.data.encode import Encoder, Example, encode_records
-from unmask.data.preview import visible
-from unmask.data.sources import RECORD_SUFFIXES, read_documents, read_records
+from unmask.data.inspect import visible
+from unmask.data.files import RECORD_SUFFIXES, read_documents, read_records
 from unmask.data.tokenizer import load_tokenizer
 from unmask.diffusion.likelihood import Estimate, Score, check_settings, likelihood, total
 from unmask.errors import UnmaskError

@@ -11,8 +11,8 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from unmask.data.conversation import Turn, check_text
-from unmask.data.preview import visible
+from unmask.data.records import Turn, check_text
+from unmask.data.inspect import visible
 from unmask.errors import UnmaskError
 from unmask.generation.complete import Completion, chat_example, complete
 from unmask.generation.trace import MASK_GLYPH, token_texts

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from unmask.data.conversation import Turn
+from unmask.data.records import Turn
 from unmask.data.encode import Encoder, Example
-from unmask.data.text import document_ids
+from unmask.data.encode import document_ids
 from unmask.errors import UnmaskError
 from unmask.generation.stop import StopTexts
 

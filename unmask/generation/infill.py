@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from unmask.data.encode import Example
-from unmask.data.text import document_ids
+from unmask.data.encode import document_ids
 from unmask.errors import UnmaskError
 
 TRIED = 256  # combinations of lengths at most

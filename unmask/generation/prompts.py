@@ -11,9 +11,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from unmask.data.conversation import ROLES, RecordError, Turn, detect_format, to_conversation
+from unmask.data.records import ROLES, RecordError, Turn, detect_format, to_conversation
 from unmask.data.encode import Example
-from unmask.data.sources import read_records
+from unmask.data.files import read_records
 from unmask.errors import UnmaskError
 from unmask.generation.complete import chat_example, chat_turns, complete, raw_example
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from unmask.data.preview import visible
+from unmask.data.inspect import visible
 
 MASK_GLYPH = "░"
 _CHARACTER = 4  # tokens of one character at most: one for each of its bytes

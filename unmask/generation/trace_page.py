@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from unmask.data.preview import visible
+from unmask.data.inspect import visible
 from unmask.errors import UnmaskError
 from unmask.generation.complete import Completion
 from unmask.generation.trace import MASK_GLYPH, token_texts

@@ -18,7 +18,7 @@ import torch
 
 import unmask
 from unmask.config import Recipe
-from unmask.data.dataset import tokenizer_fingerprint
+from unmask.data.prepare import tokenizer_fingerprint
 from unmask.io import sha256
 from unmask.training.build import loss_unit
 from unmask.training.checkpoint import RunState

@@ -27,8 +27,8 @@ from unmask.data.collate import collate
 from unmask.diffusion.corrupt import Noised, corrupt, example_seeds
 from unmask.diffusion.likelihood import Masks, exact_masks
 from unmask.diffusion.objective import Objective
-from unmask.data.conversation import CustomFields
-from unmask.data.sources import read_records
+from unmask.data.dataset import custom_fields
+from unmask.data.files import read_records
 from unmask.evaluation.exact_match import Prompt, exact_share, is_exact, make_prompts
 from unmask.generation.text import Completion, complete
 from unmask.generation.trace import trace_lines
@@ -196,9 +196,7 @@ def load_prompts(recipe: Recipe, encoder: Any) -> list[Prompt]:
     if recipe.evaluation.prompts is None:
         return []
     records = read_records(recipe.evaluation.prompts, limit=recipe.evaluation.limit)
-    sft = recipe.data.sft
-    fields = CustomFields(**sft.custom_format.model_dump()) if sft.format == "custom" else None
-    return make_prompts(records, encoder, sft.format, fields)
+    return make_prompts(records, encoder, recipe.data.sft.format, custom_fields(recipe))
 
 
 class Answers:

@@ -24,7 +24,8 @@ from torch.distributed.tensor import DTensor
 
 from unmask.config import Recipe
 from unmask.data.collate import collate
-from unmask.data.dataset import Unit, load_data, run_tokenizer, tokenizer_fingerprint
+from unmask.data.dataset import Unit, load_data, run_tokenizer, source_names
+from unmask.data.prepare import tokenizer_fingerprint
 from unmask.diffusion.corrupt import Noised, corrupt, document_strata, example_seeds, low_discrepancy
 from unmask.diffusion.loss import loss_divisor
 from unmask.diffusion.objective import Objective
@@ -161,6 +162,7 @@ class Run:
         decay = recipe.ema.decay
         self.average = None if decay is None else WeightAverage(self.shared.parameters, decay)
         self.curriculum = make_curriculum(recipe)
+        self.source_names = source_names(recipe)
         self.steps = self.data.steps(group.rank, group.ranks, recipe.data.num_workers)
         self.answers = Answers(self.answers_of, self.shared, self.tokenizer, recipe, self.console)
         self.origin = provenance(recipe, self.tokenizer, group) if group.main else {}
@@ -381,7 +383,7 @@ class Run:
         counts = self._source_counts()
         if len(counts) > 1:
             total = max(1, sum(tokens for _, tokens in counts))
-            for name, (_, tokens) in zip(self.data.source_names, counts, strict=True):
+            for name, (_, tokens) in zip(self.source_names, counts, strict=True):
                 logs[SHARE + name] = tokens / total
         logs.update({f"curriculum/{k}": v for k, v in self.curriculum.state(self.objective).items()})
         logs.update(self.accounting.report().logs())
@@ -548,7 +550,7 @@ class Run:
             total = max(1, sum(tokens for _, tokens in counts))
             shares = (
                 f"{name} {tokens / total:.1%}"
-                for name, (_, tokens) in zip(self.data.source_names, counts, strict=True)
+                for name, (_, tokens) in zip(self.source_names, counts, strict=True)
             )
             lines.append(f"tokens of each source: {', '.join(shares)}")
         if recipe.early_stopping_patience is not None and state.best_loss is not None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from unmask.data.conversation import (
+from unmask.data.records import (
     BadRecord,
     CustomFields,
     RecordError,
