@@ -9,7 +9,7 @@ from unmask.data.conversation import CustomFields, to_conversation
 from unmask.data.encode import Encoder
 from unmask.errors import UnmaskError
 from unmask.evaluation.exact_match import Prompt, exact_share, is_exact, make_prompts
-from unmask.generation.complete import Completion
+from unmask.generation.text import Completion
 
 
 @pytest.mark.parametrize(

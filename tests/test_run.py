@@ -28,7 +28,7 @@ from unmask import byte_tokenizer, load_model, load_recipe, load_tokenizer
 from unmask.data.conversation import Turn
 from unmask.data.encode import Encoder
 from unmask.errors import UnmaskError
-from unmask.generation.complete import chat_example, chat_turns, complete
+from unmask.generation.text import chat_example, chat_turns, complete
 from unmask.model.checkpoint import read_config
 from unmask.recipe import recipe_from_dict
 from unmask.training import run

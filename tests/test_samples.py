@@ -10,7 +10,7 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from unmask.evaluation.exact_match import Prompt
-from unmask.generation.complete import Completion
+from unmask.generation.text import Completion
 from unmask.training.report import shown
 from unmask.training.samples import Samples
 

@@ -103,7 +103,7 @@ def data(
     from unmask.data.page import SEQUENCES, check_page, write_page
     from unmask.data.preview import show_examples, show_report
     from unmask.data.survey import survey
-    from unmask.training.curriculum_plot import check_picture, draw_curriculum
+    from unmask.plots import check_picture, draw_curriculum
     from unmask.training.dataset import load_data, run_tokenizer, source_names
     from unmask.training.report import first_shares
     from unmask.training.schedule import (
@@ -114,7 +114,7 @@ def data(
     )
 
     if curriculum is not None:
-        check_picture(curriculum)
+        check_picture(curriculum, "--curriculum")
     if html is not None:
         check_page(html)
     tokenizer = run_tokenizer(settings)
@@ -325,7 +325,7 @@ def score(
 def main() -> None:
     """Run the command; bad input ends in one line on the standard error and exit code 2."""
     debug = "--debug" in sys.argv
-    arguments = cli_generate.place_of_trace([one for one in sys.argv[1:] if one != "--debug"])
+    arguments = cli_generate.insert_trace_value([one for one in sys.argv[1:] if one != "--debug"])
     try:
         app(arguments, prog_name="unmask")
     except UnmaskError as error:

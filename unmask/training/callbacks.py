@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from math import isfinite
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from unmask.plots import draw_losses, draw_noise_levels
 
 SHARE = "share/"  # before the name of a source whose share of the tokens is logged
 RATE = "supervised_tokens_per_second"
@@ -136,38 +137,7 @@ class LossCurve(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if state.is_world_process_zero and args.output_dir is not None:
-            draw_loss(state.log_history, Path(args.output_dir) / "loss.png", self.unit)
-
-
-def draw_loss(log_history: list[dict[str, float]], file: Path, unit: str = "nats per token") -> None:
-    """Plot training and held-out loss against the step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
-    for key, label, style in (
-        ("loss", f"training, {unit}", "-"),
-        ("eval_loss", "held out, nats per token", "o-"),
-    ):
-        points = [(log["step"], log[key]) for log in log_history if key in log]
-        if points:
-            steps, losses = zip(*points, strict=True)
-            axes.plot(steps, losses, style, label=label, linewidth=1.5, markersize=4)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss")
-    drawn = [log[key] for log in log_history for key in ("loss", "eval_loss") if key in log]
-    if drawn and min(drawn) > 0 and max(drawn) > 20 * min(drawn):
-        axes.set_yscale("log")  # or all of a run's second half would look like zero
-    else:
-        axes.set_ylim(0, _above(drawn))
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    figure.tight_layout()
-    figure.savefig(file)
-    plt.close(figure)
+            draw_losses(state.log_history, Path(args.output_dir) / "loss.png", self.unit)
 
 
 class NoiseCurve(TrainerCallback):
@@ -177,37 +147,4 @@ class NoiseCurve(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if state.is_world_process_zero and args.output_dir is not None:
-            draw_loss_by_t(state.log_history, Path(args.output_dir) / "loss_by_t.png")
-
-
-def draw_loss_by_t(log_history: list[dict[str, float]], file: Path) -> None:
-    """Plot the mean nll of masked tokens against the masked share t, at the first evaluation and the last."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    prefix = f"eval_{BY_T}"
-    evaluations = [log for log in log_history if any(name.startswith(prefix) for name in log)]
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
-    last, drawn = evaluations[1:][-1:], []
-    for log, colour in zip(evaluations[:1] + last, ("0.6", "C0"), strict=False):
-        points = sorted((float(k.removeprefix(prefix)), v) for k, v in log.items() if k.startswith(prefix))
-        levels, losses = zip(*points, strict=True)
-        axes.plot(levels, losses, "o-", color=colour, label=f"step {log['step']:,}", linewidth=1.5)
-        drawn += losses
-    axes.set_xlabel("t, share of the sample that is masked")
-    axes.set_ylabel("nats per masked token, held out")
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, _above(drawn))
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    figure.tight_layout()
-    figure.savefig(file)
-    plt.close(figure)
-
-
-def _above(values: Sequence[float]) -> float:
-    """A little more than the largest number among the values, so that no curve lies on the picture's edge."""
-    return 1.05 * max((value for value in values if isfinite(value)), default=0.0) or 1.0
+            draw_noise_levels(state.log_history, Path(args.output_dir) / "loss_by_t.png")

@@ -16,7 +16,7 @@ from unmask.data.mixture import shares
 from unmask.data.pack import Row, filled
 from unmask.data.stream import CHUNK, count_sources
 from unmask.evaluation.exact_match import Prompt, exact_share, is_exact
-from unmask.generation.complete import Completion, complete
+from unmask.generation.text import Completion, complete
 from unmask.generation.trace import trace_lines
 from unmask.model.checkpoint import is_diffusion, read_config
 from unmask.recipe import Recipe

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from unmask.evaluation.exact_match import Prompt
-from unmask.generation.complete import Completion
+from unmask.generation.text import Completion
 
 FILE = "samples.jsonl"
 
