@@ -22,16 +22,15 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
-
-from unmask import Qwen3DiffusionConfig, Qwen3ForCausalLM, load_tokenizer
-from unmask.data.collate import collate
-from unmask.data.records import CustomFields
-from unmask.data.encode import Encoder, Example, encode_records
-from unmask.data.collate import Row, filled, pack
-from unmask.data.files import read_records
-from unmask.data.tokenizer import add_mask_token
 from unmask.training.dataset import ExampleDataset
 from unmask.training.trainer import DiffusionTrainer
+
+from unmask import Qwen3DiffusionConfig, Qwen3ForCausalLM, load_tokenizer
+from unmask.data.collate import Row, collate, filled, pack
+from unmask.data.encode import Encoder, Example, encode_records
+from unmask.data.files import read_records
+from unmask.data.records import CustomFields
+from unmask.data.tokenizer import add_mask_token
 
 BLOCK, BATCH, VOCABULARY = 1024, 16, 4096
 LENGTHS = (256, 512, 1024)  # of rows, with --rows

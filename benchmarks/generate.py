@@ -24,7 +24,7 @@ from unmask import Qwen3DiffusionConfig, Qwen3ForCausalLM, load_model, load_toke
 from unmask.data.encode import Encoder
 from unmask.data.files import read_records
 from unmask.evaluation.exact_match import exact_share, make_prompts
-from unmask.generation.complete import complete
+from unmask.generation.text import complete
 
 SMALL: dict[str, Any] = {
     "vocab_size": 16384,

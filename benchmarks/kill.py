@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from unmask.training.checkpoints import PARTIAL, checkpoints, newest_whole, step_of
 
 import unmask
 from unmask.config import recipe_from_dict
 from unmask.training import run  # noqa: F401  so that a fork has it
-from unmask.training.checkpoints import PARTIAL, checkpoints, newest_whole, step_of
 
 STEPS = 500
 SAVE_STEPS = 5

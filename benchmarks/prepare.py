@@ -20,14 +20,14 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-
-from unmask.data.encode import encode_records
 from unmask.data.prepared import open_prepared
-from unmask.data.files import read_records
-from unmask.data.tokenizer import load_tokenizer
-from unmask.config import recipe_from_dict
 from unmask.training.dataset import custom_fields, make_encoder, run_tokenizer
 from unmask.training.prepare import prepare
+
+from unmask.config import recipe_from_dict
+from unmask.data.encode import encode_records
+from unmask.data.files import read_records
+from unmask.data.tokenizer import load_tokenizer
 
 RECORDS = 60_000
 BATCH = 1000  # texts of one call

@@ -35,19 +35,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import TrainingArguments
-
-from unmask import Qwen3DiffusionConfig, Qwen3ForCausalLM, load_tokenizer
-from unmask.data.collate import collate
-from unmask.data.records import CustomFields
-from unmask.data.encode import Encoder, Example, encode_records
-from unmask.data.collate import Row, pack
-from unmask.data.files import read_records
-from unmask.data.tokenizer import add_mask_token
-from unmask.diffusion.corrupt import corrupt, example_seeds
-from unmask.diffusion.objective import Objective
 from unmask.training.accounting import COUNTS, measured_peak, peak_memory
 from unmask.training.dataset import ExampleDataset
 from unmask.training.trainer import DiffusionTrainer
+
+from unmask import Qwen3DiffusionConfig, Qwen3ForCausalLM, load_tokenizer
+from unmask.data.collate import Row, collate, pack
+from unmask.data.encode import Encoder, Example, encode_records
+from unmask.data.files import read_records
+from unmask.data.records import CustomFields
+from unmask.data.tokenizer import add_mask_token
+from unmask.diffusion.corrupt import corrupt, example_seeds
+from unmask.diffusion.objective import Objective
 
 BLOCK, VOCABULARY = 1024, 151936
 SAMPLES, MICRO = 16, 4  # of an optimizer step; those of them padded together

@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from unmask.training.dataset import RunData, load_data
 
-from unmask.data.records import Conversation, Turn
+from unmask.config import Recipe, recipe_from_dict
 from unmask.data.encode import Encoder, Example
+from unmask.data.records import Conversation, Turn
 from unmask.data.tokenizer import byte_tokenizer
 from unmask.errors import UnmaskError
-from unmask.config import Recipe, recipe_from_dict
-from unmask.training.dataset import RunData, load_data
 
 TOKENIZER = byte_tokenizer()
 CONTROL = set(range(256, 260))

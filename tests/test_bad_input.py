@@ -15,7 +15,6 @@ import pytest
 from test_cli import run_cli
 from test_run import Full, tree_of
 from tiny import autoregressive_folder
-
 from unmask.training.trainer import DiffusionTrainer
 
 RECORD = {"instruction": "Say a", "output": "a"}

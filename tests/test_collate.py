@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unmask.data.collate import SFTDataCollator, collate
-from unmask.data.records import Conversation, CustomFields, Turn
 from unmask.data.encode import Example
+from unmask.data.records import Conversation, CustomFields, Turn
 from unmask.data.tokenizer import byte_tokenizer
 from unmask.errors import UnmaskError
 

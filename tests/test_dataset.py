@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 from tiny import autoregressive_folder
 from transformers import PreTrainedTokenizerBase
-
-from unmask.data.records import CustomFields
-from unmask.data.encode import Encoder, Example, encode_records
-from unmask.data.files import read_records
-from unmask.data.encode import pack_text
-from unmask.errors import UnmaskError
-from unmask.config import Recipe, recipe_from_dict
 from unmask.training.dataset import ExampleDataset, custom_fields, load_data, make_encoder, run_tokenizer
+
+from unmask.config import Recipe, recipe_from_dict
+from unmask.data.encode import Encoder, Example, encode_records, pack_text
+from unmask.data.files import read_records
+from unmask.data.records import CustomFields
+from unmask.errors import UnmaskError
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,6 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from unmask.data.records import BadRecord, Conversation, CustomFields, RecordError, Turn
 from unmask.data.encode import (
     DropRecord,
     Encoder,
@@ -21,6 +20,7 @@ from unmask.data.encode import (
     encode_records,
     separator_template,
 )
+from unmask.data.records import BadRecord, Conversation, CustomFields, RecordError, Turn
 from unmask.data.tokenizer import CHATML_TEMPLATE, byte_tokenizer
 from unmask.errors import UnmaskError
 

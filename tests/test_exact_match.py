@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from unmask.data.records import CustomFields, to_conversation
 from unmask.data.encode import Encoder
+from unmask.data.records import CustomFields, to_conversation
 from unmask.errors import UnmaskError
 from unmask.evaluation.exact_match import Prompt, exact_share, is_exact, make_prompts
-from unmask.generation.complete import Completion
+from unmask.generation.text import Completion
 
 
 @pytest.mark.parametrize(

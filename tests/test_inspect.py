@@ -311,9 +311,7 @@ def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
         write_page(tmp_path, [], survey([]), TOKENIZER, title="t")
 
 
-def example(
-    ids: list[int], sources: int = 0, source: int = 0, number: int = 0, file: int = 0
-) -> Example:
+def example(ids: list[int], sources: int = 0, source: int = 0, number: int = 0, file: int = 0) -> Example:
     """An example whose first `sources` tokens are the prompt."""
     src_mask = [index < sources for index in range(len(ids))]
     return Example(ids, src_mask, 1, source, file, number)

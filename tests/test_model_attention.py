@@ -10,7 +10,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import FAMILIES, STOCK, random_ids, recompute_activations, tiny_model, tiny_stock_config, tiny_stock_model
+from tiny import (
+    FAMILIES,
+    STOCK,
+    random_ids,
+    recompute_activations,
+    tiny_model,
+    tiny_stock_config,
+    tiny_stock_model,
+)
 from torch import Tensor
 from training_step import logits_of, loss_of, noise_of
 

@@ -11,15 +11,15 @@ import torch
 from hypothesis import given as given_
 from hypothesis import settings
 from hypothesis import strategies as st
-from test_sampling import chi_square_p
+from tiny import chi_square_p
 
 from unmask.errors import UnmaskError
 from unmask.generation.policy import (
     RANKED,
-    Draft,
+    Decision,
     EntropyBound,
     Factor,
-    Move,
+    Proposal,
     Ranked,
     Remask,
     Threshold,
@@ -96,8 +96,8 @@ def test_a_candidate_without_confidence_is_still_taken(value: float) -> None:
 # Policies against plain loops over one row.
 
 
-def draft(rows: int = 40, length: int = 9, seed: int = 0, **fields: Any) -> Draft:
-    """A draft in which everything is random: some positions masked, some committed, some not of the block."""
+def proposal(rows: int = 40, length: int = 9, seed: int = 0, **fields: Any) -> Proposal:
+    """A proposal in which all is random: positions masked, committed, or not of the block."""
     make = torch.Generator().manual_seed(seed)
     kind = torch.randint(0, 3, (rows, length), generator=make)
     kind[:, 0] = 0
@@ -115,23 +115,23 @@ def draft(rows: int = 40, length: int = 9, seed: int = 0, **fields: Any) -> Draf
         "seed": torch.arange(rows) * 977,
         "position": torch.arange(length).expand(rows, -1),
     }
-    return Draft(**{**values, **fields})
+    return Proposal(**{**values, **fields})
 
 
-def rows_of(given: Draft) -> Iterator[tuple[list[int], list[float], list[float], list[float], int]]:
+def rows_of(given: Proposal) -> Iterator[tuple[list[int], list[float], list[float], list[float], int]]:
     for row in range(len(given.candidates)):
         places = given.candidates[row].nonzero()[:, 0].tolist()
         table = (given.confidence, given.margin, given.entropy)
         yield places, *(column[row].tolist() for column in table), int(given.quota[row])  # type: ignore[misc]
 
 
-def chosen(policy: Any, given: Draft) -> list[list[int]]:
+def chosen(policy: Any, given: Proposal) -> list[list[int]]:
     return [row.nonzero()[:, 0].tolist() for row in policy(given)]
 
 
 @pytest.mark.parametrize("name", ["maskgit_plus", "topk_margin", "entropy", "left_to_right"])
 def test_ranked_policies_take_the_best_of_their_score(name: str) -> None:
-    given = draft()
+    given = proposal()
     expected = []
     for places, p, margin, entropy, quota in rows_of(given):
         score = {
@@ -146,7 +146,7 @@ def test_ranked_policies_take_the_best_of_their_score(name: str) -> None:
 
 @pytest.mark.parametrize("threshold", [0.2, 0.6, 0.95])
 def test_threshold_takes_all_that_is_sure_enough(threshold: float) -> None:
-    given = draft()
+    given = proposal()
     expected = []
     for places, p, _, _, quota in rows_of(given):
         sure = [i for i in places if p[i] >= threshold]
@@ -157,7 +157,7 @@ def test_threshold_takes_all_that_is_sure_enough(threshold: float) -> None:
 
 @pytest.mark.parametrize("factor", [0.3, 1.0, 2.5])
 def test_factor_takes_the_largest_number_that_fits(factor: float) -> None:
-    given = draft()
+    given = proposal()
     expected = []
     for places, p, _, _, quota in rows_of(given):
         best = sorted(places, key=lambda i, p=p: -p[i])
@@ -168,7 +168,7 @@ def test_factor_takes_the_largest_number_that_fits(factor: float) -> None:
 
 @pytest.mark.parametrize("bound", [0.0, 0.2, 1.0, 100.0])
 def test_entropy_bound_takes_the_largest_set_within_it(bound: float) -> None:
-    given = draft()
+    given = proposal()
     expected = []
     for places, _, _, entropy, quota in rows_of(given):
         best = sorted(places, key=lambda i, entropy=entropy: entropy[i])
@@ -180,7 +180,7 @@ def test_entropy_bound_takes_the_largest_set_within_it(bound: float) -> None:
 def test_the_order_at_a_temperature_is_drawn_without_replacement() -> None:
     """Of two candidates the first is taken with the probability of a softmax; Gumbel's trick against that."""
     n = 8000
-    given = draft(n, 3)
+    given = proposal(n, 3)
     fixed = torch.tensor([[0.9, 0.5, 0.7]]).expand(n, -1)
     given = given._replace(
         candidates=torch.tensor([[True, False, True]]).expand(n, -1),
@@ -199,7 +199,7 @@ def test_the_order_at_a_temperature_is_drawn_without_replacement() -> None:
 
 def test_random_order_is_one_order_and_uniform() -> None:
     n, length = 6000, 3
-    given = draft(n, length)
+    given = proposal(n, length)
     every = given._replace(
         candidates=torch.ones(n, length, dtype=torch.bool), quota=torch.ones(n, dtype=torch.long)
     )
@@ -212,7 +212,7 @@ def test_random_order_is_one_order_and_uniform() -> None:
 def test_the_ancestral_sampler_gives_every_token_an_even_step() -> None:
     """The step of a token is uniform, and steps at which nothing would happen do not exist."""
     n, length, steps = 4000, 3, 4
-    every = draft(n, length)._replace(
+    every = proposal(n, length)._replace(
         candidates=torch.ones(n, length, dtype=torch.bool), steps=torch.full((n,), steps)
     )
     times = torch.zeros(n, length, dtype=torch.long)  # how many tokens are committed before or with each
@@ -235,7 +235,7 @@ def test_the_ancestral_sampler_gives_every_token_an_even_step() -> None:
 def test_remasking_leaves_the_share_of_masked_tokens_as_it_is(kind: str, eta: float) -> None:
     """The marginals: after step k of N the expected share committed is k / N, with and without remasking."""
     n, length, steps = 3000, 8, 6
-    state = draft(n, length)
+    state = proposal(n, length)
     confidence = torch.rand(n, length, generator=torch.Generator().manual_seed(3))
     committed = torch.zeros(n, length, dtype=torch.bool)
     again = 0
@@ -249,7 +249,7 @@ def test_remasking_leaves_the_share_of_masked_tokens_as_it_is(kind: str, eta: fl
                 steps=torch.full((n,), steps),
             )
         )
-        assert isinstance(move, Move) and move.remask is not None
+        assert isinstance(move, Decision) and move.remask is not None
         assert not (move.remask & ~committed).any() and not (move.commit & committed).any()
         again += int(move.remask.sum())
         committed = (committed | move.commit) & ~move.remask
@@ -261,7 +261,7 @@ def test_remasking_leaves_the_share_of_masked_tokens_as_it_is(kind: str, eta: fl
 
 def test_remasking_by_confidence_takes_the_less_sure() -> None:
     n = 4000
-    state = draft(n, 4)._replace(
+    state = proposal(n, 4)._replace(
         candidates=torch.tensor([[True, True, False, False]]).expand(n, -1),
         committed=torch.tensor([[False, False, True, True]]).expand(n, -1),
         confidence=torch.tensor([[0.0, 0.0, 0.99, 0.01]]).expand(n, -1),

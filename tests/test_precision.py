@@ -17,8 +17,8 @@ from test_run import settings, train
 from test_run import trainers as trainers
 
 from unmask import load_recipe
-from unmask.errors import UnmaskError, UnmaskWarning
 from unmask.config import Recipe, recipe_from_dict
+from unmask.errors import UnmaskError, UnmaskWarning
 from unmask.training import run
 from unmask.training.precision import with_precision
 from unmask.training.resume import Resumed

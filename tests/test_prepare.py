@@ -19,20 +19,20 @@ from typing import Any
 import pytest
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
+from unmask.data.manifest import PROGRESS, fingerprint, read_manifest
+from unmask.data.prepared import PreparedExamples, open_prepared
+from unmask.training.dataset import load_data
+from unmask.training.prepare import prepare
 
 import unmask
 from unmask import byte_tokenizer
 from unmask.cli import main
+from unmask.config import Recipe, recipe_from_dict
 from unmask.data import manifest
 from unmask.data import prepare as module
-from unmask.data.encode import EncodeReport, Example
-from unmask.data.manifest import PROGRESS, fingerprint, read_manifest
 from unmask.data.collate import PackedRows
-from unmask.data.prepared import PreparedExamples, open_prepared
+from unmask.data.encode import EncodeReport, Example
 from unmask.errors import UnmaskError
-from unmask.config import Recipe, recipe_from_dict
-from unmask.training.dataset import load_data
-from unmask.training.prepare import prepare
 
 QUIET = Console(file=io.StringIO())
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]

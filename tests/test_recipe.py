@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from unmask.config import Recipe, load_recipe, recipe_fields, recipe_from_dict
 from unmask.data.records import FORMATS
 from unmask.errors import UnmaskError
-from unmask.config import Recipe, load_recipe, recipe_fields, recipe_from_dict
 
 BASE = """\
 training_mode: sft

@@ -5,26 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import chi_square_p
 from torch import Tensor
 
 from unmask.generation.sampling import keep_top_p, sample, suppress, uniforms
 
 VOCAB = 6
 LOGITS = torch.tensor([1.5, 0.0, -1.0, 0.5, -3.0, 1.0], dtype=torch.float64)
-
-
-def chi_square_p(counts: Tensor, probabilities: Tensor) -> float:
-    """P-value of Pearson's test that the counts were drawn from the probabilities.
-
-    Cells of fewer than five expected draws, for which the approximation is poor, count as one.
-    """
-    expected = counts.sum() * probabilities
-    rare = expected < 5
-    counts, expected = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts, expected))
-    counts, expected = counts[expected > 0], expected[expected > 0]
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    freedom = torch.tensor(float(len(counts) - 1), dtype=torch.float64)
-    return torch.special.gammaincc(freedom / 2, statistic.double() / 2).item()
 
 
 def draws(seeds: Tensor, position: int, step: int, temperature: float, **filters: Any) -> Tensor:

@@ -12,9 +12,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+from unmask.data.files import RecordFile, list_files, read_documents, read_records
 from unmask.data.records import BadRecord
-from unmask.data.files import RecordFile
-from unmask.data.files import list_files, read_documents, read_records
 from unmask.errors import UnmaskError
 
 ROWS = [{"instruction": f"say {i}", "output": "007"} for i in range(3)]

@@ -23,18 +23,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
+from unmask.data.mixture import Taken, shares
+from unmask.training.dataset import load_data
 
 import unmask
+from unmask.config import Recipe, recipe_from_dict
 from unmask.data.collate import collate
 from unmask.data.encode import EncodeReport, Example
-from unmask.data.files import from_record_id, record_id
-from unmask.data.mixture import Taken, shares
-from unmask.data.files import open_files
+from unmask.data.files import from_record_id, open_files, record_id
 from unmask.data.stream import CHUNK, RecordStream, Share, StreamLoader
 from unmask.data.tokenizer import byte_tokenizer
 from unmask.errors import UnmaskError
-from unmask.config import Recipe, recipe_from_dict
-from unmask.training.dataset import load_data
 
 PAD = partial(collate, pad_token_id=256)
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from unmask.data.records import Conversation, RecordError, Turn, call_text, to_conversation
 from unmask.data.encode import DropRecord, Encoder, Example, encode_records
+from unmask.data.records import Conversation, RecordError, Turn, call_text, to_conversation
 from unmask.data.template import special_strings
 from unmask.data.tokenizer import CHATML_TEMPLATE, byte_tokenizer
 

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from unmask.data.encode import EncodeReport, pack_text, split_documents, usable_documents
 from unmask.data.records import BadRecord, RecordError
-from unmask.data.encode import EncodeReport
-from unmask.data.encode import pack_text, split_documents, usable_documents
 from unmask.data.tokenizer import byte_tokenizer
 from unmask.errors import UnmaskError
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import logging
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -159,3 +165,63 @@ def recompute_activations(model: Any, reentrant: bool = False) -> None:
     """Turn activation checkpointing on; transformers 5.24 renamed the method."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
+
+
+def chi_square_p(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
+    """P-value of Pearson's test that the counts were drawn from the probabilities.
+
+    Cells of fewer than five expected draws, for which the approximation is poor, count as one.
+    """
+    expected = counts.sum() * probabilities
+    rare = expected < 5
+    counts, expected = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts, expected))
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    freedom = torch.tensor(float(len(counts) - 1), dtype=torch.float64)
+    return torch.special.gammaincc(freedom / 2, statistic.double() / 2).item()
+
+
+def ragged(lengths: list[int], side: str = "left", extra: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask of random rows, padded "left", "right" or in the "middle" of each row.
+
+    Row of length n is `random_ids(1, n, seed=n)`; `extra` columns are padding in every row.
+    """
+    width = max(lengths) + extra
+    ids, mask = torch.full((len(lengths), width), 9), torch.zeros(len(lengths), width, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        before = {"left": 0, "right": length, "middle": length // 2}[side]
+        columns = [*range(before), *range(before + width - length, width)]
+        ids[row, columns] = random_ids(1, length, seed=length)[0]
+        mask[row, columns] = 1
+    return ids, mask
+
+
+@dataclass
+class Said:
+    """What a command printed, and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_cli(*arguments: str | Path) -> Said:
+    """Run `unmask ARGUMENTS` in this process, and leave the libraries' loggers as they were."""
+    from transformers.utils import logging as transformers_logging
+
+    from unmask import cli
+
+    verbosity, level = transformers_logging.get_verbosity(), logging.getLogger("torch").level
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["unmask", *map(str, arguments)])
+        patch.setenv("COLUMNS", "110")
+        try:
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+            transformers_logging.enable_progress_bar()
+            logging.getLogger("torch").setLevel(level)
+    code = ended.value.code
+    return Said(code if isinstance(code, int) else 1, out.getvalue(), err.getvalue())

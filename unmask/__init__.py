@@ -15,6 +15,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from unmask.config import Recipe as Recipe
+    from unmask.config import load_recipe as load_recipe
     from unmask.data.collate import SFTDataCollator as SFTDataCollator
     from unmask.data.encode import Encoder as Encoder
     from unmask.data.encode import Example as Example
@@ -38,8 +40,6 @@ if TYPE_CHECKING:
     from unmask.model.families import LlamaForCausalLM as LlamaForCausalLM
     from unmask.model.families import Qwen2ForCausalLM as Qwen2ForCausalLM
     from unmask.model.families import Qwen3ForCausalLM as Qwen3ForCausalLM
-    from unmask.config import Recipe as Recipe
-    from unmask.config import load_recipe as load_recipe
     from unmask.training.train import train as train
 
 __version__ = "0.1.0"

@@ -317,7 +317,7 @@ def score(
 def main() -> None:
     """Run the command; bad input ends in one line on the standard error and exit code 2."""
     debug = "--debug" in sys.argv
-    arguments = cli_generate.place_of_trace([one for one in sys.argv[1:] if one != "--debug"])
+    arguments = cli_generate.insert_trace_value([one for one in sys.argv[1:] if one != "--debug"])
     try:
         with warnings_in_lines():
             app(arguments, prog_name="unmask")

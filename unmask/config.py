@@ -739,7 +739,7 @@ def _validate(tree: Any, where: str, origin: dict[str, str]) -> Recipe:
             if error["type"] in unknown:
                 key, message = _unknown(".".join(parts), error["input"])
             elif "error" in error.get("ctx", {}) and not error["msg"].endswith("expected a number"):
-                message = str(error["ctx"]["error"])  # of a section's own check, which names its keys
+                message = str(error.get("ctx", {})["error"])  # of a section's own check, which names its keys
                 key = message
             elif error["type"] == "missing":
                 message = f"{key}: missing; expected {_expected(key)}"
@@ -763,10 +763,13 @@ def _expected(key: str) -> str:
 
 def _value_at(tree: Any, key: str) -> Any:
     for part in key.split("."):
-        if isinstance(tree, list):
-            tree = tree[int(part)]
-        else:
-            tree = tree.get(part) if isinstance(tree, Mapping) else tree
+        tree = (
+            tree[int(part)]
+            if isinstance(tree, list)
+            else tree.get(part)
+            if isinstance(tree, Mapping)
+            else tree
+        )
     return tree
 
 

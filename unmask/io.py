@@ -76,12 +76,13 @@ def atomic_write(path: Path, data: str | bytes) -> None:
         raise UnmaskError(f"{path}: could not be written: {reason(error)}.") from error
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: str | Path) -> None:
     """Make a folder and find out now whether it can be written.
 
     Raises:
         UnmaskError: it cannot.
     """
+    folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{os.getpid()}"

@@ -38,8 +38,8 @@ from unmask.data.tokenizer import add_mask_token, check_tokenizer, load_tokenize
 from unmask.errors import UnmaskError
 
 if TYPE_CHECKING:
-    from unmask.data.stream import StreamedData
     from unmask.config import Recipe
+    from unmask.data.stream import StreamedData
 
 ORDER, DRAW = range(2)  # what a keyed hash is for
 ROUND = 1000  # draws that a mixture's shares are exact in, unless fewer do
@@ -210,7 +210,9 @@ class MapSteps:
             assert located is not None
             source, count = located
             epoch, index = divmod(count, len(self.parts[source]))
-            row = self.parts[source][int(permutation(self.seed, source, epoch, len(self.parts[source]))[index])]
+            row = self.parts[source][
+                int(permutation(self.seed, source, epoch, len(self.parts[source]))[index])
+            ]
             units.append(Unit(row, epoch, place))
             count_row(self._counts[source], row)
         return units
@@ -328,7 +330,9 @@ def draw_quotas(weights: dict[int, Fraction]) -> dict[int, int]:
     if size > ROUND:
         size = max(ROUND, ceil(1 / min(shares.values())))
         if size > ROUNDS:
-            raise UnmaskError(f"data.sources: a weight is less than a {ROUNDS:,}th of all; remove the source.")
+            raise UnmaskError(
+                f"data.sources: a weight is less than a {ROUNDS:,}th of all; remove the source."
+            )
     quotas = {source: int(share * size) for source, share in shares.items()}
     rest = sorted(quotas, key=lambda source: (quotas[source] - shares[source] * size, source))
     for source in rest[: size - sum(quotas.values())]:
@@ -584,9 +588,15 @@ def prepare(
     identity["origin"]["files"] = [file.label for file in files]
     identity["inputs"] = {stamp[0]: stamp[1:] for stamp in (file.stamp() for file in files)}
     encoding = Encoding(source, tokenizer, encoder, recipe.data)
-    of_shards = {} if shard_records is None else {"shard_records": shard_records}
+    of_shards: dict[str, Any] = {} if shard_records is None else {"shard_records": shard_records}
     return encode_folder(
-        Path(out).expanduser(), identity, encoding, files, limit=limit, processes=workers or cores(), **of_shards
+        Path(out).expanduser(),
+        identity,
+        encoding,
+        files,
+        limit=limit,
+        processes=workers or cores(),
+        **of_shards,
     )
 
 

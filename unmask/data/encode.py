@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, Literal, cast
 
 from tokenizers import Encoding, Tokenizer
@@ -338,9 +338,9 @@ class OffsetTokenizer:
                 start -= 1
             first = _token_at(encoding, start, stop, len(ids))
             last = _token_at(encoding, stop, len(text.text), len(ids))
-            if first < len(ids) and start and encoding.token_to_chars(first)[0] < start:  # pyright: ignore
-                if self._may_split():
-                    return self._split_at(text, start, backend)
+            inside = first < len(ids) and start and cast(Any, encoding.token_to_chars(first))[0] < start
+            if inside and self._may_split():
+                return self._split_at(text, start, backend)
             src[first:last] = [False] * (last - first)
         return ids, src
 
@@ -348,7 +348,9 @@ class OffsetTokenizer:
         """Tokenize in two parts, so that a prompt has the ids that training shows."""
         before = Rendered(text.text[:at], [(a, b) for a, b in text.responses if b <= at])
         after = Rendered(text.text[at:], [(max(0, a - at), b - at) for a, b in text.responses if b > at])
-        both = [self._masked(part, self._encode([part.text], backend)[0], backend) for part in (before, after)]
+        both = [
+            self._masked(part, self._encode([part.text], backend)[0], backend) for part in (before, after)
+        ]
         return both[0][0] + both[1][0], both[0][1] + both[1][1]
 
     def _may_split(self) -> bool:
@@ -364,7 +366,7 @@ class OffsetTokenizer:
             raise DropRecord("has both strings of special tokens and characters for private use")
         cuts = sorted({0, len(text.text), *(at for bounds in text.responses for at in bounds)})
         moved, renamed = {0: 0}, ""
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             at = start
             for first, last in text.specials:
                 if start <= first < stop:
@@ -632,7 +634,7 @@ def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
     same = isinstance(tokenizer, PreTrainedTokenizerFast) and (
         type(tokenizer).__call__ is PreTrainedTokenizerFast.__call__
     )
-    return tokenizer.backend_tokenizer if same else None
+    return cast(Any, tokenizer).backend_tokenizer if same else None
 
 
 def one_of(name: str, value: str, known: tuple[str, ...]) -> None:

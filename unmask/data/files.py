@@ -100,7 +100,9 @@ class RecordFile:
         Raises:
             UnmaskError: The file has no record, does not exist, or cannot be read.
         """
-        suffix = next((self.suffix.removesuffix(e) for e in COMPRESSED if self.suffix.endswith(e)), self.suffix)
+        suffix = next(
+            (self.suffix.removesuffix(e) for e in COMPRESSED if self.suffix.endswith(e)), self.suffix
+        )
         readers = {".parquet": _parquet, ".csv": _csv, ".tsv": _csv, ".json": _json}
         reader = readers.get(suffix, _json_lines if suffix in JSON_LINES else _text)
         last = -1
@@ -171,7 +173,9 @@ class Table:
         except UnmaskError:
             raise
         except Exception as error:  # pyarrow, datasets and the hub client each have their own families
-            what = "cannot be loaded" if path.is_dir() else "no such local file or folder, and the hub data set"
+            what = (
+                "cannot be loaded" if path.is_dir() else "no such local file or folder, and the hub data set"
+            )
             what += "" if path.is_dir() else " cannot be loaded"
             raise UnmaskError(
                 f"{self.label}: {what} (split {self.split!r}): {first_line(error)}.{offline_hint()}"
@@ -295,9 +299,7 @@ def find_files(
     return found
 
 
-def _find(
-    name: str, split: str, config_name: str | None, text: bool, limit: int | None
-) -> Sequence[Source]:
+def _find(name: str, split: str, config_name: str | None, text: bool, limit: int | None) -> Sequence[Source]:
     suffixes = (*RECORD_SUFFIXES, *TEXT_SUFFIXES) if text else RECORD_SUFFIXES
     if is_url(name):
         return _find_remote(name, suffixes, text)
@@ -354,7 +356,9 @@ def _split_of(file: Path) -> str:
 
 def _check_split(name: str, split: str, there: Sequence[str]) -> None:
     if split not in there:
-        raise UnmaskError(f"{name}: has no split {split!r} (data.split); it has {', '.join(there) or 'none'}.")
+        raise UnmaskError(
+            f"{name}: has no split {split!r} (data.split); it has {', '.join(there) or 'none'}."
+        )
 
 
 def _checked(

@@ -485,7 +485,10 @@ def write_page(
         title=title,
         found=found,
         sections=[
-            (name.capitalize(), [(visible(label), figure, visible(remark)) for label, figure, remark in table])
+            (
+                name.capitalize(),
+                [(visible(label), figure, visible(remark)) for label, figure, remark in table],
+            )
             for name, table in sections(found)
         ],
         most=max((count for _, _, count in found.histogram), default=1),

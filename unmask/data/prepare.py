@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
 from transformers import PreTrainedTokenizerBase
 
@@ -111,9 +111,7 @@ class Encoding:
         documents = usable_documents(there, self.tokenizer, report, self.data.on_bad_record)
         if self.data.packing:
             way = self.data.long_documents
-            yield from split_documents(
-                documents, self.tokenizer, self.data.block_size, way, report=report
-            )
+            yield from split_documents(documents, self.tokenizer, self.data.block_size, way, report=report)
             return
         if (first := next(documents, None)) is None:
             return
@@ -199,21 +197,25 @@ class EncodedExamples(Sequence[Example]):
 
     def lengths(self) -> list[int]:
         """Read the tokens of each row."""
-        import pyarrow.compute as pc
+        from pyarrow import compute
 
         tables = self.dataset.with_format("arrow").iter(batch_size=10_000)
-        return [size for table in tables for size in pc.list_value_length(table["input_ids"]).to_pylist()]
+        return [
+            size
+            for table in tables
+            for size in cast(Any, compute).list_value_length(table["input_ids"]).to_pylist()
+        ]
 
     def totals(self) -> tuple[int, int]:
         """Count tokens, and those that may be masked."""
-        import pyarrow.compute as pc
+        from pyarrow import compute
 
         if len(self) == self.manifest.counts["rows"]:
             return self.manifest.counts["tokens"], self.manifest.counts["supervised_tokens"]
         tokens = source = 0
         for table in self.dataset.with_format("arrow").iter(batch_size=10_000):
-            masks = pc.list_flatten(table["src_mask"])
-            tokens, source = tokens + len(masks), source + (pc.sum(masks).as_py() or 0)
+            masks = cast(Any, compute).list_flatten(table["src_mask"])
+            tokens, source = tokens + len(masks), source + (cast(Any, compute).sum(masks).as_py() or 0)
         return tokens, tokens - source
 
 
@@ -264,7 +266,7 @@ def encode_folder(
         ) from error
 
 
-def _begin(folder: Path, identity: dict[str, Any]) -> None:
+def _begin(folder: Path, identity: Mapping[str, Any]) -> None:
     """Check that the folder is free or has the begin of the same, and remove what was not finished."""
     progress = folder / PROGRESS
     if progress.exists():
@@ -282,8 +284,8 @@ def _begin(folder: Path, identity: dict[str, Any]) -> None:
     atomic_write(progress, json.dumps({"kind": KIND, "version": VERSION, "identity": identity}))
 
 
-def _finish(folder: Path, identity: dict[str, Any]) -> Manifest:
-    manifest = Manifest(identity)
+def _finish(folder: Path, identity: Mapping[str, Any]) -> Manifest:
+    manifest = Manifest(dict(identity))
     lines = sorted(folder.glob("shard-*.json"))
     for line in lines:
         tree = json.loads(line.read_text(encoding="utf-8"))
@@ -392,7 +394,10 @@ def _write_shard(folder: Path, number: int, examples: Iterator[Example], report:
     try:
         with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             while batch := list(islice(examples, BATCH)):
-                columns = [pa.array([getattr(e, name) for e in batch], schema.field(name).type) for name in schema.names]
+                columns = [
+                    pa.array([getattr(e, name) for e in batch], schema.field(name).type)
+                    for name in schema.names
+                ]
                 writer.write_batch(pa.record_batch(columns, schema=schema))
                 rows += len(batch)
         size, checksum = aside.stat().st_size, sha256(aside)
@@ -458,7 +463,9 @@ def open_encoded(folder: str | Path, source: int = 0, *, verify: bool = True) ->
     contents = verify and manifest.counts["bytes"] <= VERIFIED
     for shard in manifest.shards:
         if found := fault(folder, shard, contents):
-            raise UnmaskError(f"{folder / shard.file}: this shard is {found}; prepare again into a new folder.")
+            raise UnmaskError(
+                f"{folder / shard.file}: this shard is {found}; prepare again into a new folder."
+            )
     shards = [Dataset.from_file(str(folder / shard.file)) for shard in manifest.shards if shard.rows]
     return EncodedExamples(concatenate_datasets(shards), manifest, source)
 

@@ -276,7 +276,9 @@ def _turns(fields: _Fields, field: str, format: str) -> list[Turn]:
     """The turns of a list field, of {"role", "content"} or {"from", "value"} objects."""
     messages = fields.get(field, field)
     if not isinstance(messages, Sequence) or isinstance(messages, str):
-        raise RecordError(fields.where, f"field '{field}' must be a list of messages", f"; got {_kind(messages)}")
+        raise RecordError(
+            fields.where, f"field '{field}' must be a list of messages", f"; got {_kind(messages)}"
+        )
     turns = []
     for number, message in enumerate(messages, 1):
         place = f"{fields.where}, {field} {number}"
@@ -336,7 +338,9 @@ def _is_trained(fields: _Fields) -> bool:
         said[field] = bool(value)
     if len(set(said.values())) > 1:
         one, other = list(said)[:2]
-        raise RecordError(fields.where, f"fields '{one}' and '{other}' contradict one another", "; remove one")
+        raise RecordError(
+            fields.where, f"fields '{one}' and '{other}' contradict one another", "; remove one"
+        )
     return all(said.values())
 
 
@@ -345,7 +349,9 @@ def _tool_calls(fields: _Fields, role: str) -> tuple[Mapping[str, Any], ...]:
     place = fields.where
     calls, single = fields.get("tool_calls"), fields.get("function_call")
     if single and calls:
-        raise RecordError(place, "fields 'tool_calls' and 'function_call' contradict one another", "; remove one")
+        raise RecordError(
+            place, "fields 'tool_calls' and 'function_call' contradict one another", "; remove one"
+        )
     field = "function_call" if single else "tool_calls"
     if not (calls or single):
         return ()

@@ -280,7 +280,9 @@ class _Reader:
         item = next(self.items, None)
         if item is None:
             if not self.read:
-                raise UnmaskError(f"{self.source.label}: there is no record to train on for process {self.rank}.")
+                raise UnmaskError(
+                    f"{self.source.label}: there is no record to train on for process {self.rank}."
+                )
             return None
         self.read += 1
         if isinstance(item.get("record"), Record):

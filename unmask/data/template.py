@@ -8,6 +8,7 @@ the marks is the template's own writing. Training and generation prompts come fr
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,9 @@ from unmask.errors import UnmaskError
 REWRITTEN = "the chat template rewrites the response beyond recognition"
 REASONS = "has reasoning, but thinking=off lets every response start after an empty think block"
 OPEN, CLOSE = "\ue000", "\ue002"  # around private marks
-THINK = re.compile(r"\s*<think>(?P<reasoning>(?:(?!</?think>).)*)</think>(?P<answer>(?:(?!</?think>).)*)", re.S)
+THINK = re.compile(
+    r"\s*<think>(?P<reasoning>(?:(?!</?think>).)*)</think>(?P<answer>(?:(?!</?think>).)*)", re.S
+)
 
 Thinking = Literal["off", "on", "template"]
 
@@ -206,7 +209,9 @@ class ChatLayout:
             try:
                 whole = self.render(answered, [False] * len(turns) + [True], where, tools)
             except DropRecord as error:
-                raise UnmaskError(f"{where}: the chat template does not write a response after it.") from error
+                raise UnmaskError(
+                    f"{where}: the chat template does not write a response after it."
+                ) from error
         start = whole.responses.pop()[0]
         whole.text = whole.text[:start]
         whole.literals = [bounds for bounds in whole.literals if bounds[1] <= start]
@@ -357,7 +362,7 @@ class ChatLayout:
         cuts = sorted({0, len(found.text), *(at for bounds in found.responses for at in bounds)})
         moved: dict[int, int] = {0: 0}
         text = ""
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in itertools.pairwise(cuts):
             at = start
             for match in either.finditer(found.text, start, stop):
                 text += found.text[at : match.start()]

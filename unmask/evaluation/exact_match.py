@@ -1,4 +1,4 @@
-"""Exact match: the share of held-out prompts that are answered to the letter."""
+"""Exact match: the share of held-out prompts whose answer equals the expected one."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from unmask.data.records import CustomFields, call_text, detect_format, to_conversation
 from unmask.data.encode import Encoder, Example
-from unmask.generation.complete import Completion
+from unmask.data.records import CustomFields, call_text, detect_format, to_conversation
+from unmask.generation.text import Completion
 
 
 @dataclass
 class Prompt:
-    """A prompt as the model reads it, its last user turn as a person does, and the answer expected."""
+    """A held-out prompt: its ids, the text of its last user turn, and the expected answer."""
 
     ids: list[int]
     text: str
@@ -28,7 +28,7 @@ class Prompt:
 
 
 def is_exact(completion: Completion, prompt: Prompt) -> bool:
-    """Whether the text is the expected one, blanks around it aside."""
+    """Whether the text equals the expected one, apart from surrounding white space."""
     return completion.text.strip() == prompt.expected.strip()
 
 
@@ -43,15 +43,15 @@ def make_prompts(
     format: str = "auto",
     custom_format: CustomFields | None = None,
 ) -> list[Prompt]:
-    """Turn records into prompts: everything before the last response, which is the answer expected.
+    """Turn records into prompts: everything before the last response, which is the expected answer.
 
     Raises:
         UnmaskError: a record cannot be used.
     """
     prompts = []
-    for record, where in records:
-        name = detect_format(record, where, custom_format) if format == "auto" else format
-        conversation = to_conversation(record, name, where=where, custom_format=custom_format)
+    for record, location in records:
+        name = detect_format(record, location, custom_format) if format == "auto" else format
+        conversation = to_conversation(record, name, where=location, custom_format=custom_format)
         turns = conversation.turns
         last = max(index for index, turn in enumerate(turns) if turn.role == "assistant")
         asked = next((turn for turn in reversed(turns[:last]) if turn.role == "user"), turns[0])

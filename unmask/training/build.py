@@ -18,8 +18,8 @@ from unmask.errors import UnmaskError
 from unmask.io import reason
 from unmask.model.adapter import add_adapter
 from unmask.model.checkpoint import (
-    fit_to_tokenizer,
     fingerprint,
+    fit_to_tokenizer,
     is_adapter,
     is_diffusion,
     load_model,

@@ -16,18 +16,20 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
 from torch.optim import Optimizer
 
 from unmask import __version__
@@ -92,7 +94,7 @@ def save(
     def write() -> None:
         writer = HuggingFaceStorageWriter(str(aside / TENSORS), save_distributed=True)
         with _quiet_single_process():
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=group.ranks == 1)
+            write_tensors(dict(tensors), storage_writer=writer, no_dist=group.ranks == 1)
 
     def finish() -> None:
         if write_rest is not None:
@@ -147,7 +149,7 @@ def load_tensors(
     """
     reader = HuggingFaceStorageReader(str(folder / TENSORS))
     try:
-        stored = reader.read_metadata().state_dict_metadata
+        stored: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
         wanted: dict[str, Tensor] = {}
         for name, metadata in stored.items():
             kind, _, rest = name.partition("/")
@@ -169,11 +171,11 @@ def load_tensors(
                 " of a run that had it."
             )
         with _quiet_single_process():
-            dcp.load(wanted, storage_reader=reader, no_dist=group.ranks == 1)
+            read_tensors(wanted, storage_reader=reader, no_dist=group.ranks == 1)
             if not any(name.startswith("weights/") for name in stored):
                 whole = {name: p.detach() for name, p in parameters.items()}
                 model_folder = HuggingFaceStorageReader(str(folder))
-                dcp.load(whole, storage_reader=model_folder, no_dist=group.ranks == 1)
+                read_tensors(whole, storage_reader=model_folder, no_dist=group.ranks == 1)
         _load_optimizer(optimizer, parameters, wanted)
     except (
         *(OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError),
@@ -328,9 +330,9 @@ def _as_unmask_error(act: Any, folder: Path) -> Any:
     return run
 
 
-class _quiet_single_process(warnings.catch_warnings):
-    """torch says so wherever a checkpoint is read or written by one process alone, as it is meant here."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
+@contextmanager
+def _quiet_single_process() -> Iterator[None]:
+    """torch warns wherever a checkpoint is read or written by one process alone, as it is meant here."""
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
+        yield

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from unmask.config import Recipe
 from unmask.data.collate import collate
+from unmask.data.dataset import custom_fields
+from unmask.data.files import read_records
 from unmask.diffusion.corrupt import Noised, corrupt, example_seeds
 from unmask.diffusion.likelihood import Masks, exact_masks
 from unmask.diffusion.objective import Objective
-from unmask.data.dataset import custom_fields
-from unmask.data.files import read_records
 from unmask.evaluation.exact_match import Prompt, exact_share, is_exact, make_prompts
 from unmask.generation.text import Completion, complete
 from unmask.generation.trace import trace_lines
@@ -217,9 +217,7 @@ class Answers:
         """Answer all prompts, print the share that is exact, and return the answers on the main process."""
         if not self.prompts or not (self.shared.group.main or self.shared.sharded):
             return None
-        with Progress(
-            console=self.console, transient=True, disable=not self.console.is_terminal
-        ) as progress:
+        with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
             task = progress.add_task(f"answering {when}", total=len(self.prompts))
             completions = self._answer(self.prompts, partial(progress.advance, task))
         share = exact_share(completions, self.prompts)

@@ -176,7 +176,9 @@ def _advice(recipe: Recipe, memory: Memory, micro: int) -> list[str]:
         ways.append("gradient_checkpointing=true")
     if micro > 1 and memory.peak - memory.static > memory.peak / 4:
         ways.append(f"micro_batch_size={micro // 2}")
-    ways.append("more devices" if recipe.distributed.type == "fsdp" else "distributed.type=fsdp on several devices")
+    ways.append(
+        "more devices" if recipe.distributed.type == "fsdp" else "distributed.type=fsdp on several devices"
+    )
     if recipe.lora.r is None and recipe.model.name_or_path is not None:
         ways.append("lora.r=16")
     if recipe.optimizer.type == "adamw":

@@ -17,7 +17,7 @@ from unmask.diffusion.attention import count_by_document
 from unmask.diffusion.corrupt import Noised
 from unmask.training.parallel import Processes
 
-PARTS = ("data", "forward", "backward", "optimizer", "evaluation", "save", "other")
+PARTS: tuple[str, ...] = ("data", "forward", "backward", "optimizer", "evaluation", "save", "other")
 APART = ("evaluation", "save")  # what rates are not divided by
 COUNTS = ("supervised", "useful", "computed", "flops")
 GIB = 2**30

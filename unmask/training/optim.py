@@ -30,11 +30,14 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     if step < warmup:
         return peak * step / max(1, warmup)
     done = min(1.0, (step - warmup) / max(1, recipe.max_steps - warmup))
-    return peak * {
-        "constant_with_warmup": 1.0,
-        "linear": 1.0 - done,
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
-    }[kind]
+    return (
+        peak
+        * {
+            "constant_with_warmup": 1.0,
+            "linear": 1.0 - done,
+            "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
+        }[kind]
+    )
 
 
 def warmup_steps(recipe: Recipe) -> int:

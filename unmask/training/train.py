@@ -42,7 +42,7 @@ from unmask.training.build import (
     schedule_notes,
 )
 from unmask.training.card import provenance, write_card
-from unmask.training.checkpoint import FINAL, PREFIX, RECIPE, RunState
+from unmask.training.checkpoint import FINAL, PREFIX, RECIPE
 from unmask.training.evaluate import (
     SAMPLES,
     Answers,
@@ -143,7 +143,9 @@ class Run:
         self.answers_of = load_prompts(recipe, self.data.encoder)
         torch.manual_seed(recipe.seed)
         self.model = build_model(recipe, self.tokenizer, self.data.encoder)
-        if self.answers_of:  # the canvas a model is measured on is the one it is used with, unless told otherwise
+        if (
+            self.answers_of
+        ):  # the canvas a model is measured on is the one it is used with, unless told otherwise
             self.model.generation_config.set(max_new_tokens=recipe.evaluation.max_new_tokens)
         denoiser = self.model.get_base_model() if recipe.lora.r is not None else self.model
         for line in describe_run(recipe, self.model, self.data, group):
@@ -229,7 +231,7 @@ class Run:
         # 1. The batch of this process, a function of the step; what dropout draws is one, too.
         units = self.steps.at(step)
         ended = torch.tensor([float(units is None)], device=group.device)
-        if recipe.data.streaming and group.sum(ended).item() or units is None:
+        if (recipe.data.streaming and group.sum(ended).item()) or units is None:
             self.data_ended = True
             return False
         torch.manual_seed((recipe.seed * 1_000_003 + step) * 4_096 + group.rank)
@@ -508,9 +510,7 @@ class Run:
         group.wait()
         return TrainResult(self.out / FINAL, train_loss, held_out, shares)
 
-    def _leave(
-        self, train_loss: float, held_out: float | None, shares: tuple[float, float] | None
-    ) -> None:
+    def _leave(self, train_loss: float, held_out: float | None, shares: tuple[float, float] | None) -> None:
         """Write `final/`; under FSDP every process gives its part of each weight, one weight at a time."""
         weights: dict[str, Tensor] | None = None
         if self.shared.sharded:
