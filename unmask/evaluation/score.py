@@ -257,7 +257,7 @@ def read_texts(
     examples, report = encode_records(records, encoder, format)
     if not examples:
         raise UnmaskError(f"{name}: no record can be scored: {'; '.join(report.left_out())}.")
-    items = [ScoredText(e, records[e.sample_id][1], _response_bytes(e, tokenizer)) for e in examples]
+    items = [ScoredText(e, records[e.record][1], _response_bytes(e, tokenizer)) for e in examples]
     return Texts(items, "conversations", size or 0, report.dropped)
 
 
