@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import platform
 import shlex
 import subprocess
@@ -97,6 +98,7 @@ def write_card(
     )
     (aside / "README.md").write_text(text, encoding="utf-8")
     (aside / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    (aside / FILE).write_text(json.dumps(origin, indent=2), encoding="utf-8")
 
 
 def data_names(recipe: Recipe) -> list[str]:

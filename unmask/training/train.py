@@ -32,6 +32,7 @@ from unmask.diffusion.objective import Objective
 from unmask.errors import UnmaskError
 from unmask.evaluation.exact_match import exact_share
 from unmask.io import atomic_dir, atomic_write, directory_lock
+from unmask.model.bf16 import gains_by_bf16
 from unmask.model.checkpoint import save_checkpoint
 from unmask.training import checkpoint as checkpoints
 from unmask.training.build import (
@@ -41,6 +42,7 @@ from unmask.training.build import (
     make_curriculum,
     schedule_notes,
 )
+from unmask.training.card import FILE as PROVENANCE
 from unmask.training.card import provenance, write_card
 from unmask.training.checkpoint import FINAL, PREFIX, RECIPE
 from unmask.training.evaluate import (
@@ -132,7 +134,7 @@ class Run:
         check_sharding(recipe, group.ranks)
         self.micro_batch, self.accumulation = batch_plan(recipe, group.ranks)
         point: ResumePoint = group.on_main(lambda: resume_point(recipe, self.out))
-        recipe, notes = with_precision(recipe, group.device, point.recipe)
+        recipe, notes = group.on_main(lambda: with_precision(self.recipe, group.device, point.recipe))
         self.recipe = recipe
         for note in (*point.notes, *notes):
             self._say(note)
@@ -158,6 +160,8 @@ class Run:
 
         self.report = Report(self.console, recipe, loss_unit(recipe), self.out, group)
         dtype = torch.bfloat16 if recipe.precision == "bf16" else next(denoiser.parameters()).dtype
+        if dtype == torch.bfloat16 and not gains_by_bf16(group.device):
+            dtype = torch.float32  # what such a CPU can do
         self.accounting = Accounting(denoiser, dtype, group)
         self.shared = SharedModel(denoiser, recipe, group)
         self.optimizer = make_optimizer(recipe, denoiser, self.shared.parameters)
@@ -455,13 +459,12 @@ class Run:
             else:
                 save_checkpoint(self.model, self.tokenizer, folder)
             (folder / RECIPE).write_text(self.recipe.to_yaml(), encoding="utf-8")
-            (folder / "provenance.json").write_text(json.dumps(self.origin, indent=2), encoding="utf-8")
+            (folder / PROVENANCE).write_text(json.dumps(self.origin, indent=2), encoding="utf-8")
 
         folder = self.out / f"{PREFIX}{self.state.step}"
         checkpoints.save(folder, self.state, tensors, self.group, write_rest)
         if self.group.main:
-            best = self.state.best_step if self.recipe.early_stopping_patience else None
-            checkpoints.rotate(self.out, self.recipe.save_total_limit, best)
+            checkpoints.rotate(self.out, self.recipe.save_total_limit, self.state.best_step)
         self.accounting.mark("save")
 
     # Finish
