@@ -216,7 +216,7 @@ def quality(folder: str, prompts_file: str, limit: int, plot: Path | None) -> No
             continue
         answers, seconds = timed(
             lambda settings=settings: complete(
-                model, tokenizer, [prompt.ids for prompt in prompts], batch_size=64, **settings
+                model, tokenizer, [prompt.example for prompt in prompts], batch_size=64, **settings
             )
         )
         tokens = sum(len(answer.ids) for answer in answers)

@@ -385,12 +385,12 @@ def test_wrong_usage_is_explained(arguments: list[str], message: str) -> None:
         (["--out", "x.jsonl"], "--out has an effect with --prompts alone"),
         (["--end-fill", "2"], "--end-fill has an effect with --choice alone"),
         (["--choice", "a"], "give two choices or more"),
-        (["--choice", "a", "--choice", "b", "--steps", "2"], "--steps has an effect without --choice alone"),
+        (["--choice", "a", "--choice", "b", "--steps", "2"], "--steps has no effect with --choice"),
         (["--trace", "three.txt"], "--trace: expected a file .html or .png, or nothing; got 'three.txt'"),
         (["--canvas", "growing"], "canvas = growing has no effect without block_length"),
         (["--trace=x.pdf"], "--trace: expected a file .html or .png, or nothing; got 'x.pdf'"),
         (["--trace", "no/where.html"], "there is no folder"),
-        (["--raw", "--system", "b"], "--system has an effect without --raw alone"),
+        (["--raw", "--system", "b"], "--system has no effect with --raw"),
     ],
 )
 def test_settings_that_cannot_be_are_one_line(chain: Chain, settings: list[str], message: str) -> None:

@@ -332,9 +332,7 @@ def test_logits_that_are_not_numbers_are_refused(wrong: float) -> None:
 # a million.
 
 
-def table_denoiser(
-    tables: dict[tuple[int, int], Tensor], vocab: int
-) -> Callable[[DenoiserInput], list[Tensor]]:
+def table_denoiser(tables: dict[Any, Tensor], vocab: int) -> Callable[[DenoiserInput], list[Tensor]]:
     """Logits of two tokens as a table of what stands at both."""
 
     def denoiser(inputs: DenoiserInput) -> list[Tensor]:

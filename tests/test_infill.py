@@ -115,12 +115,13 @@ def test_an_answer_stands_between_its_prompt_and_its_end_tokens(
 
 
 def test_what_cannot_be_filled_is_said(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    for parts, settings, message in (
+    cases: list[tuple[list[str | Gap], dict[str, Any], str]] = [
         (["ab"], {}, "no gap"),
         (["a", Gap(1, 2)], {}, "after the last gap"),
         ([Gap(1, 100), Gap(1, 100), "a"], {}, "10,000 combinations"),
         ([Gap(300, 300)], {}, "256 positions"),
         (["a", Gap(2, 2)], {"steps": 3}, "steps"),
-    ):
+    ]
+    for parts, settings, message in cases:
         with pytest.raises(UnmaskError, match=message):
             infill_text(model, tokenizer, parts, **settings)

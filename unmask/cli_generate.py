@@ -11,46 +11,42 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typer import Option
 
 from unmask.cli_options import DECODING, BatchSize, EndFill, Model, System, decoding_options
 from unmask.errors import UnmaskError
 
 IN_TERMINAL = "-"  # what --trace alone stands for
+STDIN = "- reads standard input, without its last line end"
 
 
 @decoding_options(*DECODING)
 def generate(
     model: Model,
-    prompt: Annotated[
-        str | None,
-        typer.Option(help="What the user says; - reads standard input, without its last line end."),
-    ] = None,
+    prompt: Annotated[str | None, Option(help=f"What the user says; {STDIN}.")] = None,
     prompts: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Prompts: records of any known format, or .txt, one a line."),
+        Path | None, Option(metavar="FILE", help="Prompts: records, or .txt, one a line.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Answers to --prompts, one JSON line each.")
+        Path | None, Option(metavar="FILE", help="Answers to --prompts, one JSON line each.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted --out.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Continue an interrupted --out.")] = False,
     system: System = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Plain text, without the chat template.")] = False,
-    prefix: Annotated[str, typer.Option(help="Beginning of the response.", show_default=False)] = "",
+    raw: Annotated[bool, Option("--raw", help="Plain text, without the chat template.")] = False,
+    prefix: Annotated[str, Option(help="Beginning of the response.", show_default=False)] = "",
     choice: Annotated[
-        list[str] | None,
-        typer.Option(help="Answer with the likeliest of these texts; give two or more."),
+        list[str] | None, Option(help="Answer with the likeliest of these; two or more.")
     ] = None,
     end_fill: EndFill = None,
-    samples: Annotated[int, typer.Option(min=1, help="Answers to each prompt, with seed, seed + 1, ...")] = 1,
+    samples: Annotated[int, Option(min=1, help="Answers to each prompt, with seed, seed + 1, ...")] = 1,
     stop: Annotated[
-        list[str] | None, typer.Option(help="Stop string: ends the response before it; may be repeated.")
+        list[str] | None, Option(help="Stop string: ends the response before it; repeatable.")
     ] = None,
     batch_size: BatchSize = 16,
     trace: Annotated[
         str | None,
-        typer.Option(
-            metavar="[FILE]",
-            help="Show how masks become tokens: here, as a page (.html) or a picture (.png).",
+        Option(
+            metavar="[FILE]", help="Show masks becoming tokens: here, in a page (.html) or picture (.png)."
         ),
     ] = None,
     *,
@@ -67,16 +63,16 @@ def generate(
         raise UnmaskError("--prompts needs --out FILE.jsonl for the answers.")
     generating = {"prefix": prefix, "stop": stop, "trace": trace, "samples": samples > 1}
     generating |= {name: True for name in decoding if name != "seed"}
-    for options, has_effect, needed in (
-        ({"trace": trace}, prompts is None, "with --prompt alone"),
-        ({"out": out, "resume": resume}, prompts is not None, "with --prompts alone"),
-        ({"system": system}, not raw, "without --raw alone; write it into the prompt"),
-        ({"end_fill": end_fill}, bool(choice), "with --choice alone"),
-        (generating, not choice, "without --choice alone: with it nothing is generated"),
+    for options, has_effect, message in (
+        ({"trace": trace}, prompts is None, "has no effect with --prompts"),
+        ({"out": out, "resume": resume}, prompts is not None, "has an effect with --prompts alone"),
+        ({"system": system}, not raw, "has no effect with --raw; write it into the prompt"),
+        ({"end_fill": end_fill}, bool(choice), "has an effect with --choice alone"),
+        (generating, not choice, "has no effect with --choice: nothing is generated"),
     ):
         for name, value in options.items():
             if not has_effect and value:
-                raise UnmaskError(f"--{name.replace('_', '-')} has an effect {needed}.")
+                raise UnmaskError(f"--{name.replace('_', '-')} {message}.")
     _check_texts(prompt=prompt, system=system, prefix=prefix, stop=stop, choice=choice)
     _check_trace(trace)
     hide_progress_bars()
@@ -127,8 +123,10 @@ def generate(
     keep = trace not in (None, IN_TERMINAL)
     copies = [example] * samples
     answers = complete(denoiser, tokenizer, copies, keep_states=keep, seed=seeds, **generation)
-    shown = text + ("\n" if prefix and not raw else "") + prefix
-    _show_trace(trace, answers, tokenizer, title=f"unmask generate {model}", prompt=shown, seeds=seeds)
+    if trace is not None:
+        shown = text + ("\n" if prefix and not raw else "") + prefix
+        names = [f"seed {number}" for number in seeds]
+        _show_trace(trace, answers, tokenizer, f"unmask generate {model}", shown, names)
     for number, completion in zip(seeds, answers, strict=True):
         if samples > 1:
             print(f"--- seed {number}")
@@ -160,22 +158,13 @@ def chat(model: Model, system: System = None, *, decoding: dict[str, Any]) -> No
 @decoding_options("steps", "policy", "threshold", "temperature", "top_p", "seed")
 def infill(
     model: Model,
-    text: Annotated[
-        str | None,
-        typer.Option(
-            help="Text with gaps: [\\[gap:5]], or [\\[gap:2-8]]; - reads standard input, without its last"
-            " line end."
-        ),
-    ] = None,
-    prefix: Annotated[str | None, typer.Option(help="Text before the only gap.")] = None,
-    suffix: Annotated[str | None, typer.Option(help="Text after the only gap.")] = None,
+    text: Annotated[str | None, Option(help=f"With gaps: [\\[gap:5]], or [\\[gap:2-8]]; {STDIN}.")] = None,
+    prefix: Annotated[str | None, Option(help="Text before the only gap.")] = None,
+    suffix: Annotated[str | None, Option(help="Text after the only gap.")] = None,
     length: Annotated[
-        str | None,
-        typer.Option(metavar="N or N-M", help="Tokens between --prefix and --suffix, or a range to try."),
+        str | None, Option(metavar="N or N-M", help="Tokens of that gap, or a range to try.")
     ] = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="What the user says, if the text is the answer to it.")
-    ] = None,
+    prompt: Annotated[str | None, Option(help="What the user says, if the text is the answer.")] = None,
     end_fill: EndFill = None,
     batch_size: BatchSize = 16,
     *,
@@ -271,13 +260,12 @@ def _check_texts(**options: str | list[str] | None) -> None:
 
 
 def _check_trace(trace: str | None) -> None:
-    if trace is None or trace == IN_TERMINAL:
-        return
-    if not trace.lower().endswith((".html", ".png")):
-        raise UnmaskError(f"--trace: expected a file .html or .png, or nothing; got {trace!r}.")
     from unmask.io import check_output_file
 
-    check_output_file(Path(trace), "--trace")
+    if trace is not None and trace != IN_TERMINAL:
+        if not trace.lower().endswith((".html", ".png")):
+            raise UnmaskError(f"--trace: expected a file .html or .png, or nothing; got {trace!r}.")
+        check_output_file(Path(trace), "--trace")
 
 
 def read_stdin() -> str:
@@ -292,24 +280,20 @@ def read_stdin() -> str:
 
 
 def _show_trace(
-    trace: str | None, answers: list[Any], tokenizer: Any, *, title: str, prompt: str, seeds: list[int]
+    trace: str, answers: list[Any], tokenizer: Any, title: str, prompt: str, names: list[str]
 ) -> None:
-    if trace is None:
-        return
     from unmask.generation.trace import trace_lines, write_trace_page
+    from unmask.plots import draw_trace
 
-    names = [f"seed {seed}" for seed in seeds]
-    if trace == IN_TERMINAL:
+    if trace.lower().endswith(".html"):
+        write_trace_page(Path(trace), answers, tokenizer, title=title, prompt=prompt, names=names)
+    elif trace != IN_TERMINAL:
+        draw_trace(Path(trace), answers, tokenizer, title=title, names=names)
+    else:
         console = Console(stderr=True)
         for answer in answers:
             for line in trace_lines(answer.ids, answer.commit_step, tokenizer):
                 console.print(line)
-    elif trace.lower().endswith(".html"):
-        write_trace_page(Path(trace), answers, tokenizer, title=title, prompt=prompt, names=names)
-    else:
-        from unmask.plots import draw_trace
-
-        draw_trace(Path(trace), answers, tokenizer, title=title, names=names)
 
 
 def _answer_file(run: Callable[..., dict[str, int]], out: Path, prompts: int, samples: int) -> None:

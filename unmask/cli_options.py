@@ -7,16 +7,13 @@ import inspect
 from collections.abc import Callable
 from typing import Annotated, Any, get_type_hints
 
-import typer
+from typer import Argument, Option
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Diffusion checkpoint: folder or hub name.")]
-System = Annotated[str | None, typer.Option(help="System prompt.")]
-BatchSize = Annotated[
-    int, typer.Option(min=1, help="Batch size of a forward pass; does not change the answers.")
-]
+Model = Annotated[str, Argument(metavar="MODEL", help="Diffusion checkpoint: folder or hub name.")]
+System = Annotated[str | None, Option(help="System prompt.")]
+BatchSize = Annotated[int, Option(min=1, help="Batch size of a forward pass; does not change the answers.")]
 EndFill = Annotated[
-    int | None,
-    typer.Option(min=1, help="End tokens fill a response to a multiple of N, as in training."),
+    int | None, Option(min=1, help="End tokens fill a response to a multiple of N, as in training.")
 ]
 
 # Settings of `DiffusionGenerationConfig`: name -> type, smallest value, help.
@@ -74,7 +71,7 @@ def decoding_options(*names: str) -> Callable[[Callable[..., None]], Callable[..
         ]
         for name in names:
             kind, smallest, text = DECODING[name]
-            option = typer.Option(min=smallest, help=text, rich_help_panel="Decoding")
+            option = Option(min=smallest, help=text, rich_help_panel="Decoding")
             annotation = Annotated[kind | None, option]
             keyword = inspect.Parameter.KEYWORD_ONLY
             parameters.append(inspect.Parameter(name, keyword, default=None, annotation=annotation))

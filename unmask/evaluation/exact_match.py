@@ -3,28 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
-from unmask.data.encode import Encoder, Example
+from unmask.data.encode import Encoder
 from unmask.data.records import CustomFields, call_text, detect_format, to_conversation
-from unmask.generation.text import Completion
-
-
-@dataclass
-class Prompt:
-    """A held-out prompt: its ids, the text of its last user turn, and the expected answer."""
-
-    ids: list[int]
-    text: str
-    expected: str
-    src_mask: list[bool] = field(default_factory=list)
-    """False = an earlier response that training would mask; empty = all source."""
-
-    @property
-    def example(self) -> Example:
-        """What `complete` takes."""
-        return Example(self.ids, self.src_mask or [True] * len(self.ids))
+from unmask.generation.text import Completion, Prompt
 
 
 def is_exact(completion: Completion, prompt: Prompt) -> bool:
@@ -56,5 +39,5 @@ def make_prompts(
         last = max(index for index, turn in enumerate(turns) if turn.role == "assistant")
         asked = next((turn for turn in reversed(turns[:last]) if turn.role == "user"), turns[0])
         example = encoder.prompt_example(turns[:last], conversation.tools)
-        prompts.append(Prompt(example.input_ids, asked.content, call_text(turns[last]), example.src_mask))
+        prompts.append(Prompt(example, asked.content, location, call_text(turns[last])))
     return prompts

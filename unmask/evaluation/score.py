@@ -41,12 +41,9 @@ HIGHEST = "bold white on red"
 class ScoredText:
     """A record, or a piece of plain text, to score."""
 
-    example: Example
-    """Its ids; `src_mask` True = prompt: given, not scored."""
-    location: str
-    """For messages: the file with the line, or the tokens."""
-    num_bytes: int
-    """UTF-8 bytes of the text of the scored ids; special tokens have none."""
+    example: Example  # src_mask True = prompt: given, not scored
+    location: str  # file and line, or tokens
+    num_bytes: int  # UTF-8 bytes of the text of the scored ids; special tokens have none
 
 
 @dataclass(frozen=True)
@@ -54,8 +51,7 @@ class Texts:
     """Contents of a file; `dropped` maps a reason to (count, location of the first)."""
 
     items: list[ScoredText]
-    kind: str
-    """"conversations" or "plain text"."""
+    kind: str  # "conversations" or "plain text"
     block_size: int
     dropped: dict[str, tuple[int, str]] = field(default_factory=dict)
 
@@ -66,10 +62,8 @@ class RecordScore:
 
     text: ScoredText
     score: Score
-    token_nll: list[float]
-    """Contribution of each token, 0 for those of the prompt."""
-    mixture_nll: float | None
-    """See `unmask.Likelihood`; with the estimator "chain" alone."""
+    token_nll: list[float]  # contribution of each token, 0 for those of the prompt
+    mixture_nll: float | None  # see `unmask.Likelihood`; with the estimator "chain" alone
 
     def as_json(self, index: int, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
         """One line of `out`; with a tokenizer also each scored token with its nats."""
@@ -106,8 +100,7 @@ class FileScore:
     records: list[RecordScore]
     total: Score
     num_bytes: int
-    num_forwards: int
-    """Sequences that went through the model."""
+    num_forwards: int  # sequences that went through the model
     texts: Texts
     tokenizer: PreTrainedTokenizerBase
 

@@ -25,22 +25,15 @@ _ANSWER_FIELDS = {"prompt": "completion", "instruction": "output"}
 
 @dataclass
 class Completion:
-    """What a model wrote; the lists after `ids` have an entry for each id."""
+    """What a model wrote; commit_step, confidence and entropy have an entry for each id."""
 
-    text: str
-    """Without special tokens, and up to a stop string."""
-    ids: list[int]
-    """The end token included."""
-    commit_step: list[int]
-    """Denoising step, from 0, that committed each token."""
-    confidence: list[float] = field(default_factory=list)
-    """The model's probability of each token when it was committed."""
-    entropy: list[float] = field(default_factory=list)
-    """Of the model at that step, in nats."""
-    num_forwards: int = 0
-    """Denoising steps."""
-    states: list[list[int]] = field(default_factory=list)
-    """The whole canvas after each step; empty unless asked for."""
+    text: str  # without special tokens, and up to a stop string
+    ids: list[int]  # the end token included
+    commit_step: list[int]  # denoising step, from 0, that committed each token
+    confidence: list[float] = field(default_factory=list)  # the model's probability at that step
+    entropy: list[float] = field(default_factory=list)  # of the model at that step, in nats
+    num_forwards: int = 0  # denoising steps
+    states: list[list[int]] = field(default_factory=list)  # the canvas after each step, if asked for
 
     @property
     def figures(self) -> str:
@@ -217,12 +210,13 @@ def _left_padded(rows: list[Example], device: torch.device) -> tuple[Tensor, Ten
 
 
 @dataclass(frozen=True)
-class FilePrompt:
-    """A prompt of a file: as the model reads it, its last user turn (or raw text), and its location."""
+class Prompt:
+    """A prompt of a file."""
 
-    example: Example
-    text: str
-    location: str
+    example: Example  # src_mask False = an earlier response, which training would mask
+    text: str  # its last user turn, or the raw text
+    location: str = ""  # file and line, for messages
+    expected: str = ""  # the answer, where the file has it
 
 
 def read_prompts(
@@ -232,7 +226,7 @@ def read_prompts(
     raw: bool = False,
     system: str | None = None,
     prefix: str = "",
-) -> list[FilePrompt]:
+) -> list[Prompt]:
     """Read prompts: records of any known format, or a `.txt` file with one prompt a line.
 
     Everything before the last response of a record is its prompt; a record may lack that response. Blank
@@ -265,7 +259,7 @@ def read_prompts(
         if not (text if raw else text.strip()):
             raise UnmaskError(f"{location}: the prompt is empty.")
         example = raw_example(tokenizer, text) if raw else chat_example(tokenizer, turns, tools)
-        prompts.append(FilePrompt(with_prefix(example, prefix, tokenizer), text, location))
+        prompts.append(Prompt(with_prefix(example, prefix, tokenizer), text, location))
     if not prompts:
         raise UnmaskError(f"{file}: there is no prompt in it.")
     return prompts
@@ -300,7 +294,7 @@ def prompt_turns(
     return list(conversation.turns[:-1]), conversation.tools
 
 
-def check_lengths(prompts: Sequence[FilePrompt], max_new_tokens: int, positions: int) -> None:
+def check_lengths(prompts: Sequence[Prompt], max_new_tokens: int, positions: int) -> None:
     """Check that every prompt leaves room for its answer.
 
     Raises:
@@ -367,7 +361,7 @@ def generate_answers(
 
 def answer_file(
     answer: Answer,
-    prompts: Sequence[FilePrompt],
+    prompts: Sequence[Prompt],
     out: Path,
     *,
     samples: int = 1,
