@@ -150,23 +150,12 @@ def test_generate_writes_a_page_and_a_picture(chain: Chain, tmp_path: Path) -> N
 def test_generate_answers_a_file(chain: Chain, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("Say 3\nSay 4\n")
     out = tmp_path / "a.jsonl"
-    arguments = ("generate", chain.final, "--prompts", tmp_path / "p.txt", "--out", out)
-    arguments = (*arguments, "--max-new-tokens", "6", "--prefix", "We", "--stop", "zz")
+    more = ("--max-new-tokens", "6", "--prefix", "We", "--stop", "zz")
+    arguments = ("generate", chain.final, "--prompts", tmp_path / "p.txt", "--out", out, *more)
     said = run_cli(*arguments)
     assert said.code == 0 and said.out.startswith(f"{out}: 2 answers to 2 prompts, ")
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    alone = run_cli(
-        "generate",
-        chain.final,
-        "--prompt",
-        "Say 4",
-        "--max-new-tokens",
-        "6",
-        "--prefix",
-        "We",
-        "--stop",
-        "zz",
-    )
+    alone = run_cli("generate", chain.final, "--prompt", "Say 4", *more)
     assert lines[1]["response"] == alone.out.removesuffix("\n") and alone.out.startswith("We")
     assert lines[1]["settings"] == {
         "model": str(chain.final),

@@ -27,7 +27,6 @@ from unmask.generation.text import (
     generate_answers,
     prompt_example,
     prompt_turns,
-    raw_example,
     read_prompts,
     with_prefix,
 )
@@ -317,8 +316,3 @@ def test_an_output_file_is_checked_first(tmp_path: Path) -> None:
     ):
         with pytest.raises(UnmaskError, match=f"--out: .*{message}"):
             check_out(out, resume=False)
-
-
-def test_a_raw_text_is_never_source(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert raw_example(tokenizer, "a<|mask|>").input_ids == list(b"a<|mask|>")
-    assert not any(raw_example(tokenizer, "ab").src_mask)

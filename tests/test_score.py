@@ -12,6 +12,7 @@ import pytest
 import torch
 from rich.cells import cell_len
 from rich.console import Console
+from rich.text import Text
 from tiny import byte_model, run_cli
 from transformers import PreTrainedTokenizerBase
 
@@ -46,6 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
     (folder / "chat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
     (folder / "text.txt").write_text("To be, or nöt to be: 日本語.", encoding="utf-8")
     (folder / "text.jsonl").write_text('{"text": "To be"}\n{"text": " "}\n{"text": "or not"}\n')
+    (folder / "empty.jsonl").write_text('{"text": " "}\n')
     return folder
 
 
@@ -146,6 +148,8 @@ def test_a_text_is_cut_into_blocks(folder: Path, size: int, tokenizer: PreTraine
     assert (texts.kind, texts.block_size) == ("plain text", size)
     if size == 7:
         assert texts.items[1].location == "text.txt, tokens 8 to 14"
+    for positions, default in ((9, 9), (9999, 1024)):
+        assert read_texts(folder / "text.txt", tokenizer, positions=positions).block_size == default
 
 
 def test_each_block_is_scored_on_its_own(folder: Path, tmp_path: Path) -> None:
@@ -174,11 +178,6 @@ def test_what_is_plain_text(folder: Path, tmp_path: Path, tokenizer: PreTrainedT
     (tmp_path / "special.txt").write_text("<|im_end|>")
     [item] = read_texts(tmp_path / "special.txt", tokenizer).items
     assert item.example.input_ids == list(b"<|im_end|>") and item.num_bytes == 10
-
-
-def test_block_size_follows_the_model(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    assert read_texts(folder / "text.txt", tokenizer, positions=9).block_size == 9
-    assert read_texts(folder / "text.txt", tokenizer, positions=9999).block_size == 1024
 
 
 # What it writes and shows.
@@ -257,8 +256,6 @@ def test_colours_and_wrapping() -> None:
 
 
 def test_colour_changes_no_character(scored: FileScore) -> None:
-    from rich.text import Text
-
     coloured = rendered(scored, colour=True)
     assert any("\x1b[" in line for line in coloured)
     assert [Text.from_ansi(line).plain for line in coloured] == rendered(scored)
@@ -277,7 +274,7 @@ def test_totals_are_shown_with_their_errors(scored: FileScore) -> None:
 
 def test_command(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "scores.jsonl"
-    arguments = (
+    arguments = [
         "score",
         folder / "model",
         folder / "chat.jsonl",
@@ -287,7 +284,7 @@ def test_command(folder: Path, tmp_path: Path) -> None:
         "1",
         "--out",
         out,
-    )
+    ]
     said = run_cli(*arguments)
     assert (said.code, said.err) == (0, "")
     for words in ("chat.jsonl line 1: 4 tokens", "·é!⏹", "nats per token", "perplexity", "forward passes"):
@@ -308,6 +305,7 @@ def test_command(folder: Path, tmp_path: Path) -> None:
         ("chat.jsonl", {"estimator": "exact"}, "estimator"),
         ("chat.jsonl", {"num_samples": 5}, "num_samples"),
         ("missing.jsonl", {}, "missing.jsonl"),
+        ("empty.jsonl", {}, "no text"),
         ("text.txt", {"format": "alpaca"}, "format has no effect"),
         ("text.jsonl", {"raw": True, "end_fill": 4}, "end_fill has no effect"),
         ("chat.jsonl", {"raw": True}, "line 1: .*'text'; .*instruction"),
@@ -335,9 +333,3 @@ def test_a_tokenizer_without_a_chat_template_scores_plain_text_alone(
     assert read_texts(folder / "text.txt", other).items
     with pytest.raises(UnmaskError, match=r"no chat template .*score plain text \(--raw\)"):
         read_texts(folder / "chat.jsonl", other)
-
-
-def test_a_file_without_text(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    (tmp_path / "empty.jsonl").write_text('{"text": " "}\n')
-    with pytest.raises(UnmaskError, match=r"empty.jsonl: there is no text to score"):
-        read_texts(tmp_path / "empty.jsonl", tokenizer)
