@@ -45,7 +45,7 @@ def turns(record: dict[str, Any], format: str = "auto", **kwargs: Any) -> list[t
                 "system": "s",
                 "conversations": [
                     {"from": "human", "value": "q"},
-                    {"from": "function_call", "value": "f()"},
+                    {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
                     {"from": "observation", "value": "1"},
                     {"from": "gpt", "value": "a"},
                 ],
@@ -200,15 +200,15 @@ USER = message("user", "q")
         (
             "alpaca",
             {"a": 1, "b": 2},
-            "x.jsonl line 4: no field 'instruction' (alpaca format needs instruction, output); "
+            "x.jsonl line 4: no field 'instruction', or it is null (alpaca format needs instruction, output); "
             "fields here: a, b.",
         ),
-        ("alpaca", {"instruction": "q", "output": None}, "field 'output' is null"),
+        ("alpaca", {"instruction": "q", "output": None}, "field 'output'"),
         ("alpaca", {"instruction": "q", "output": ""}, "line 4: field 'output' is empty"),
         ("alpaca", {"instruction": "q", "output": " \n"}, "field 'output' is empty"),
         ("alpaca", {"instruction": ["q"], "output": "a"}, "'instruction' must be text; got a list"),
         ("alpaca", {"instruction": "q", "output": 42}, "'output' must be text; got the number 42"),
-        ("alpaca", {"instruction": "\ud800", "output": "a"}, "half a surrogate pair"),
+        ("alpaca", {"instruction": "\ud800", "output": "a"}, "unpaired surrogate"),
         (
             "alpaca",
             {"instruction": "q", "output": "a", "history": [["a"]]},
@@ -216,7 +216,7 @@ USER = message("user", "q")
         ),
         ("auto", {"a": 1, "b": 2}, "no known format has these fields: a, b; expected instruction"),
         ("auto", {"a": 1}, "data.sft.format=custom with data.sft.custom_format.instruction_field"),
-        ("custom", {"a": 1}, "no field 'instruction' (custom format needs instruction, response"),
+        ("custom", {"a": 1}, "no field 'instruction', or it is null (custom format needs instruction, response"),
         ("sharegpt", {"messages": []}, "no field 'conversations'"),
         ("sharegpt", {"conversations": "hi"}, "must be a list of messages; got text"),
         ("sharegpt", {"conversations": [{"value": "q"}]}, "conversations 1: no field 'from'"),
@@ -241,7 +241,7 @@ USER = message("user", "q")
         (
             "messages",
             {"messages": [USER, message("tool", "1"), message("assistant", "a")]},
-            "turns out of order: a tool turn stands before any assistant turn; expected it after the "
+            "turns out of order: a tool turn is before any assistant turn; expected it after the "
             "assistant turn that calls the tool; turns: user, tool, assistant.",
         ),
         (
@@ -253,7 +253,7 @@ USER = message("user", "q")
         (
             "messages",
             {"messages": [USER, message("assistant", None, tool_calls=[{}])]},
-            "messages 2, tool_calls 1: no field 'name' (a tool call needs name, arguments)",
+            "messages 2, tool_calls 1: no field 'name', or it is null (a tool call needs name, arguments)",
         ),
         (
             "messages",
@@ -278,7 +278,7 @@ USER = message("user", "q")
         (
             "messages",
             {"messages": [USER, message("assistant", None)]},
-            "messages 2: field 'content' is null (a message needs role, content)",
+            "messages 2: no field 'content', or it is null (a message needs role, content)",
         ),
         (
             "messages",

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple, cast, get_args, get_orig
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from unmask.errors import UnmaskError
@@ -636,6 +636,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     where = str(path)
     try:
         config = OmegaConf.load(io.StringIO(Path(path).read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise UnmaskError(f"{where}: no such recipe file") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
@@ -818,4 +820,6 @@ def _show(value: Any) -> str:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, GrammarParseError):
+        return "broken ${...} in a value; write a literal one as \\${"
     return getattr(error, "strerror", None) or str(getattr(error, "problem", None) or error).splitlines()[0]

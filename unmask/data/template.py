@@ -31,6 +31,17 @@ THINK = re.compile(
 Thinking = Literal["off", "on", "template"]
 
 
+class Hidden(list[str]):
+    """Strings of special tokens that marks stand for, while a template writes the texts that have them."""
+
+    mark = ""
+    """What each mark starts with; no text of the conversation has it."""
+
+    def without_marks(self, text: str) -> str:
+        """Remove the marks from a text."""
+        return re.sub(f"{self.mark}s\\d+{CLOSE}", "", text) if self else text
+
+
 class DropRecord(Exception):
     """A record that cannot be used; the message is one of a few fixed reasons, for counting."""
 
@@ -260,7 +271,7 @@ class ChatLayout:
         return text, whole
 
     def _lost(
-        self, turns: Sequence[Turn], text: str, bounds: Mapping[int, tuple[int, int]], hidden: list[str]
+        self, turns: Sequence[Turn], text: str, bounds: Mapping[int, tuple[int, int]], hidden: Hidden
     ) -> list[str]:
         """What the template leaves out of the turns; a response has to be there whole."""
         lost: dict[str, None] = {}
@@ -269,14 +280,14 @@ class ChatLayout:
             content = turn.content if not hidden else self._special.sub("", turn.content)
             if place not in bounds:
                 if content.strip() not in text:
-                    everything = everything or _squeezed(_unmarked(text))
+                    everything = everything or _squeezed(hidden.without_marks(text))
                     if _squeezed(content) not in everything:
                         lost[f"the chat template leaves out {turn.role} turns"] = None
                 continue
             start, stop = bounds[place]
             if not all(call["name"] in text[start:stop] for call in turn.tool_calls):
                 raise DropRecord(REWRITTEN)
-            written = _squeezed(_unmarked(text[start:stop]))
+            written = _squeezed(hidden.without_marks(text[start:stop]))
             if _squeezed(content) in written and _squeezed(turn.reasoning) in written:
                 continue
             parsed = THINK.fullmatch(content)
@@ -288,7 +299,7 @@ class ChatLayout:
 
     def _messages(
         self, turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]]
-    ) -> tuple[list[dict[str, Any]], list[Any], list[str]]:
+    ) -> tuple[list[dict[str, Any]], list[Any], Hidden]:
         """What the template is given, messages and tools, with special-token strings hidden by marks.
 
         Tool calls are left to a template that knows them, with their ids if it writes ids; for others they
@@ -314,8 +325,9 @@ class ChatLayout:
         plain = not shown and not any(turn.tool_calls or turn.reasoning or turn.name for turn in turns)
         texts = [turn.content for turn in turns] if plain else _texts([messages, shown])
         if not any(map(self._special.search, texts)):
-            return messages, shown, []
-        mark, hidden = _fresh_mark([messages, shown]), list[str]()
+            return messages, shown, Hidden()
+        hidden = Hidden()
+        hidden.mark = mark = _fresh_mark([messages, shown])
 
         def hide(match: re.Match[str]) -> str:
             hidden.append(match.group())
@@ -354,11 +366,11 @@ class ChatLayout:
         opened = self._render(messages, where, add_generation_prompt=True, **variables)
         return opened.removeprefix(before) if opened.startswith(before) else ""
 
-    def _with_literals(self, found: Rendered, hidden: list[str]) -> Rendered:
+    def _with_literals(self, found: Rendered, hidden: Hidden) -> Rendered:
         """Put back what was hidden, and list where it and the template's own special tokens are."""
         if not hidden:
             return found
-        either = re.compile(f"{OPEN}\\d+\ue001s(\\d+){CLOSE}|{self._special.pattern}")
+        either = re.compile(f"{hidden.mark}s(\\d+){CLOSE}|{self._special.pattern}")
         cuts = sorted({0, len(found.text), *(at for bounds in found.responses for at in bounds)})
         moved: dict[int, int] = {0: 0}
         text = ""
@@ -384,10 +396,6 @@ def without_empty_thinking(text: str) -> str:
 
 def _squeezed(text: str) -> str:
     return "".join(text.split())
-
-
-def _unmarked(text: str) -> str:
-    return re.sub(f"{OPEN}\\d+\ue001s\\d+{CLOSE}", "", text) if OPEN in text else text
 
 
 def _fresh_mark(value: Any) -> str:
