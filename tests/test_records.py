@@ -53,7 +53,7 @@ def turns(record: dict[str, Any], format: str = "auto", **kwargs: Any) -> list[t
             [
                 ("system", "s"),
                 ("user", "q"),
-                ("assistant", "f()"),
+                ("assistant", ""),  # the call is in tool_calls
                 ("tool", "1"),
                 ("assistant", "a"),
             ],
@@ -75,7 +75,7 @@ def turns(record: dict[str, Any], format: str = "auto", **kwargs: Any) -> list[t
             [("user", "q"), ("assistant", "a")],
         ),
         (
-            "custom",
+            "alpaca",
             {"instruction": "q", "response": "a"},
             [("user", "q"), ("assistant", "a")],
         ),
@@ -321,7 +321,7 @@ USER = message("user", "q")
             "messages 1: field 'content' has a part that is not text",
         ),
         ("prompt_completion", {"prompt": "q"}, "no field 'completion'"),
-        ("prompt_completion", {"prompt": "q", "completion": []}, "'completion' must be text"),
+        ("prompt_completion", {"prompt": "q", "completion": []}, "no assistant turn"),
         ("yaml", {}, "unknown format 'yaml'; expected one of auto, alpaca"),
     ],
 )

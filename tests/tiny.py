@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -225,3 +226,63 @@ def run_cli(*arguments: str | Path) -> Said:
             logging.getLogger("torch").setLevel(level)
     code = ended.value.code
     return Said(code if isinstance(code, int) else 1, out.getvalue(), err.getvalue())
+
+
+RUN_MODEL: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,
+}
+
+
+def run_recipe(folder: Path, **changes: Any) -> Any:
+    """A recipe of six short steps on 24 records in `folder`; `a__b=1` sets the key a.b."""
+    from unmask.config import recipe_from_dict
+
+    data = folder / "data.jsonl"
+    if not data.exists():
+        lines = [{"instruction": f"Count {n}.", "output": "+" * (n % 11 + 1)} for n in range(24)]
+        data.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    tree: dict[str, Any] = {
+        "training_mode": "sft",
+        "seed": 3,
+        "model": {"config": dict(RUN_MODEL), "tokenizer": "bytes"},
+        "data": {"dataset_name": str(data), "block_size": 64, "eval_size": 6},
+        "global_batch_size": 4,
+        "max_steps": 6,
+        "precision": "fp32",
+        "optimizer": {"learning_rate": 1e-2},
+        "log_steps": 1,
+        "report_to": [],
+        "checkpoint_save_dir": str(folder / "run"),
+    }
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        section = tree
+        for name in path:
+            section = section.setdefault(name, {})
+        section[last] = value
+    return recipe_from_dict(tree)
+
+
+def run_state(folder: Path) -> dict[str, Any]:
+    """`state.json` of the newest checkpoint of a run, its history without what depends on time."""
+    newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+    timed = ("time/", "model_flops", "supervised_tokens_per", "peak_memory")
+    state["history"] = [
+        {name: value for name, value in log.items() if not name.startswith(timed)} for log in state["history"]
+    ]
+    return state
+
+
+def run_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of the folder that a run leaves."""
+    from safetensors.torch import load_file
+
+    files = sorted((folder / "final").glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
