@@ -273,7 +273,7 @@ def run_state(folder: Path) -> dict[str, Any]:
     """`state.json` of the newest checkpoint of a run, its history without what depends on time."""
     newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-    timed = ("time/", "model_flops", "supervised_tokens_per", "peak_memory")
+    timed = ("time/", "model_flops", "supervised_tokens_per", "peak_memory", "useful_positions")
     state["history"] = [
         {name: value for name, value in log.items() if not name.startswith(timed)} for log in state["history"]
     ]

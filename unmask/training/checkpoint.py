@@ -69,6 +69,8 @@ class RunState:
     """Fingerprint of the tokenizer."""
     data: list[Any] = field(default_factory=list)
     """Position of each process in a stream."""
+    source_counts: list[list[int]] = field(default_factory=list)
+    """Examples and tokens taken from each source."""
 
 
 def save(

@@ -174,6 +174,8 @@ class Run:
         self.origin = provenance(recipe, self.tokenizer, group) if group.main else {}
 
         self.state = point.state
+        # By the sessions before this one; a stream has them in its position.
+        self.counted_before = [] if recipe.data.streaming else point.state.source_counts
         self.state.precision = recipe.precision
         fingerprint = tokenizer_fingerprint(self.tokenizer)
         if point.checkpoint is not None:
@@ -402,7 +404,8 @@ class Run:
         counts = self.steps.counts()
         if not counts:
             return []
-        return self.group.sum(torch.tensor(counts, device=self.group.device)).tolist()
+        total = self.group.sum(torch.tensor(counts, device=self.group.device))
+        return (total + torch.tensor(self.counted_before or 0, device=total.device)).tolist()
 
     def _evaluate(self) -> None:
         """Compute the held-out loss and a few samples, with the averaged weights where there are some."""
@@ -447,6 +450,7 @@ class Run:
         """Write a checkpoint of this step, and remove old ones."""
         self.accounting.mark("other")
         self.state.data = self.group.gather(self.steps.state_dict())
+        self.state.source_counts = self._source_counts()
         sharded, lora = self.shared.sharded, self.recipe.lora.r is not None
         average = None if self.average is None else self.average.average
         tensors = checkpoints.training_tensors(

@@ -1,0 +1,102 @@
+"""Several processes, through torchrun: DDP and FSDP2 with gloo on a CPU are the run of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import autoregressive_folder, run_recipe, run_state, run_weights
+
+pytestmark = pytest.mark.slow
+
+PROGRAM = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import json
+from rich.console import Console
+from tiny import run_recipe
+from unmask.training.train import train
+train(run_recipe(Path(sys.argv[1]), **json.loads(sys.argv[2])), Console(quiet=True))
+"""
+
+
+def launch(folder: Path, processes: int, **changes: Any) -> Path:
+    """Train `run_recipe` on some processes; the folder of the run."""
+    run_recipe(folder)  # writes the data
+    program = folder / "program.py"
+    program.write_text(PROGRAM.format(tests=str(Path(__file__).parent)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    done = subprocess.run(
+        [*command, str(program), str(folder), json.dumps(changes)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Path(changes["checkpoint_save_dir"])
+
+
+def assert_same(one: Path, other: Path, tolerance: float = 1e-5) -> None:
+    first, second = run_state(one)["history"], run_state(other)["history"]
+    assert [log["step"] for log in first] == [log["step"] for log in second]
+    for log, expected in zip(second, first, strict=True):
+        for name in ("loss", "eval_loss", "grad_norm"):
+            assert log.get(name) == (pytest.approx(expected[name], rel=tolerance) if name in expected else None)
+    weights, others = run_weights(one), run_weights(other)
+    assert weights.keys() == others.keys()
+    for name in weights:
+        torch.testing.assert_close(others[name], weights[name], rtol=0, atol=10 * tolerance, msg=name)
+
+
+def test_two_processes_are_the_run_of_one(tmp_path: Path) -> None:
+    shared: dict[str, Any] = {"save_steps": 3, "eval_steps": 3, "save_total_limit": None}
+    shared |= {"model__time_sampling": "low_discrepancy", "ema__decay": 0.5}
+    one, ddp, fsdp = (str(tmp_path / name) for name in ("one", "ddp", "fsdp"))
+    launch(tmp_path, 1, checkpoint_save_dir=one, **shared)
+    launch(tmp_path, 2, checkpoint_save_dir=ddp, micro_batch_size=1, **shared)
+    launch(tmp_path, 2, checkpoint_save_dir=fsdp, distributed__type="fsdp", **shared)
+    for folder in (ddp, fsdp):
+        assert_same(Path(one), Path(folder))
+    # It was really sharded: two files of parts, and no whole model.
+    parts = sorted(file.name for file in (Path(fsdp) / "checkpoint-3" / "state").iterdir())
+    assert len(parts) == 2 and parts[1].startswith("shard-00002")
+    assert not (Path(fsdp) / "checkpoint-3" / "model.safetensors").exists()
+    # A sharded checkpoint resumes on another number of processes, and whole.
+    for name, processes, kind in (("four", 4, "fsdp"), ("whole", 1, "ddp")):
+        out = tmp_path / name
+        out.mkdir()
+        (out / "checkpoint-3").symlink_to(Path(fsdp) / "checkpoint-3")
+        changes = {"distributed__type": kind, "resume_from_checkpoint": "auto", "checkpoint_save_dir": str(out)}
+        launch(tmp_path, processes, **changes, **shared)
+        assert_same(Path(one), out)
+
+
+def test_fsdp_from_a_checkpoint_reads_parts_and_adds_the_row_of_the_mask(tmp_path: Path) -> None:
+    base = autoregressive_folder(tmp_path / "base", vocab_size=259)
+    shared: dict[str, Any] = {"model": {"name_or_path": str(base)}, "save_steps": 6, "eval_steps": 6}
+    one, fsdp = (str(tmp_path / name) for name in ("one", "fsdp"))
+    launch(tmp_path, 1, checkpoint_save_dir=one, **shared)
+    launch(tmp_path, 2, checkpoint_save_dir=fsdp, distributed__type="fsdp", **shared)
+    assert_same(Path(one), Path(fsdp), 1e-4)
+
+
+def test_packed_rows_on_two_processes(tmp_path: Path) -> None:
+    shared: dict[str, Any] = {"save_steps": 6, "eval_steps": 3, "data__packing": True, "global_batch_size": 2}
+    one, ddp = (str(tmp_path / name) for name in ("one", "ddp"))
+    launch(tmp_path, 1, checkpoint_save_dir=one, **shared)
+    launch(tmp_path, 2, checkpoint_save_dir=ddp, **shared)
+    assert_same(Path(one), Path(ddp))
