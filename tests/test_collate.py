@@ -62,7 +62,9 @@ def test_sample_ids_only_where_there_are_any() -> None:
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_packed_rows(side: Literal["right", "left"]) -> None:
     first, second = replace(SHORT, sample_id=4), replace(LONG, sample_id=5)
-    batch = collate([Row([first, second]), Row([second])], pad_token_id=9, padding_side=side, pad_to_multiple_of=5)
+    batch = collate(
+        [Row([first, second]), Row([second])], pad_token_id=9, padding_side=side, pad_to_multiple_of=5
+    )
     packed = slice(0, 8) if side == "right" else slice(2, 10)
     assert batch["input_ids"][0, packed].tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
     assert batch["src_mask"][0, packed].tolist() == [T, T, F, T, F, T, F, F]

@@ -31,7 +31,6 @@ def seeded_call(model: Any, ids: torch.Tensor, **given: Any) -> Any:
     return model(ids, **given)
 
 
-
 def seeded(family: str, config: Any) -> Any:
     torch.manual_seed(0)
     return model_class(family)(config).double()

@@ -55,7 +55,9 @@ def assert_same(one: Path, other: Path, tolerance: float = 1e-5) -> None:
     assert [log["step"] for log in first] == [log["step"] for log in second]
     for log, expected in zip(second, first, strict=True):
         for name in ("loss", "eval_loss", "grad_norm"):
-            assert log.get(name) == (pytest.approx(expected[name], rel=tolerance) if name in expected else None)
+            assert log.get(name) == (
+                pytest.approx(expected[name], rel=tolerance) if name in expected else None
+            )
     weights, others = run_weights(one), run_weights(other)
     assert weights.keys() == others.keys()
     for name in weights:
@@ -80,7 +82,11 @@ def test_two_processes_are_the_run_of_one(tmp_path: Path) -> None:
         out = tmp_path / name
         out.mkdir()
         (out / "checkpoint-3").symlink_to(Path(fsdp) / "checkpoint-3")
-        changes = {"distributed__type": kind, "resume_from_checkpoint": "auto", "checkpoint_save_dir": str(out)}
+        changes = {
+            "distributed__type": kind,
+            "resume_from_checkpoint": "auto",
+            "checkpoint_save_dir": str(out),
+        }
         launch(tmp_path, processes, **changes, **shared)
         assert_same(Path(one), out)
 

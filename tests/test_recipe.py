@@ -473,7 +473,7 @@ SOURCE = {"dataset_name": "a.jsonl"}
     ],
 )
 def test_sources_and_streams_that_cannot_be(data: dict[str, Any], message: str) -> None:
-    with pytest.raises(UnmaskError, match="^recipe: ") as caught:
+    with pytest.raises(UnmaskError, match=r"^recipe: ") as caught:
         recipe_from_dict({"model": {"config": {}, "tokenizer": "bytes"}, "data": data})
     assert named_key(message) in str(caught.value) and "\n" not in str(caught.value)
 

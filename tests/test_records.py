@@ -216,7 +216,11 @@ USER = message("user", "q")
         ),
         ("auto", {"a": 1, "b": 2}, "no known format has these fields: a, b; expected instruction"),
         ("auto", {"a": 1}, "data.sft.format=custom with data.sft.custom_format.instruction_field"),
-        ("custom", {"a": 1}, "no field 'instruction', or it is null (custom format needs instruction, response"),
+        (
+            "custom",
+            {"a": 1},
+            "no field 'instruction', or it is null (custom format needs instruction, response",
+        ),
         ("sharegpt", {"messages": []}, "no field 'conversations'"),
         ("sharegpt", {"conversations": "hi"}, "must be a list of messages; got text"),
         ("sharegpt", {"conversations": [{"value": "q"}]}, "conversations 1: no field 'from'"),

@@ -26,7 +26,9 @@ from unmask.training.train import train
 
 def run(folder: Path, out: str, **changes: Any) -> str:
     printed = io.StringIO()
-    train(run_recipe(folder, checkpoint_save_dir=str(folder / out), **changes), Console(file=printed, width=200))
+    train(
+        run_recipe(folder, checkpoint_save_dir=str(folder / out), **changes), Console(file=printed, width=200)
+    )
     return printed.getvalue()
 
 
@@ -79,7 +81,9 @@ def test_a_stream_and_a_mixture_resume_to_the_bit(tmp_path: Path) -> None:
     for name in ("a", "b"):
         lines = [{"instruction": f"{name} {n}", "output": name * (n % 5 + 1)} for n in range(12)]
         (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    sources = [{"dataset_name": str(tmp_path / f"{n}.jsonl"), "weight": w} for n, w in (("a", 3.0), ("b", 1.0))]
+    sources = [
+        {"dataset_name": str(tmp_path / f"{n}.jsonl"), "weight": w} for n, w in (("a", 3.0), ("b", 1.0))
+    ]
     for streaming in (False, True):
         data: dict[str, Any] = {"sources": sources, "block_size": 64, "streaming": streaming}
         if streaming:

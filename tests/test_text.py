@@ -30,7 +30,11 @@ def test_usable_documents() -> None:
         "field 'text' is missing": (1, "x line 2"),
         "field 'text' has an unpaired surrogate": (1, "x line 4"),
     }
-    assert (report.records, report.kept, report.notes) == (4, 2, {"held strings like special tokens, read as plain text": 1})
+    assert (report.records, report.kept, report.notes) == (
+        4,
+        2,
+        {"held strings like special tokens, read as plain text": 1},
+    )
     with pytest.raises(RecordError, match=r"^x line 2: field 'text' is missing; fields here: a\.$"):
         list(usable_documents(documents, byte_tokenizer(), EncodeReport()))
 

@@ -138,8 +138,10 @@ def test_early_stopping_leaves_the_best_weights(tmp_path: Path) -> None:
     result, printed = run(tmp_path, **changes, optimizer__learning_rate=0.3, lr_scheduler__type="constant")
     state = run_state(tmp_path / "run")
     assert state["step"] < 30 and "stopped early" in printed
-    assert result.held_out_loss == state["best_loss"] == min(
-        log["eval_loss"] for log in state["history"] if "eval_loss" in log
+    assert (
+        result.held_out_loss
+        == state["best_loss"]
+        == min(log["eval_loss"] for log in state["history"] if "eval_loss" in log)
     )
     if state["best_step"]:
         best = load_model(str(tmp_path / "run" / f"checkpoint-{state['best_step']}")).state_dict()
@@ -154,7 +156,9 @@ def test_the_average_is_evaluated_and_left(tmp_path: Path) -> None:
     torch.manual_seed(3)
     for step in range(1, 7):  # the averaged run has the same raw weights
         weights = load_model(str(tmp_path / "plain" / f"checkpoint-{step}")).state_dict()
-        average = {n: w if step == 1 and n not in average else 0.5 * average[n] + 0.5 * w for n, w in weights.items()}
+        average = {
+            n: w if step == 1 and n not in average else 0.5 * average[n] + 0.5 * w for n, w in weights.items()
+        }
     final = load_model(str(tmp_path / "ema" / "final")).state_dict()
     raw = load_model(str(tmp_path / "ema" / "checkpoint-6")).state_dict()
     for name, value in average.items():
@@ -204,7 +208,9 @@ def test_a_step_that_is_not_finite_stops_or_is_left_out(tmp_path: Path) -> None:
     entry = json.loads((tmp_path / "run" / "non_finite.jsonl").read_text().splitlines()[0])
     assert entry["step"] == 1 and len(entry["micro_batches"][0]["records"]) == 4
     with pytest.raises(UnmaskError, match="10 steps in a row"):
-        run(tmp_path, model=model, on_non_finite="skip", max_steps=20, checkpoint_save_dir=str(tmp_path / "b"))
+        run(
+            tmp_path, model=model, on_non_finite="skip", max_steps=20, checkpoint_save_dir=str(tmp_path / "b")
+        )
     assert len((tmp_path / "b" / "non_finite.jsonl").read_text().splitlines()) == 10
 
 
@@ -218,7 +224,10 @@ def test_a_step_that_is_not_finite_stops_or_is_left_out(tmp_path: Path) -> None:
         ({"distributed__type": "fsdp"}, "distributed.type"),
         ({"data__eval_size": 24}, "data.eval_size"),
         ({"data__dataset_name": "nowhere.jsonl"}, "nowhere.jsonl"),
-        ({"model__block_masking_probability": 1.0, "model__mask_block_sizes": [40]}, "model.mask_block_sizes"),
+        (
+            {"model__block_masking_probability": 1.0, "model__mask_block_sizes": [40]},
+            "model.mask_block_sizes",
+        ),
         ({"model__attn_implementation": "flex_attention"}, "model.attn_implementation"),
     ],
 )

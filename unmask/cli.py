@@ -103,12 +103,13 @@ def data(
     from unmask.data.dataset import first_rows, first_shares, load_data, run_tokenizer, source_names
     from unmask.data.inspect import SEQUENCES, check_page, show_examples, show_report, survey, write_page
     from unmask.plots import check_picture, draw_curriculum
-    from unmask.training.build import check_block_sizes, make_curriculum, schedule_notes
+    from unmask.training.build import check_base, check_block_sizes, make_curriculum, schedule_notes
 
     if curriculum is not None:
         check_picture(curriculum, "--curriculum")
     if html is not None:
         check_page(html)
+    check_base(settings)
     tokenizer = run_tokenizer(settings)
     loaded = load_data(settings, tokenizer)
     check_block_sizes(settings, loaded.train)
@@ -184,8 +185,10 @@ def prepare(
     settings = load_recipe(recipe, overrides or [])  # before the imports that take seconds
     hide_progress_bars()
     from unmask.data.dataset import prepare as run
+    from unmask.training.build import check_base
 
     try:
+        check_base(settings)
         manifest = run(settings, out, workers=workers)
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on with what {out} holds", file=sys.stderr)

@@ -379,12 +379,8 @@ def run_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """Load the recipe's tokenizer, with a mask token added where it has none.
 
     Raises:
-        UnmaskError: There is none, it has no end or padding token, or the model's folder is no checkpoint.
+        UnmaskError: There is none, or it has no end or padding token.
     """
-    from unmask.model.checkpoint import read_config
-
-    if recipe.model.name_or_path is not None:
-        read_config(recipe.model.name_or_path)  # no checkpoint is another mistake than no tokenizer
     name = recipe.model.tokenizer or recipe.model.name_or_path
     assert name is not None
     tokenizer = load_tokenizer(name)

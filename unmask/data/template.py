@@ -285,9 +285,13 @@ class ChatLayout:
                         lost[f"the chat template leaves out {turn.role} turns"] = None
                 continue
             start, stop = bounds[place]
-            if not all(call["name"] in text[start:stop] for call in turn.tool_calls):
+            written = hidden.without_marks(text[start:stop])
+            names = [
+                self._special.sub("", call["name"]) if hidden else call["name"] for call in turn.tool_calls
+            ]
+            if not all(name in written for name in names):
                 raise DropRecord(REWRITTEN)
-            written = _squeezed(hidden.without_marks(text[start:stop]))
+            written = _squeezed(written)
             if _squeezed(content) in written and _squeezed(turn.reasoning) in written:
                 continue
             parsed = THINK.fullmatch(content)

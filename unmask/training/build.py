@@ -30,6 +30,16 @@ from unmask.model.families import MODEL_CLASSES
 from unmask.training.optim import warmup_steps
 
 
+def check_base(recipe: Recipe) -> None:
+    """Find out whether the recipe starts from a checkpoint; otherwise its missing tokenizer would be named.
+
+    Raises:
+        UnmaskError: it is not one, or not of a family that can be trained.
+    """
+    if recipe.model.name_or_path is not None:
+        read_config(recipe.model.name_or_path)
+
+
 def make_curriculum(recipe: Recipe) -> Curriculum:
     """Build the curriculum that the recipe's model section describes."""
     model, scheduler = recipe.model, recipe.model.masking_scheduler

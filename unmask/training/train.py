@@ -37,6 +37,7 @@ from unmask.model.checkpoint import save_checkpoint
 from unmask.training import checkpoint as checkpoints
 from unmask.training.build import (
     build_model,
+    check_base,
     check_block_sizes,
     loss_unit,
     make_curriculum,
@@ -139,6 +140,7 @@ class Run:
         for note in (*point.notes, *notes):
             self._say(note)
 
+        check_base(recipe)
         self.tokenizer = run_tokenizer(recipe)
         self.data = load_data(recipe, self.tokenizer)
         check_block_sizes(recipe, self.data.train)
