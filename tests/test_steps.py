@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from tiny import run_recipe
@@ -13,6 +13,7 @@ from tiny import run_recipe
 from unmask import byte_tokenizer
 from unmask.config import Recipe
 from unmask.data.dataset import Unit, load_data, prepare
+from unmask.data.encode import Example
 from unmask.errors import UnmaskError
 
 
@@ -80,7 +81,7 @@ def test_shares_of_a_mixture_are_exact(tmp_path: Path) -> None:
     recipe = mixture(tmp_path)
     source = load_data(recipe, byte_tokenizer()).steps()
     rows = [unit.row for step in range(125) for unit in source.at(step) or []]
-    assert Counter(row.source for row in rows) == {0: 750, 1: 250}
+    assert Counter(cast(Example, row).source for row in rows) == {0: 750, 1: 250}
     assert [examples for examples, _ in source.counts()] == [750, 250]
 
 

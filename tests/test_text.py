@@ -109,7 +109,7 @@ def test_split_documents_errors() -> None:
     with pytest.raises(UnmaskError, match="block_size must be at least 2 tokens; got 1"):
         list(split_documents([("a", 0, 0)], tokenizer, 1))
     with pytest.raises(UnmaskError, match="long_documents must be one of split, cut; got 'drop'"):
-        list(split_documents([("a", 0, 0)], tokenizer, 4, "drop"))
+        list(split_documents([("a", 0, 0)], tokenizer, 4, "drop"))  # pyright: ignore[reportArgumentType]
     assert not list(split_documents([("", 0, 0), ("", 0, 1)], tokenizer, 4))
     tokenizer.eos_token = None
     with pytest.raises(UnmaskError, match="no end token"):

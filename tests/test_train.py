@@ -54,7 +54,8 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     assert result.exact_match is not None and result.held_out_loss is not None
     model, tokenizer = load_model(str(out / "final")), load_tokenizer(str(out / "final"))
     ids = torch.tensor([tokenizer("Count")["input_ids"]])
-    assert model.generate(ids, max_new_tokens=4).sequences.shape == (1, ids.shape[1] + 4)
+    generate: Any = model.generate
+    assert generate(ids, max_new_tokens=4).sequences.shape == (1, ids.shape[1] + 4)
     assert load_model(str(out / "checkpoint-3")).config.mask_token_id == model.config.mask_token_id
     card = (out / "final" / "README.md").read_text()
     for part in ("unmask generate", "held-out loss", "exact match", "model FLOP utilisation", "max_steps: 6"):
