@@ -200,26 +200,30 @@ def wait_for_a_checkpoint(process: subprocess.Popen[str], out: Path) -> None:
         time.sleep(0.01)
 
 
+def finish(folder: Path, out: Path) -> None:
+    with start(folder, out) as process:
+        assert process.wait(200) == 0, process.stderr and process.stderr.read()
+
+
 @pytest.mark.slow
 def test_signals_save_and_kills_lose_nothing(tmp_path: Path) -> None:
     run_recipe(tmp_path)  # writes the data
     whole, out = tmp_path / "whole", tmp_path / "out"
-    assert start(tmp_path, whole).wait(200) == 0
+    finish(tmp_path, whole)
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        process = start(tmp_path, out)
-        before = newest_whole(out, contents=False)[0]
-        while process.poll() is None and newest_whole(out, contents=False)[0] in (None, before):
-            time.sleep(0.01)
-        process.send_signal(number)
-        assert process.wait(60) == code, process.stderr and process.stderr.read()
+        with start(tmp_path, out) as process:
+            before = newest_whole(out, contents=False)[0]
+            while process.poll() is None and newest_whole(out, contents=False)[0] in (None, before):
+                time.sleep(0.01)
+            process.send_signal(number)
+            assert process.wait(60) == code, process.stderr and process.stderr.read()
     draw = random.Random(0)
     for _ in range(3):
-        process = start(tmp_path, out)
-        wait_for_a_checkpoint(process, out)
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        time.sleep(draw.uniform(0.5, 3.0))
-        process.kill()
-        process.wait(60)
+        with start(tmp_path, out) as process:
+            wait_for_a_checkpoint(process, out)
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+            time.sleep(draw.uniform(0.5, 3.0))
+            process.kill()
     if not (out / "final").exists():
-        assert start(tmp_path, out).wait(200) == 0
+        finish(tmp_path, out)
     assert_equal_runs(whole, out)
