@@ -1,6 +1,6 @@
 """What does packing save? Useful positions and supervised tokens a second, as ratios.
 
-The same examples train the same small model with DiffusionTrainer in three ways: (a) every sequence padded
+The same examples train the same small model in three ways: (a) every sequence padded
 to the block size, (b) padded to the longest of its batch, and packed. Its vocabulary is small, so that the
 head is as small a part of the work as it is in a large model.
 
@@ -11,27 +11,23 @@ head is as small a part of the work as it is in a large model.
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
 
 from unmask import Qwen3DiffusionConfig, Qwen3ForCausalLM, load_tokenizer
-from unmask.data.collate import collate
-from unmask.data.conversation import CustomFields
+from unmask.data.collate import Row, collate, filled, pack
 from unmask.data.encode import Encoder, Example, encode_records
-from unmask.data.pack import Row, filled, pack
-from unmask.data.sources import read_records
+from unmask.data.files import read_records
+from unmask.data.records import CustomFields
 from unmask.data.tokenizer import add_mask_token
-from unmask.training.dataset import ExampleDataset
-from unmask.training.trainer import DiffusionTrainer
+from unmask.diffusion.corrupt import corrupt, example_seeds
+from unmask.diffusion.objective import Objective
 
 BLOCK, BATCH, VOCABULARY = 1024, 16, 4096
 LENGTHS = (256, 512, 1024)  # of rows, with --rows
@@ -51,7 +47,7 @@ LARGER: dict[str, Any] = {
 
 
 class Way:
-    """One way of filling batches: a loader of rows, and a small model that a trainer trains on them."""
+    """One way of filling batches: rows, and a small model that is trained on them."""
 
     def __init__(
         self,
@@ -71,32 +67,25 @@ class Way:
             mask_token_id=VOCABULARY - 1,
             **sizes,
         )
-        self.trainer = DiffusionTrainer(
-            model=Qwen3ForCausalLM(config),
-            args=TrainingArguments(
-                tempfile.gettempdir(),  # nothing is written
-                per_device_train_batch_size=batch,
-                bf16=bf16,
-                use_cpu=not torch.accelerator.is_available(),
-                report_to="none",
-                remove_unused_columns=False,
-                label_names=[],
-            ),
-            training_mode="sft",
-            train_dataset=ExampleDataset(rows),
-            data_collator=partial(collate, pad_token_id=0, pad_to_multiple_of=multiple),
-        )
-        self.optimizer = self.trainer.create_optimizer()
-        self.model = self.trainer.accelerator.prepare(self.trainer.model)
-        self.batches = cycle(iter(self.trainer.get_train_dataloader()))
+        self.model: Any = Qwen3ForCausalLM(config).train()
+        self.rows, self.batch, self.multiple, self.bf16 = rows, batch, multiple, bf16
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=5e-5, fused=True)
+        self.batches = cycle(self.loaded())
         self.positions, self.seconds = 0, 0.0  # computed in training, and the time it took
+
+    def loaded(self) -> Iterator[dict[str, Any]]:
+        """An epoch of batches."""
+        order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(0)).tolist()
+        for start in range(0, len(order), self.batch):
+            rows = [self.rows[index] for index in order[start : start + self.batch]]
+            yield collate(rows, pad_token_id=0, pad_to_multiple_of=self.multiple)
 
     def epoch(self) -> tuple[float, float, float]:
         """Load an epoch: the shares of the positions that hold a token and a supervised one, and supervised
         tokens a second."""
         useful = computed = supervised = 0
         start = time.perf_counter()
-        for batch in self.trainer.get_train_dataloader():
+        for batch in self.loaded():
             useful += int(batch["attention_mask"].sum())
             computed += batch["input_ids"].numel()
             supervised += int((~batch["src_mask"]).sum())
@@ -105,13 +94,17 @@ class Way:
     def step(self, timed: bool = True) -> None:
         """Load a batch and train on it."""
         start = clock()
-        [batch], supervised = self.trainer.get_batch_samples(self.batches, 1, self.trainer.args.device)
-        self.model.train()
-        self.trainer.training_step(self.model, batch, supervised)
+        batch = dict(next(self.batches))
+        positions = batch["input_ids"].numel()
+        seeds, objective = example_seeds(0, batch.pop("sample_ids"), 0), Objective()
+        inputs = self.model.prepare(**batch, training_mode="sft")
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            loss = self.model.diffusion_loss(inputs, corrupt(inputs, objective, seeds), objective)
+        loss.backward()
         self.optimizer.step()
-        self.model.zero_grad()
+        self.optimizer.zero_grad()
         if timed:
-            self.positions += batch["input_ids"].numel()
+            self.positions += positions
             self.seconds += clock() - start
 
 

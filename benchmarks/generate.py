@@ -22,9 +22,9 @@ from torch import Tensor
 
 from unmask import Qwen3DiffusionConfig, Qwen3ForCausalLM, load_model, load_tokenizer
 from unmask.data.encode import Encoder
-from unmask.data.sources import read_records
+from unmask.data.files import read_records
 from unmask.evaluation.exact_match import exact_share, make_prompts
-from unmask.generation.complete import complete
+from unmask.generation.text import complete
 
 SMALL: dict[str, Any] = {
     "vocab_size": 16384,
@@ -216,7 +216,7 @@ def quality(folder: str, prompts_file: str, limit: int, plot: Path | None) -> No
             continue
         answers, seconds = timed(
             lambda settings=settings: complete(
-                model, tokenizer, [prompt.ids for prompt in prompts], batch_size=64, **settings
+                model, tokenizer, [prompt.example for prompt in prompts], batch_size=64, **settings
             )
         )
         tokens = sum(len(answer.ids) for answer in answers)

@@ -1,9 +1,9 @@
-"""Kill a run at random moments, go on with it each time, and compare it with one that was left alone.
+"""Kill a run at random moments, resume it each time, and compare it with one that was left alone.
 
     python benchmarks/kill.py [--kills 30] [--seed 0]
 
 Half of the kills fall where they may, half in the middle of a save. Each is a SIGKILL, after which nothing of
-the process runs; the run goes on by `resume_from_checkpoint: auto`, as after a failure of the machine. At the
+the process runs; the run is resumed by `resume_from_checkpoint: auto`, as after a failure of the machine. At the
 end the losses of every step, the held-out losses and the final weights must be those of the run left alone,
 bit for bit. The process that trains is a fork of one that has imported everything, so that the moments fall
 in training and saving. A model of 150 thousand parameters on a CPU; takes about three minutes.
@@ -26,10 +26,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-import unmask
-from unmask.recipe import recipe_from_dict
-from unmask.training import run  # noqa: F401  so that a fork has it
-from unmask.training.checkpoints import PARTIAL, checkpoints, newest_whole, step_of
+from unmask.config import recipe_from_dict
+from unmask.training.checkpoint import PARTIAL, STATE, checkpoints, newest_whole, step_of
+from unmask.training.train import train  # imported here, so that a fork has it
 
 STEPS = 500
 SAVE_STEPS = 5
@@ -70,7 +69,7 @@ def start(out: Path, data: Path) -> int:
     if child:
         return child
     try:
-        unmask.train(recipe_from_dict(recipe(out, data)), Console(quiet=True))
+        train(recipe_from_dict(recipe(out, data)), Console(quiet=True))
         os._exit(0)
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -93,9 +92,9 @@ def newest(out: Path) -> int:
 
 
 def history(out: Path) -> list[dict[str, float]]:
-    state = json.loads((out / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    state = json.loads((out / f"checkpoint-{STEPS}" / STATE).read_text())
     names = ("step", "loss", "grad_norm", "learning_rate", "eval_loss")
-    return [{name: log[name] for name in names if name in log} for log in state["log_history"]]
+    return [{name: log[name] for name in names if name in log} for log in state["history"]]
 
 
 def kill(out: Path, data: Path, draw: random.Random, saving: bool) -> str | None:
@@ -148,7 +147,7 @@ def main() -> None:
         same_weights = all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
         left = sorted(path.name for path in out.iterdir())
     said = ", ".join(f"{count} {moment}" for moment, count in moments.items())
-    print(f"{options.kills} kills: {said}; {len(set(lost))} different checkpoints gone on from")
+    print(f"{options.kills} kills: {said}; {len(set(lost))} different checkpoints resumed from")
     print(f"logged losses, gradient norms and held-out losses the same: {same_history}")
     print(f"final weights the same to the bit: {same_weights}")
     print(f"left in the folder: {', '.join(left)}")

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unmask import Qwen3DiffusionConfig, Qwen3ForCausalLM
+from unmask import Objective, Qwen3DiffusionConfig, Qwen3ForCausalLM, corrupt
 
 VOCABULARY, BATCH, LENGTH, PROMPT, MASK = 151936, 4, 256, 128, 151669
 SIZES: dict[str, dict[str, Any]] = {
@@ -75,16 +75,14 @@ class Task:
         self.source[:, :PROMPT] = True
         # Rates of 1/8, 3/8, 5/8 and 7/8: as many masks as a step has on average.
         strata = (torch.arange(BATCH) + 0.5) / BATCH
-        self.noise = {"training_mode": "sft", "noise_seed": torch.arange(BATCH), "strata": strata}
-
-    def drawn(self) -> Any:
-        return self.model.draw_noise(self.ids, src_mask=self.source, **self.noise)
+        self.inputs = self.model.prepare(self.ids, src_mask=self.source, training_mode="sft")
+        self.noised = corrupt(self.inputs, Objective(), torch.arange(BATCH), strata)
 
     def lean(self) -> Tensor:
-        return self.model(self.ids, src_mask=self.source, return_logits=False, **self.noise).loss
+        return self.model.diffusion_loss(self.inputs, self.noised, Objective())
 
     def plain(self) -> Tensor:
-        x_t, is_masked, t = self.drawn().noised
+        x_t, is_masked, t, *_ = self.noised
         hidden = self.model.model(input_ids=x_t, use_cache=False).last_hidden_state
         logits = self.model.lm_head(hidden).float()
         nll = F.cross_entropy(logits.flatten(0, 1), self.ids.flatten(), reduction="none").view_as(self.ids)
@@ -103,7 +101,7 @@ class Task:
         in_body = sum(p.numel() for p in self.model.model.layers.parameters() if p.dim() == 2)
         inner = config.num_attention_heads * config.head_dim
         attention = 2 * LENGTH * inner * config.num_hidden_layers  # each token: scores and weighted sum
-        head = int(self.drawn().noised.is_masked.sum()) * config.hidden_size * VOCABULARY
+        head = int(self.noised.is_masked.sum()) * config.hidden_size * VOCABULARY
         return 6 * (BATCH * LENGTH * (in_body + attention) + head)
 
 

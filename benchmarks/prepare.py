@@ -19,15 +19,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-
+from unmask.config import recipe_from_dict
+from unmask.data.dataset import custom_fields, load_data, make_encoder, prepare, run_tokenizer
 from unmask.data.encode import encode_records
-from unmask.data.prepared import open_prepared
-from unmask.data.sources import read_records
+from unmask.data.files import read_records
 from unmask.data.tokenizer import load_tokenizer
-from unmask.recipe import recipe_from_dict
-from unmask.training.dataset import custom_fields, make_encoder, run_tokenizer
-from unmask.training.prepare import prepare
 
 RECORDS = 60_000
 BATCH = 1000  # texts of one call
@@ -73,8 +69,7 @@ def main() -> None:
             del os.environ["TOKENIZERS_PARALLELISM"]
 
         def prepared(number: int) -> None:
-            manifest = prepare(recipe, folder / f"out{number}", console=Console(quiet=True))
-            assert manifest.counts["rows"] == RECORDS
+            prepare(recipe, folder / f"out{number}")
 
         ratios = []
         for number in range(ROUNDS):
@@ -84,7 +79,10 @@ def main() -> None:
                 f"tokenizer alone {plain:,.0f} records/s, prepare {ours:,.0f}: {ours / plain:.0%};"
                 f" a processor second {plain_cpu:,.0f} and {ours_cpu:,.0f}: {ours_cpu / plain_cpu:.0%}"
             )
-        rows = open_prepared(folder / "out0")
+        tree = recipe.model_dump()
+        tree["data"]["dataset_name"] = str(folder / "out0")
+        rows = load_data(recipe_from_dict(tree), tokenizer).train
+        assert len(rows) == RECORDS
         assert [rows[i].input_ids for i in range(0, 5000, 7)] == [
             examples[i].input_ids for i in range(0, 5000, 7)
         ]

@@ -1,4 +1,4 @@
-"""What does a training step waste? DiffusionTrainer on packed rows against a plain reference.
+"""What does a training step waste? the loop's step on packed rows against a plain reference.
 
 The reference is written here, the way it is often done: every sample padded to the block size in
 micro-batches of 4, an attention mask of (4, 1, block, block) in memory, logits of all positions in float32, a
@@ -23,10 +23,8 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -34,23 +32,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import TrainingArguments
 
 from unmask import Qwen3DiffusionConfig, Qwen3ForCausalLM, load_tokenizer
-from unmask.data.collate import collate
-from unmask.data.conversation import CustomFields
+from unmask.data.collate import Row, collate, pack
 from unmask.data.encode import Encoder, Example, encode_records
-from unmask.data.pack import Row, pack
-from unmask.data.sources import read_records
+from unmask.data.files import read_records
+from unmask.data.records import CustomFields
 from unmask.data.tokenizer import add_mask_token
-from unmask.diffusion.noise import example_seeds
-from unmask.training.accounting import COUNTS, measured_peak, peak_memory
-from unmask.training.dataset import ExampleDataset
-from unmask.training.trainer import DiffusionTrainer
+from unmask.diffusion.corrupt import corrupt, example_seeds
+from unmask.diffusion.loss import loss_divisor
+from unmask.diffusion.objective import Objective
+from unmask.training.metrics import COUNTS, Accounting, measured_peak, peak_memory
+from unmask.training.parallel import Processes
 
 BLOCK, VOCABULARY = 1024, 151936
 SAMPLES, MICRO = 16, 4  # of an optimizer step; those of them padded together
 GIB = 2**30
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES: dict[str, dict[str, Any]] = {
     "small": {
         "hidden_size": 256,
@@ -90,40 +88,33 @@ def make_model(size: str, tokenizer: Any) -> Any:
 
 
 class Ours:
-    """The trainer of `unmask train` on packed rows."""
+    """A step of `unmask train` on packed rows."""
 
     def __init__(self, model: Any, rows: Sequence[Example | Row], batch: int):
-        self.trainer = DiffusionTrainer(
-            model=model,
-            args=TrainingArguments(
-                tempfile.gettempdir(),  # nothing is written
-                per_device_train_batch_size=batch,
-                bf16=True,
-                use_cpu=not torch.accelerator.is_available(),
-                report_to="none",
-                remove_unused_columns=False,
-                label_names=[],
-            ),
-            training_mode="sft",
-            train_dataset=ExampleDataset(rows),
-            data_collator=partial(collate, pad_token_id=0),
-        )
-        self.optimizer = self.trainer.create_optimizer()
-        self.model = self.trainer.accelerator.prepare(self.trainer.model)
-        self.batches = cycle(iter(self.trainer.get_train_dataloader()))
+        self.model, self.batch = model.to(DEVICE), batch
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)
+        self.rows = cycle(rows)
+        self.accounting = Accounting(model, torch.bfloat16, Processes(0, 1, DEVICE))
         self.supervised, self.seconds = 0, 0.0
         self.updating = 0.0  # seconds of the optimizer alone
 
     def step(self, timed: bool = True) -> None:
         start = clock()
-        trainer = self.trainer
-        [batch], divisor = trainer.get_batch_samples(self.batches, 1, trainer.args.device)
-        assert divisor is not None
-        self.model.train()
-        trainer.training_step(self.model, batch, divisor)
+        batch = collate(list(islice(self.rows, self.batch)), pad_token_id=0)
+        batch = {name: values.to(DEVICE) for name, values in batch.items()}
+        batch.pop("instruction_lengths", None)
+        seeds = example_seeds(0, batch.pop("sample_ids"), 0)
+        inputs, objective = self.model.prepare(**batch, training_mode="sft"), Objective()
+        noised = corrupt(inputs, objective, seeds)
+        divisor = loss_divisor(noised, objective)
+        self.accounting.count(noised, False, True)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            loss = self.model.diffusion_loss(inputs, noised, objective, divisor)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         middle = clock()
         self.optimizer.step()
-        self.model.zero_grad()
+        self.optimizer.zero_grad()
         if timed:
             end = clock()
             self.supervised += int(divisor)
@@ -157,14 +148,10 @@ class Plain:
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Nats, summed over the supervised tokens."""
         ids, source = batch["input_ids"], batch["src_mask"]
-        drawn = self.model.draw_noise(
-            ids,
-            attention_mask=batch["attention_mask"],
-            src_mask=source,
-            training_mode="sft",
-            noise_seed=example_seeds(0, batch["sample_ids"], 0),
+        inputs = self.model.prepare(
+            ids, attention_mask=batch["attention_mask"], src_mask=source, training_mode="sft"
         )
-        x_t, is_masked, t = drawn.noised
+        x_t, is_masked, t, *_ = corrupt(inputs, Objective(), example_seeds(0, batch["sample_ids"], 0))
         mask = torch.zeros(len(ids), 1, BLOCK, BLOCK)
         mask.masked_fill_(~batch["attention_mask"].bool()[:, None, None, :], torch.finfo(torch.float32).min)
         with torch.autocast("cpu", torch.bfloat16):
@@ -209,9 +196,10 @@ def check_same_loss(examples: list[Example], tokenizer: Any) -> None:
         plain = plain / sum(one.supervised for one in few)
         batch = collate(list(pack(few, BLOCK)), pad_token_id=0)
         seeds = example_seeds(0, batch.pop("sample_ids"), 0)
-        batch.pop("instruction_lengths")
+        batch.pop("instruction_lengths", None)
         with torch.autocast("cpu", torch.bfloat16):
-            ours = model(**batch, training_mode="sft", noise_seed=seeds, return_logits=False).loss
+            inputs = model.prepare(**batch, training_mode="sft")
+            ours = model.diffusion_loss(inputs, corrupt(inputs, Objective(), seeds), Objective())
     assert abs(ours - plain) < 0.01 * abs(plain), (ours, plain)
     print(f"  the same loss: {float(ours):.4f} and {float(plain):.4f} nats per supervised token")
 
@@ -251,15 +239,14 @@ def measure_memory(name: str, file: Path, tokenizer: Any, batch: int) -> None:
     way = ways("small", load(file, tokenizer), tokenizer, batch)[name]()
     way.step()
     way.step()
-    print(peak_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    print(peak_memory(DEVICE))
 
 
 def large(file: Path, tokenizer: Any, options: argparse.Namespace) -> None:
     """Print which share of the bf16 peak a step of the large model reaches, and where the rest goes."""
     rows = list(pack(load(file, tokenizer)[:512], BLOCK))
     way = Ours(make_model("large", tokenizer), rows, options.batch)
-    device = way.trainer.args.device
-    counts = way.trainer.accounting.counts
+    device, counts = DEVICE, way.accounting.counts
     way.step(timed=False)
     counts.zero_()
     peaks = []

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import assert_rate, random_ids, tiny_model, tiny_stock_model
 from torch import Tensor
+from training_step import logits_of, loss_of, noise_of
 
 from unmask.diffusion.attention import (
     attend_annealed,
@@ -43,14 +44,6 @@ def test_previous_token_is_the_nearest_on_the_left(row: list[bool]) -> None:
     for column, found in enumerate(previous):
         before = [i for i in range(column) if row[i]]
         assert found == (before[-1] if before else column)
-
-
-@given(first=ROWS, second=ROWS)
-def test_rows_do_not_touch_one_another(first: list[bool], second: list[bool]) -> None:
-    length = min(len(first), len(second))
-    both = torch.tensor([first[:length], second[:length]])
-    for function in (token_positions, previous_token):
-        assert torch.equal(function(both), torch.cat([function(both[:1]), function(both[1:])]))
 
 
 def test_padding_on_both_sides_and_in_the_middle() -> None:
@@ -268,18 +261,18 @@ def test_share_zero_is_the_autoregressive_model(shift: bool, attention: str) -> 
     for row, text in enumerate(texts):
         padded[row, 2 : 2 + lengths[row]] = text[0]
         is_token[row, 2 : 2 + lengths[row]] = True
-    in_batch = model(padded, attention_mask=is_token, noise_seed=rows, objective=causal).logits
-    in_pack = model(packed, noise_seed=rows[None], objective=causal, segment_ids=ids).logits
+    in_batch = logits_of(model, padded, attention_mask=is_token, noise_seed=rows, objective=causal)
+    in_pack = logits_of(model, packed, noise_seed=rows[None], objective=causal, segment_ids=ids)
     end = 0
     for row, text in enumerate(texts):
         given = {"noise_seed": rows[row : row + 1], "objective": causal}
-        x_t = model.draw_noise(text, **given).noised.x_t
+        x_t = noise_of(model, text, **given).x_t
         assert (x_t == 31).any()
         raw = stock(x_t).logits[0]
         expected = torch.cat([raw[:1], raw[:-1]]) if shift else raw
         start, end = end, end + lengths[row]
         where = slice(2, 2 + lengths[row])
-        for found in (model(text, **given).logits[0], in_batch[row, where], in_pack[0, start:end]):
+        for found in (logits_of(model, text, **given)[0], in_batch[row, where], in_pack[0, start:end]):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
@@ -287,26 +280,26 @@ def test_share_zero_is_the_autoregressive_model(shift: bool, attention: str) -> 
 def test_share_one_is_bidirectional_and_half_lies_between(attention: str) -> None:
     stock, model = twins(True, attention)
     text, seeds = random_ids(3, 7), torch.arange(3)
-    run = {
-        share: model(text, noise_seed=seeds, objective=Objective(future_share=share))
-        for share in (0.0, 0.5, 1.0)
+    given = {
+        share: {"noise_seed": seeds, "objective": Objective(future_share=share)} for share in (0, 0.5, 1)
     }
-    plain = model(text, noise_seed=seeds)
-    torch.testing.assert_close(run[1.0].logits, plain.logits, rtol=0, atol=1e-10)
-    torch.testing.assert_close(run[1.0].loss, plain.loss, rtol=0, atol=1e-10)
-    for one, other in ((0.0, 0.5), (0.5, 1.0), (0.0, 1.0)):
-        assert not torch.allclose(run[one].logits, run[other].logits, atol=1e-3)
+    logits = {share: logits_of(model, text, **settings) for share, settings in given.items()}
+    torch.testing.assert_close(logits[1], logits_of(model, text, noise_seed=seeds), rtol=0, atol=1e-10)
+    plain = loss_of(model, text, noise_seed=seeds)
+    torch.testing.assert_close(loss_of(model, text, **given[1]), plain, rtol=0, atol=1e-10)
+    for one, other in ((0, 0.5), (0.5, 1), (0, 1)):
+        assert not torch.allclose(logits[one], logits[other], atol=1e-3)
     # Between: the logits of stock code under the mask that attend_annealed says.
     layout = row_layout(torch.ones_like(text, dtype=torch.bool))
     attend = attend_annealed(layout, 0.5, seeds[:, None].expand(3, 7))
-    x_t = model.draw_noise(text, noise_seed=seeds).noised.x_t
+    x_t = noise_of(model, text, noise_seed=seeds).x_t
     stock.config.is_causal = False
     raw = stock(input_ids=x_t, attention_mask=attend[:, None]).logits
     expected = torch.cat([raw[:, :1], raw[:, :-1]], dim=1)
-    torch.testing.assert_close(run[0.5].logits, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(logits[0.5], expected, rtol=0, atol=1e-10)
 
 
 def test_annealing_and_blocks_are_refused() -> None:
     model = tiny_model(attention="block_causal", block_length=2)
     with pytest.raises(UnmaskError, match=r"block-causal attention cannot be annealed: use future_share = 1"):
-        model(random_ids(1, 4), noise_seed=torch.arange(1), objective=Objective(future_share=0.5))
+        loss_of(model, random_ids(1, 4), objective=Objective(future_share=0.5))

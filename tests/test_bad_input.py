@@ -3,20 +3,15 @@ and nothing already written is harmed."""
 
 from __future__ import annotations
 
-import gc
 import json
+import resource
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import run_cli
-from test_run import Full, tree_of
-from tiny import autoregressive_folder
-
-from unmask.training.trainer import DiffusionTrainer
+from tiny import autoregressive_folder, run_cli
 
 RECORD = {"instruction": "Say a", "output": "a"}
 RECIPE = """\
@@ -32,12 +27,23 @@ checkpoint_save_dir: run
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_collection() -> Iterator[None]:
-    """Trainer collects garbage as it starts, which takes 0.4 s for all that the libraries hold."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+class Full:
+    """Inside, no file of this process can grow beyond some bytes."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __enter__(self) -> None:
+        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.before[1]))
+
+    def __exit__(self, *_: object) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+
+
+def tree_of(folder: Path) -> dict[str, bytes]:
+    """The contents of every file of a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def lines(*records: dict[str, Any]) -> str:
@@ -172,7 +178,7 @@ CASES = {
     ),
     "bad records that are neither stopped at nor skipped": Case(
         "data recipe.yaml data.on_bad_record=ignore",
-        ("data.on_bad_record: expected stop or skip; got 'ignore'",),
+        ("data.on_bad_record: expected stop, skip; got 'ignore'",),
     ),
     "nothing but bad records": Case(
         "train recipe.yaml data.dataset_name=no_text.jsonl data.on_bad_record=skip checkpoint_save_dir=new",
@@ -206,18 +212,18 @@ CASES = {
     ),
     "block size of 1": Case(
         "train recipe.yaml data.block_size=1 checkpoint_save_dir=new",
-        ("data.block_size: expected an integer, 2 or more; got 1",),
+        ("data.block_size: expected integer >= 2; got 1",),
     ),
     "folder that is no checkpoint": Case(
         "generate folder --prompt a",
-        ("folder: this folder is no checkpoint: it holds no config.json", "name a Hugging Face folder"),
+        ("folder: this folder is not a checkpoint: it has no config.json", "name a Hugging Face folder"),
     ),
     "folder to train from that is no checkpoint": Case(
         f"train recipe.yaml {START}folder checkpoint_save_dir=new",
-        ("folder: this folder is no checkpoint: it holds no config.json",),
+        ("folder: this folder is not a checkpoint: it has no config.json",),
     ),
     "a run's own folder": Case(
-        "generate run --prompt a", ("run: this folder is no checkpoint", "did you mean run/final?")
+        "generate run --prompt a", ("run: this folder is not a checkpoint", "did you mean run/final?")
     ),
     "file that is no checkpoint": Case(
         "convert good.jsonl new", ("good.jsonl: a checkpoint is a folder with config.json and weights",)
@@ -238,7 +244,10 @@ CASES = {
     ),
     "nothing to resume": Case(
         "train recipe.yaml resume_from_checkpoint=folder",
-        ("resume_from_checkpoint: folder is no training checkpoint", "name a checkpoint-N folder, or auto"),
+        (
+            "resume_from_checkpoint: folder is not a training checkpoint",
+            "name a checkpoint-N folder, or auto",
+        ),
     ),
     "unknown key": Case(
         "train recipe.yaml optimizer.learning_rat=1",
@@ -315,55 +324,3 @@ def test_no_room_for_a_converted_checkpoint(place: Path) -> None:
     assert said.err.startswith("error: new: could not be written: ")
     assert "nothing already there was changed" in said.err
     assert tree_of(place) == before and not list(place.glob("*new*"))
-
-
-@pytest.mark.parametrize("part", ["save_model", "_save_optimizer_and_scheduler"])
-def test_no_room_for_a_training_checkpoint(place: Path, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = tree_of(place)
-    real = getattr(DiffusionTrainer, part)
-
-    def full(self: DiffusionTrainer, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step < 4:
-            return real(self, *args, **kwargs)
-        with Full(2000):
-            return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(DiffusionTrainer, part, full)
-    arguments = (
-        "train",
-        "recipe.yaml",
-        "max_steps=4",
-        "resume_from_checkpoint=auto",
-        "save_total_limit=null",
-    )
-    said = run_cli(*arguments)
-    assert said.code == 2 and said.err.count("\n") == 1
-    assert said.err.startswith("error: run/checkpoint-4: could not be written: ")
-    assert "earlier checkpoints are as they were" in said.err and "resume_from_checkpoint=auto" in said.err
-    after = tree_of(place)
-    kept = {name for name in before if "checkpoint-" in name or "final" in name or "run" not in name}
-    assert len(kept) > 30 and all(after[name] == before[name] for name in kept)
-    assert not (place / "run/checkpoint-4").exists() and (place / "run/checkpoint-3").exists()
-    monkeypatch.setattr(DiffusionTrainer, part, real)
-    assert run_cli(*arguments).code == 0  # the remedy works
-
-
-def test_no_room_at_the_very_end(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The final checkpoint of the earlier run stays until the new one is complete."""
-    from unmask.training import run
-
-    before = tree_of(place)
-    real = run.save_checkpoint
-
-    def full(*args: Any) -> None:
-        with Full(2000):
-            real(*args)
-
-    monkeypatch.setattr(run, "save_checkpoint", full)
-    said = run_cli("train", "recipe.yaml", "max_steps=3", "resume_from_checkpoint=auto")
-    assert said.code == 2
-    assert said.err.startswith("error: run/final: could not be written: ") and said.err.count("\n") == 1
-    after = tree_of(place)
-    final = {name for name in before if name.startswith("run/final")}
-    assert final and all(after[name] == before[name] for name in final)
-    assert not [name for name in after if "partial" in name]

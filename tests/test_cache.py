@@ -1,4 +1,4 @@
-"""Fast paths of generation against the slow ones: cached keys and values."""
+"""Generation with cached keys and values against generation without."""
 
 from __future__ import annotations
 
@@ -6,38 +6,36 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import random_ids, tiny_model
+from tiny import ragged, random_ids, tiny_model
 from torch import Tensor
 
 from unmask.errors import UnmaskError
 
-PAD, END, MASK = 0, 1, 31
-TRACE = ("sequences", "commit_step", "num_forwards")
+MASK = 31
+SHIFTS = pytest.mark.parametrize("shift", [False, True], ids=["unshifted", "shifted"])
 
 
 def block_model(block_length: int = 4, **fields: Any) -> Any:
     return tiny_model(attention="block_causal", block_length=block_length, **fields).eval()
 
 
-def ragged(lengths: list[int], side: str) -> tuple[Tensor, Tensor]:
-    width = max(lengths)
-    ids = torch.full((len(lengths), width), 9)
-    mask = torch.zeros(len(lengths), width, dtype=torch.long)
-    for row, length in enumerate(lengths):
-        where = slice(width - length, width) if side == "left" else slice(0, length)
-        ids[row, where] = random_ids(1, length, seed=length)[0]
-        mask[row, where] = 1
-    return ids, mask
-
-
-def same(one: Any, two: Any) -> None:
-    for name in TRACE:
+def assert_same(one: Any, two: Any) -> None:
+    for name in ("sequences", "commit_step", "num_forwards"):
         assert torch.equal(one[name], two[name]), name
-    torch.testing.assert_close(one.confidence, two.confidence, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(one.entropy, two.entropy, rtol=1e-5, atol=1e-6)
+    for name in ("confidence", "entropy"):
+        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("shift", [False, True], ids=["unshifted", "shifted"])
+def columns_computed(model: Any) -> list[int]:
+    """Filled with the number of columns of every forward pass of the backbone."""
+    counts: list[int] = []
+    model.model.register_forward_pre_hook(
+        lambda _, __, kwargs: counts.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    return counts
+
+
+@SHIFTS
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(
     "settings",
@@ -52,94 +50,108 @@ def same(one: Any, two: Any) -> None:
     ],
     ids=str,
 )
-def test_cached_decoding_equals_the_whole_forward(shift: bool, side: str, settings: dict[str, Any]) -> None:
+def test_cached_decoding_equals_the_whole_forward_pass(
+    shift: bool, side: str, settings: dict[str, Any]
+) -> None:
     model = block_model(4, logit_shift=shift, num_hidden_layers=3, layer_types=["full_attention"] * 3)
     ids, mask = ragged([5, 0, 8, 3, 1], side)
-    arguments = {
-        "max_new_tokens": 11,
-        "eos_token_id": list(range(1, 30, 3)),
-        "return_trace": True,
-        **settings,
-    }
-    cached, whole = (model.generate(ids, mask, use_cache=flag, **arguments) for flag in (True, False))
-    same(cached, whole)
-    assert settings or len(set(cached.num_forwards.tolist())) > 1, "no row finishes before the others"
+    settings = {"max_new_tokens": 11, "eos_token_id": list(range(1, 30, 3)), **settings}
+    cached, whole = (
+        model.generate(ids, mask, use_cache=flag, return_trace=True, **settings) for flag in (True, False)
+    )
+    assert_same(cached, whole)
+    assert len(settings) > 2 or len(set(cached.num_forwards.tolist())) > 1, "no row finishes before others"
 
 
-@pytest.mark.parametrize("shift", [False, True], ids=["unshifted", "shifted"])
+@SHIFTS
 def test_blocks_that_begin_in_the_prompt(shift: bool) -> None:
     """A text that is continued: its blocks are counted from its start, and the canvas fills the last of them
     first."""
     model = block_model(4, logit_shift=shift)
-    ids, mask = ragged([5, 8, 3], "left")
-    arguments = {"max_new_tokens": 9, "eos_token_id": [], "return_trace": True}
+    ids, mask = ragged([5, 8, 3])
+    settings = {"max_new_tokens": 9, "eos_token_id": [], "return_trace": True}
     text = torch.zeros_like(ids, dtype=torch.bool)
     cached, whole = (
-        model.generate(ids, mask, src_mask=text, use_cache=flag, **arguments) for flag in (True, False)
+        model.generate(ids, mask, src_mask=text, use_cache=flag, **settings) for flag in (True, False)
     )
-    same(cached, whole)
+    assert_same(cached, whole)
     steps = cached.commit_step
-    # Row 0 has one token in its second block: three of the canvas belong to it, and are written first.
-    assert steps[0, :3].max() < steps[0, 3:].min()
-    assert steps[1, :4].max() < steps[1, 4:].min()
-    assert steps[2, :1].max() < steps[2, 1:].min()
-    # Each step's logits are those of the model itself on the text so far.
-    row = cached.sequences[0]
+    # Row 0 has one token in its second block: three of the canvas belong to it, and are committed first.
+    for row, count in ((0, 3), (1, 4), (2, 1)):
+        assert steps[row, :count].max() < steps[row, count:].min()
+    # The logits of each step are those of the model itself on the text so far.
     first = int(steps[0].argmin())
     so_far = torch.cat([ids[0, 3:], torch.full((3,), MASK)])[None]
     logits, _ = model(so_far, src_mask=torch.zeros_like(so_far, dtype=torch.bool), training_mode="sft")
     logits[..., MASK] = -torch.inf
-    assert row[8 + first] == logits[0, 5 + first].argmax()
+    assert cached.sequences[0, 8 + first] == logits[0, 5 + first].argmax()
 
 
-@pytest.mark.parametrize("shift", [False, True], ids=["unshifted", "shifted"])
+def test_each_forward_pass_sees_the_block_as_training_does() -> None:
+    """The logits of the current block are those of the whole canvas, whose later blocks it cannot see."""
+    model = block_model(3, logit_shift=True)
+    prompt, mask = ragged([4, 2])
+    outputs: list[Tensor] = []
+    shown: list[Tensor] = []
+    hook = model.lm_head.register_forward_hook(lambda _, __, output: outputs.append(output))
+    network = model.model.register_forward_pre_hook(
+        lambda _, __, kwargs: shown.append(kwargs["input_ids"].clone()), with_kwargs=True
+    )
+    model.generate(prompt, mask, max_new_tokens=8, steps=5, eos_token_id=[], use_cache=False)
+    hook.remove()
+    network.remove()
+    assert [ids.shape[1] - 4 for ids in shown] == [3, 6, 6, 8, 8]
+    for ids, logits in zip(shown, outputs, strict=True):
+        whole = torch.cat([ids, torch.full((2, 12 - ids.shape[1]), MASK)], dim=1)
+        is_token = torch.cat([mask, torch.ones(2, 8, dtype=torch.long)], dim=1)
+        source = (torch.arange(12) < 4).expand(2, -1)
+        full, _ = model(whole, attention_mask=is_token, src_mask=source, training_mode="sft")
+        masked = (ids == MASK) & is_token[:, : ids.shape[1]].bool()
+        torch.testing.assert_close(logits, full[:, : ids.shape[1]][masked], rtol=0, atol=1e-10)
+
+
+@SHIFTS
 def test_only_the_current_block_is_computed(shift: bool) -> None:
     model = block_model(4, logit_shift=shift)
-    shown: list[int] = []
-    model.model.register_forward_pre_hook(
-        lambda _, __, given: shown.append(given["input_ids"].shape[1]), with_kwargs=True
-    )
+    columns = columns_computed(model)
     heads: list[int] = []
-    model.lm_head.register_forward_pre_hook(lambda _, given: heads.append(len(given[0])))
+    model.lm_head.register_forward_pre_hook(lambda _, args: heads.append(len(args[0])))
     model.generate(random_ids(1, 10), max_new_tokens=8, eos_token_id=[], policy="left_to_right")
     first = 4 + shift  # with the token that predicts a block's first one
-    assert shown == [10, first, 4, 4, 4, 4, first, 4, 4, 4]
+    assert columns == [10, first, 4, 4, 4, 4, first, 4, 4, 4]
     assert heads == [4, 3, 2, 1] * 2
 
 
-@pytest.mark.parametrize("shift", [False, True], ids=["unshifted", "shifted"])
+@SHIFTS
 @pytest.mark.parametrize("kind", ["prefix", "dual"])
 def test_an_approximate_cache_refreshed_each_step_is_exact(kind: str, shift: bool) -> None:
     model = tiny_model(logit_shift=shift).eval()
-    ids, mask = ragged([5, 2, 7], "left")
-    arguments = {"max_new_tokens": 9, "block_length": 3, "eos_token_id": [], "return_trace": True}
-    exact = model.generate(ids, mask, **arguments)
-    same(model.generate(ids, mask, approximate_cache=kind, refresh_interval=1, **arguments), exact)
+    ids, mask = ragged([5, 2, 7])
+    settings = {"max_new_tokens": 9, "block_length": 3, "eos_token_id": [], "return_trace": True}
+    exact = model.generate(ids, mask, **settings)
+    assert_same(model.generate(ids, mask, approximate_cache=kind, refresh_interval=1, **settings), exact)
 
 
 @pytest.mark.parametrize("kind", ["prefix", "dual"])
 def test_an_approximate_cache_computes_less_and_reports_how_it_differs(kind: str) -> None:
     model = tiny_model(num_hidden_layers=3, layer_types=["full_attention"] * 3).eval()
-    ids = random_ids(6, 5)
-    shown: list[int] = []
-    hook = model.model.register_forward_pre_hook(
-        lambda _, __, given: shown.append(given["input_ids"].shape[1]), with_kwargs=True
-    )
-    arguments = {"max_new_tokens": 12, "block_length": 4, "eos_token_id": [], "temperature": 1.0}
-    model.generate(ids, approximate_cache=kind, **arguments)
-    hook.remove()
-    first, second, third = (17, 12, 12, 12), (17, 8, 8, 8), (17, 4, 4, 4)
-    assert shown == ([*first, *second, *third] if kind == "prefix" else [17, 4, 4, 4] * 3)
-    out = model.generate(ids, approximate_cache=kind, check_cache=True, **arguments)
+    ids, columns = random_ids(6, 5), columns_computed(model)
+    settings = {"max_new_tokens": 12, "block_length": 4, "eos_token_id": [], "temperature": 1.0}
+    model.generate(ids, approximate_cache=kind, **settings)
+    prefix = [17, 12, 12, 12, 17, 8, 8, 8, 17, 4, 4, 4]
+    assert columns == (prefix if kind == "prefix" else [17, 4, 4, 4] * 3)
+    out = model.generate(ids, approximate_cache=kind, check_cache=True, **settings)
     assert out.disagreement.shape == (6,) and 0 < out.disagreement.mean() < 1
-    again = model.generate(ids, approximate_cache=kind, check_cache=True, refresh_interval=1, **arguments)
+    again = model.generate(ids, approximate_cache=kind, check_cache=True, refresh_interval=1, **settings)
     assert again.disagreement.tolist() == [0.0] * 6
 
 
-def test_what_a_cache_cannot_do_is_refused() -> None:
-    with pytest.raises(UnmaskError, match="approximate_cache has no effect on a block-causal model"):
+def test_settings_that_do_not_fit_the_attention() -> None:
+    with pytest.raises(UnmaskError, match="approximate_cache"):
         block_model().generate(random_ids(1, 3), max_new_tokens=4, approximate_cache="dual")
-    with pytest.raises(UnmaskError, match="refresh_interval has no effect without approximate_cache"):
-        tiny_model().eval().generate(random_ids(1, 3), max_new_tokens=4, refresh_interval=2)
-    with pytest.warns(UserWarning, match="trained on blocks of 4 tokens; generating in blocks of 2"):
+    with pytest.raises(UnmaskError, match="steps"):  # fewer than blocks
+        block_model().generate(random_ids(1, 3), max_new_tokens=10, steps=2)
+    with pytest.raises(UnmaskError, match=r"canvas.*block_length"):
+        tiny_model().eval().generate(random_ids(1, 2), max_new_tokens=2, canvas="growing")
+    with pytest.warns(UserWarning, match="blocks of 4 tokens"):
         block_model().generate(random_ids(1, 3), max_new_tokens=4, block_length=2)

@@ -4,50 +4,22 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tiny import autoregressive_folder
-from transformers.utils import logging as transformers_logging
+from tiny import Said, autoregressive_folder, run_cli
 
 import unmask
 from unmask import cli, cli_generate, load_model, load_tokenizer
 from unmask.data.encode import Example
-from unmask.data.preview import visible
+from unmask.data.inspect import visible
 from unmask.errors import UnmaskError
 
 COMMANDS = ("convert", "data", "prepare", "train", "merge", "generate", "chat", "infill", "score")
-
-
-@dataclass
-class Said:
-    code: int
-    out: str
-    err: str
-
-
-def run_cli(*arguments: str | Path) -> Said:
-    """Run `unmask ARGUMENTS` in this process, and leave the libraries' loggers as they were."""
-    verbosity, level = transformers_logging.get_verbosity(), logging.getLogger("torch").level
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["unmask", *map(str, arguments)])
-        patch.setenv("COLUMNS", "110")
-        try:
-            with pytest.raises(SystemExit) as ended:
-                cli.main()
-        finally:
-            transformers_logging.set_verbosity(verbosity)
-            transformers_logging.enable_progress_bar()
-            logging.getLogger("torch").setLevel(level)
-    code = ended.value.code
-    return Said(code if isinstance(code, int) else 1, out.getvalue(), err.getvalue())
 
 
 RECIPE = """\
@@ -178,23 +150,12 @@ def test_generate_writes_a_page_and_a_picture(chain: Chain, tmp_path: Path) -> N
 def test_generate_answers_a_file(chain: Chain, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("Say 3\nSay 4\n")
     out = tmp_path / "a.jsonl"
-    arguments = ("generate", chain.final, "--prompts", tmp_path / "p.txt", "--out", out)
-    arguments = (*arguments, "--max-new-tokens", "6", "--prefix", "We", "--stop", "zz")
+    more = ("--max-new-tokens", "6", "--prefix", "We", "--stop", "zz")
+    arguments = ("generate", chain.final, "--prompts", tmp_path / "p.txt", "--out", out, *more)
     said = run_cli(*arguments)
     assert said.code == 0 and said.out.startswith(f"{out}: 2 answers to 2 prompts, ")
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    alone = run_cli(
-        "generate",
-        chain.final,
-        "--prompt",
-        "Say 4",
-        "--max-new-tokens",
-        "6",
-        "--prefix",
-        "We",
-        "--stop",
-        "zz",
-    )
+    alone = run_cli("generate", chain.final, "--prompt", "Say 4", *more)
     assert lines[1]["response"] == alone.out.removesuffix("\n") and alone.out.startswith("We")
     assert lines[1]["settings"] == {
         "model": str(chain.final),
@@ -203,7 +164,7 @@ def test_generate_answers_a_file(chain: Chain, tmp_path: Path) -> None:
         "max_new_tokens": 6,
     }
     again = run_cli(*arguments)
-    assert again.code == 2 and "exists already; --resume goes on with it" in again.err
+    assert again.code == 2 and "exists already; --resume continues it" in again.err
     assert run_cli(*arguments, "--resume", "--batch-size", "1") == said
 
 
@@ -217,25 +178,6 @@ def test_generate_chooses(chain: Chain, tmp_path: Path) -> None:
     run_cli("generate", chain.final, "--prompts", tmp_path / "p.jsonl", "--out", out, *choices)
     line = json.loads(out.read_text())
     assert line["response"] + "\n" == said.out and set(line["choices"]) == {"3!", "no"}
-
-
-def test_a_literal_mask_token_is_text(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
-    from unmask.generation import complete as module
-
-    seen: list[list[int]] = []
-    plain = module.complete
-
-    def spy(model: object, tokenizer: object, prompts: list[Example], **settings: object) -> object:
-        seen.extend(prompt.input_ids for prompt in prompts)
-        return plain(model, tokenizer, prompts, **settings)  # pyright: ignore[reportArgumentType]
-
-    monkeypatch.setattr(module, "complete", spy)
-    for more in ((), ("--raw",)):
-        assert (
-            run_cli("generate", chain.final, "--prompt", "a<|mask|>", "--max-new-tokens", "1", *more).code
-            == 0
-        )
-    assert all(259 not in ids and b"<|mask|>" in bytes(i for i in ids if i < 256) for ids in seen)
 
 
 @pytest.mark.parametrize("prompt", ["", " \n"])
@@ -321,7 +263,7 @@ def test_standard_input_is_read_without_its_last_line_end(
     monkeypatch: pytest.MonkeyPatch, given: bytes, read: str
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding="ascii"))
-    assert cli_generate._read_stdin() == read
+    assert cli_generate.read_stdin() == read
 
 
 @pytest.mark.parametrize(
@@ -335,33 +277,28 @@ def test_standard_input_is_read_without_its_last_line_end(
     ],
 )
 def test_a_trace_takes_a_file_or_nothing(arguments: str, placed: str) -> None:
-    assert cli_generate.place_of_trace(arguments.split()) == placed.split()
+    assert cli_generate.insert_trace_value(arguments.split()) == placed.split()
 
 
-def test_raw_prompts_and_system_prompts_change_the_answer(
+def test_raw_prompts_and_system_prompts_change_the_prompt(
     chain: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[int]] = []
 
     def complete(model: object, tokenizer: object, prompts: list[Example], **settings: object) -> object:
-        from unmask.generation.complete import Completion
+        from unmask.generation.text import Completion
 
         seen.extend(prompt.input_ids for prompt in prompts)
         return [Completion("", [], [])]
 
-    monkeypatch.setattr("unmask.generation.complete.complete", complete)
+    monkeypatch.setattr("unmask.generation.text.complete", complete)
     for more in ((), ("--system", "Be short."), ("--raw",)):
-        assert run_cli("generate", chain.final, "--prompt", "Say 3", *more).code == 0
+        assert run_cli("generate", chain.final, "--prompt", "Say <|mask|>", *more).code == 0
     tokenizer = load_tokenizer(str(chain.final))
     texts = [str(tokenizer.decode(ids)) for ids in seen]
-    user = "<|im_start|>user\nSay 3<|im_end|>\n<|im_start|>assistant\n"
-    assert texts == [user, f"<|im_start|>system\nBe short.<|im_end|>\n{user}", "Say 3"]
-
-
-def test_a_system_prompt_has_no_place_in_a_raw_one(chain: Chain) -> None:
-    said = run_cli("generate", chain.final, "--prompt", "a", "--raw", "--system", "b")
-    assert (said.code, said.out) == (2, "")
-    assert said.err == "error: --system has no effect with --raw; write it into the prompt.\n"
+    user = "<|im_start|>user\nSay <|mask|><|im_end|>\n<|im_start|>assistant\n"
+    assert texts == [user, f"<|im_start|>system\nBe short.<|im_end|>\n{user}", "Say <|mask|>"]
+    assert all(259 not in ids for ids in seen)  # the string of the mask token is text
 
 
 # Errors.
@@ -406,7 +343,7 @@ def test_a_shell_sees_the_same(tmp_path: Path) -> None:
         (["infill", "x"], "give --text with gaps in it, or --prefix and --suffix with --length"),
         (["infill", "x", "--prefix", "a"], "need --length, the tokens between them"),
         (["infill", "x", "--text", "a", "--length", "2"], "--length has no effect with --text"),
-        (["infill", "x", "--text", "[[gap]]"], "is no gap"),
+        (["infill", "x", "--text", "[[gap]]"], "is not a gap"),
         (["generate", "x", "--prompt", "a", "--temperature", "-1"], "--temperature"),
         (["generate", "x", "--prompt", "a", "--temperature", "nan"], "--temperature"),
         (["generate", "x", "--prompt", "a", "--steps", "0"], "--steps"),
@@ -431,7 +368,7 @@ def test_wrong_usage_is_explained(arguments: list[str], message: str) -> None:
         (["--policy", "entropy", "--factor", "1"], "factor has no effect with policy 'entropy'"),
         (["--top-p", "0.9"], "top_p has no effect at temperature 0"),
         (["--samples", "2"], "--samples: without randomness all are the same"),
-        (["--stop", ""], "--stop: a stop text must not be empty"),
+        (["--stop", ""], "stop: a stop string must not be empty"),
         (["--system", "\udcff"], "--system: not UTF-8 text (character 1)"),
         (["--prompts", "x.txt"], "give --prompt TEXT or --prompts FILE, one of them"),
         (["--out", "x.jsonl"], "--out has an effect with --prompts alone"),
@@ -441,7 +378,8 @@ def test_wrong_usage_is_explained(arguments: list[str], message: str) -> None:
         (["--trace", "three.txt"], "--trace: expected a file .html or .png, or nothing; got 'three.txt'"),
         (["--canvas", "growing"], "canvas = growing has no effect without block_length"),
         (["--trace=x.pdf"], "--trace: expected a file .html or .png, or nothing; got 'x.pdf'"),
-        (["--trace", "no/where.html"], "there must be a folder no for it"),
+        (["--trace", "no/where.html"], "there is no folder"),
+        (["--raw", "--system", "b"], "--system has no effect with --raw"),
     ],
 )
 def test_settings_that_cannot_be_are_one_line(chain: Chain, settings: list[str], message: str) -> None:

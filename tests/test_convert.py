@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -73,19 +72,6 @@ def test_spare_rows_take_the_mask_token_without_a_resize(family: str, tmp_path: 
     assert generation.suppress_tokens == [256, *range(260, 272)]  # padding, and ids without a token
     made = loaded.generate(random_ids(2, 4, vocab=256), max_new_tokens=12).sequences
     assert not torch.isin(made[:, 4:], torch.tensor([259, *range(260, 272)])).any()
-
-
-def test_it_is_the_base_model_but_for_the_attention_and_the_shift(tmp_path: Path) -> None:
-    base, out = autoregressive_folder(tmp_path / "base", vocab_size=259), tmp_path / "out"
-    convert(str(base), out)
-    model = load(out, attention="block_causal", block_length=1)
-    stock: Any = AutoModelForCausalLM.from_pretrained(base)
-    ids = random_ids(2, 12, vocab=259)
-    expected = stock(input_ids=ids).logits
-    found = model(ids).logits[..., :259]
-    # One more column in the head may change how the sums are ordered, so not to the bit.
-    torch.testing.assert_close(found[:, 1:], expected[:, :-1], rtol=0, atol=1e-5)
-    torch.testing.assert_close(found[:, 0], expected[:, 0], rtol=0, atol=1e-5)
 
 
 def test_in_blocks_of_one_token_it_is_the_base_model(tmp_path: Path) -> None:
@@ -176,34 +162,12 @@ def test_the_end_token_pads_where_there_is_no_padding_token(tmp_path: Path) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_type_of_the_weights_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
     base = autoregressive_folder(tmp_path / "base", dtype=dtype)
-    convert(str(base), tmp_path / "out")
-    weights = load_file(tmp_path / "out" / "model.safetensors")
-    assert {value.dtype for value in weights.values()} == {dtype}
-
-
-def test_sampling_settings_of_the_base_are_left_behind(tmp_path: Path) -> None:
-    base, out = autoregressive_folder(tmp_path / "base"), tmp_path / "out"
-    settings = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": 258}
-    (base / "generation_config.json").write_text(json.dumps(settings))
+    edit(base, "config.json", auto_map={"AutoModelForCausalLM": "evil.M"})
+    out = tmp_path / "out"
+    out.mkdir()  # an empty folder is taken
     convert(str(base), out)
-    written = json.loads((out / "generation_config.json").read_text())
-    assert not {"do_sample", "temperature", "top_k", "top_p"} & written.keys()
-    assert written["eos_token_id"] == 258
-
-
-def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
-    base, out = autoregressive_folder(tmp_path / "base"), tmp_path / "out"
-    out.mkdir()
-    convert(str(base), out)
-    assert (out / "config.json").exists()
-
-
-def test_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    autoregressive_folder(tmp_path / "base")
-    monkeypatch.chdir(tmp_path)
-    convert("base", "out/")
-    assert load_model("out").config.mask_token_id == 259
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["base", "out"]
+    assert {value.dtype for value in load_file(out / "model.safetensors").values()} == {dtype}
+    assert "auto_map" not in json.loads((out / "config.json").read_text())  # no code travels with it
 
 
 # What is refused; nothing is left behind
@@ -214,28 +178,14 @@ def edit(folder: Path, name: str, **fields: Any) -> None:
     (folder / name).write_text(json.dumps({**values, **fields}))
 
 
-def pickle_the_weights(folder: Path) -> None:
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-
-
 def delete_a_weight(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.0.self_attn.q_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def truncate_the_weights(folder: Path) -> None:
-    os.truncate(folder / "model.safetensors", 1000)
-
-
 def replace_by_a_diffusion_model(folder: Path) -> None:
     tiny_model(dtype=torch.float32).save_pretrained(folder)
-
-
-def replace_by_a_file(folder: Path) -> None:
-    shutil.rmtree(folder)
-    folder.write_text("")
 
 
 def drop_the_end_token(folder: Path) -> None:
@@ -246,20 +196,11 @@ def drop_the_end_token(folder: Path) -> None:
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "not there": (shutil.rmtree, "no such checkpoint folder"),
-    "a file": (replace_by_a_file, "a checkpoint is a folder with config.json and weights; this is a file"),
-    "no config": (lambda f: (f / "config.json").unlink(), "this folder is no checkpoint: it holds no config"),
-    "broken JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not valid JSON"),
-    "unsupported": (lambda f: edit(f, "config.json", model_type="mamba"),
-                    "model_type 'mamba' is not supported; expected one of qwen3, qwen2, llama"),
-    "quantised": (lambda f: edit(f, "config.json", quantization_config={"quant_method": "awq"}),
-                  "the weights are quantised; use the original checkpoint in float32 or bfloat16"),
-    "pickled": (pickle_the_weights, "pytorch_model.bin is pickled, which can run code: save it as"),
-    "diffusion": (replace_by_a_diffusion_model, "this is a diffusion checkpoint already; nothing to convert"),
-    "a weight missing": (delete_a_weight,
-                         r"incomplete: 1 weights are missing, first model\.layers\.0\.self_attn\.q_proj"),
-    "truncated": (truncate_the_weights, "the weights cannot be loaded"),
-    "no tokenizer": (lambda f: [file.unlink() for file in f.glob("tokenizer*")], "holds no usable tokenizer"),
-    "no end token": (drop_the_end_token, "the tokenizer has no end token"),
+    "unsupported": (lambda f: edit(f, "config.json", model_type="mamba"), "mamba.*qwen3, qwen2, llama"),
+    "diffusion": (replace_by_a_diffusion_model, "diffusion checkpoint already"),
+    "a weight missing": (delete_a_weight, r"model\.layers\.0\.self_attn\.q_proj"),
+    "no tokenizer": (lambda f: [file.unlink() for file in f.glob("tokenizer*")], "tokenizer"),
+    "no end token": (drop_the_end_token, "no end token"),
 }  # fmt: skip
 
 
@@ -299,15 +240,6 @@ def test_a_folder_that_holds_something_is_not_written_to(whole: Path, tmp_path: 
     assert contents(tmp_path) == {"file": b"mine", "out/.hidden": b"mine"}
 
 
-def test_a_hub_name_that_is_not_in_the_cache(tmp_path: Path) -> None:
-    with pytest.raises(
-        UnmaskError, match=r"^no-such-owner/no-such-model: no model could be loaded"
-    ) as caught:
-        convert("no-such-owner/no-such-model", tmp_path / "out")
-    assert "\n" not in str(caught.value)
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("when", ["weights", "tokenizer"])
 def test_a_full_disk_leaves_nothing(
     when: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -317,13 +249,12 @@ def test_a_full_disk_leaves_nothing(
             model.save_pretrained(folder)
         raise OSError(28, "No space left on device")
 
-    from unmask.model import convert as module
-
-    monkeypatch.setattr(module, "save_checkpoint", save)
+    real = checkpoint.save_checkpoint
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save)
     with pytest.raises(UnmaskError, match=r"out: could not be written: .*No space left on device"):
         convert(str(whole), tmp_path / "out")
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(module, "save_checkpoint", checkpoint.save_checkpoint)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", real)
     convert(str(whole), tmp_path / "out")
     assert (tmp_path / "out" / "config.json").exists()
 
@@ -350,14 +281,6 @@ def test_code_that_lies_in_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch: 
         load_tokenizer(str(base))
     assert not mark.exists()
     assert not asked
-
-
-def test_no_code_reference_is_taken_over(tmp_path: Path) -> None:
-    base, out = autoregressive_folder(tmp_path / "base"), tmp_path / "out"
-    edit(base, "config.json", auto_map={"AutoModelForCausalLM": "evil.M"})
-    convert(str(base), out)
-    assert "auto_map" not in json.loads((out / "config.json").read_text())
-    assert not list(out.glob("*.py"))
 
 
 def test_a_base_without_generation_config(tmp_path: Path) -> None:

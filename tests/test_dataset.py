@@ -9,13 +9,12 @@ import pytest
 from tiny import autoregressive_folder
 from transformers import PreTrainedTokenizerBase
 
-from unmask.data.conversation import CustomFields
-from unmask.data.encode import Encoder, Example, encode_records
-from unmask.data.sources import read_records
-from unmask.data.text import pack_text
+from unmask.config import Recipe, recipe_from_dict
+from unmask.data.dataset import custom_fields, load_data, make_encoder, run_tokenizer
+from unmask.data.encode import Encoder, Example, encode_records, pack_text
+from unmask.data.files import read_records
+from unmask.data.records import CustomFields
 from unmask.errors import UnmaskError
-from unmask.recipe import Recipe, recipe_from_dict
-from unmask.training.dataset import ExampleDataset, custom_fields, load_data, make_encoder, run_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +51,7 @@ def texts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> li
 
 def test_sft_data_is_what_the_encoder_makes_of_the_records(tokenizer: PreTrainedTokenizerBase) -> None:
     loaded = load_data(recipe(), tokenizer)
-    assert loaded.train == encode_records(read_records("a.jsonl"), Encoder(tokenizer, block_size=64))[0]
+    assert list(loaded.train) == encode_records(read_records("a.jsonl"), Encoder(tokenizer, block_size=64))[0]
     assert loaded.held_out == []
     assert loaded.report is not None and loaded.report.formats == {"prompt_completion": 10}
     assert texts(loaded.train, tokenizer) == [f"{n}!<|im_end|>" for n in range(10)]
@@ -61,16 +60,15 @@ def test_sft_data_is_what_the_encoder_makes_of_the_records(tokenizer: PreTrained
 def test_several_sources_follow_one_another_with_ids_of_their_own(tokenizer: PreTrainedTokenizerBase) -> None:
     loaded = load_data(recipe(dataset_name=["a.jsonl", "b.jsonl"]), tokenizer)
     assert texts(loaded.train, tokenizer) == [f"{n}!<|im_end|>" for n in range(20)]
-    # The file is in the upper bits.
-    ids = [*range(10), *range(1 << 39, (1 << 39) + 10)]
-    assert [example.sample_id for example in loaded.train] == ids
+    assert [example.record for example in loaded.train] == [*range(10), *range(10)]
+    assert len({example.sample_id for example in loaded.train}) == 20
 
 
 def test_the_end_is_held_out(tokenizer: PreTrainedTokenizerBase) -> None:
     loaded = load_data(recipe(dataset_name=["a.jsonl", "b.jsonl"], max_records=14, eval_size=3), tokenizer)
-    ids = [*range(10), *range(1 << 39, (1 << 39) + 4)]
-    assert [example.sample_id for example in loaded.train] == ids[:11]
-    assert [example.sample_id for example in loaded.held_out] == ids[11:]
+    ids = [*range(10), *range(4)]
+    assert [example.record for example in loaded.train] == ids[:11]
+    assert [example.record for example in loaded.held_out] == ids[11:]
 
 
 def test_evaluation_data_of_its_own_is_read_whole(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -83,7 +81,7 @@ def test_evaluation_data_of_its_own_is_read_whole(tokenizer: PreTrainedTokenizer
 def test_pretraining_data_is_packed_text(tokenizer: PreTrainedTokenizerBase) -> None:
     loaded = load_data(recipe(dataset_name=["one.txt", "two.txt"], block_size=16, eval_size=2), tokenizer)
     whole = list(pack_text(["abcdefghij" * 5, "0123456789" * 3], tokenizer, 16))
-    assert [*loaded.train, *loaded.held_out] == whole
+    assert [one.input_ids for one in (*loaded.train, *loaded.held_out)] == [one.input_ids for one in whole]
     assert len(loaded.held_out) == 2 and loaded.encoder is None
     assert loaded.report is not None and loaded.report.formats == {"text": 2}
     ids = [i for example in whole for i in example.input_ids]
@@ -169,9 +167,3 @@ def test_the_runs_tokenizer_has_a_mask_token(place: Path) -> None:
         {"model": {"name_or_path": "base", "tokenizer": "bytes"}, "data": {"dataset_name": "one.txt"}}
     )
     assert run_tokenizer(bytes_).mask_token_id == 259 and len(run_tokenizer(bytes_)) == 260
-
-
-def test_a_dataset_is_its_examples() -> None:
-    examples = [Example([1], [False]), Example([2], [False])]
-    dataset = ExampleDataset(examples)
-    assert len(dataset) == 2 and [dataset[i] for i in range(2)] == examples

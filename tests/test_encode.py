@@ -11,7 +11,6 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from unmask.data.conversation import BadRecord, Conversation, CustomFields, RecordError, Turn
 from unmask.data.encode import (
     DropRecord,
     Encoder,
@@ -21,6 +20,7 @@ from unmask.data.encode import (
     encode_records,
     separator_template,
 )
+from unmask.data.records import BadRecord, Conversation, CustomFields, RecordError, Turn
 from unmask.data.tokenizer import CHATML_TEMPLATE, byte_tokenizer
 from unmask.errors import UnmaskError
 
@@ -155,15 +155,24 @@ def test_separator_announces_responses_only() -> None:
     assert text == "q\n\nt\n\n### Response:\na<|im_end|>"
 
 
-def test_empty_think_block_of_the_final_turn_is_source() -> None:
+def test_a_response_starts_where_the_generation_prompt_ends() -> None:
+    """The empty think block of the final turn is a part of the response, unless thinking is off."""
     encoder = ENCODERS["qwen"]
     assert runs(encoder, encoder.encode(talk("q", "a", "r", "b"))) == [
         (True, "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"),
         (False, "a<|im_end|>"),
-        (True, "\n<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"),
-        (False, "b<|im_end|>"),
+        (True, "\n<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n"),
+        (False, "<think>\n\n</think>\n\nb<|im_end|>"),
         (True, "\n"),
     ]
+    off = Encoder(encoder.tokenizer, thinking="off")  # pyright: ignore[reportArgumentType]
+    row = off.encode(talk("q", "b"))
+    assert runs(off, row)[:2] == [
+        (True, "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+        (False, "b<|im_end|>"),
+    ]
+    prompt = off.encode_prompt((Turn("user", "q"),))
+    assert row.input_ids[: len(prompt)] == prompt and not row.src_mask[len(prompt)]
 
 
 def test_written_thinking_is_response_and_dropped_where_the_template_drops_it() -> None:
@@ -174,7 +183,7 @@ def test_written_thinking_is_response_and_dropped_where_the_template_drops_it() 
     row = encoder.encode(talk("q", "<think>hm</think>a"))
     assert responses(encoder, row) == [f"{thought}a"]
     row = encoder.encode(talk("q", "<think>\n\n</think>\n\na"))
-    assert responses(encoder, row) == ["a"]
+    assert responses(encoder, row) == ["<think>\n\n</think>\n\na"]
 
 
 def test_trimming_template() -> None:
@@ -201,7 +210,7 @@ def test_whitespace_before_the_end_token_belongs_to_the_response() -> None:
         "{%- if m.role == 'assistant' %}{{- ' ' + eos_token }}{%- endif %}{%- endfor %}"
     )
     encoder = Encoder(tokenizer)
-    assert responses(encoder, encoder.encode(talk("q", "a", "r", "b"))) == ["a ", "b "]
+    assert responses(encoder, encoder.encode(talk("q", "a", "r", "b"))) == [" a ", " b "]
 
 
 def test_generation_tags_change_nothing() -> None:
@@ -268,7 +277,7 @@ EXPECTED = {
     "chatml": lambda text, last: text,
     "separator": lambda text, last: text,
     "trimming": lambda text, last: text.strip(),
-    "qwen": lambda text, last: text.lstrip("\n") if last else text,
+    "qwen": lambda text, last: f"<think>\n\n</think>\n\n{text.lstrip(chr(10))}" if last else text,
 }
 
 
@@ -293,10 +302,8 @@ def test_supervised_text_is_exactly_the_responses(
 @given(question=texts, reply=answers)
 def test_generation_prompt_is_the_training_prefix(encoder: Encoder, question: str, reply: str) -> None:
     conversation = talk("a", "b", question, reply, system="s")
-    row = Encoder(
-        encoder.tokenizer,  # pyright: ignore[reportArgumentType]
-        train_on="last",
-    ).encode(conversation)
+    last = Encoder(encoder.tokenizer, train_on="last")  # pyright: ignore[reportArgumentType]
+    row = last.encode(conversation)
     prompt = encoder.encode_prompt(conversation.turns[:-1])
     assert row.input_ids[: len(prompt)] == prompt
     assert row.src_mask[: len(prompt)] == [True] * len(prompt)
@@ -459,14 +466,18 @@ def test_encode_records_reports_what_became_of_them() -> None:
                        {"role": "user", "content": "r"}]}, "x line 6"),
     ]  # fmt: skip
     examples, report = encode_records(records, encoder)
-    assert [row.sample_id for row in examples] == [0, 2, 4, 5]
+    assert [row.record for row in examples] == [0, 2, 4, 5]
+    assert len({row.sample_id for row in examples}) == 4
     assert (report.records, report.kept, report.truncated) == (6, 4, 1)
     reason = "response would vanish: the prompt alone fills block_size"
     assert report.dropped == {reason: (2, "x line 2")}
     assert report.formats == {"alpaca": 3, "prompt_completion": 2, "messages": 1}
     assert report.tokens == sum(len(row.input_ids) for row in examples)
     assert report.supervised_tokens == sum(row.supervised for row in examples)
-    assert (report.with_special_strings, report.with_turns_after) == (1, 1)
+    assert report.notes == {
+        "held strings like special tokens, read as plain text": 1,
+        "had turns after the last response, left out": 1,
+    }
 
 
 def test_many_records_equal_each_alone() -> None:
@@ -478,7 +489,8 @@ def test_many_records_equal_each_alone() -> None:
     assert report.formats == {"custom": 600}
     for i, (record, _) in enumerate(records):
         conversation = talk(record["question"], record["answer"])
-        assert encoder.encode(conversation, sample_id=i) == examples[i]
+        alone = encoder.encode(conversation)
+        assert (alone.input_ids, alone.src_mask) == (examples[i].input_ids, examples[i].src_mask)
 
 
 def test_bad_record_stops_with_its_place() -> None:
@@ -498,9 +510,8 @@ def test_bad_records_are_skipped_with_their_reasons() -> None:
         ({"instruction": "q" * 99, "output": "a"}, "x line 6"),
     ]
     encoder = encoder_of("chatml", block_size=60)
-    examples, report = encode_records(records, encoder, on_bad_record="skip", source=3)
-    assert [row.sample_id for row in examples] == [3 << 40, 3 << 40 | 3]
-    assert [row.source for row in examples] == [3, 3]
+    examples, report = encode_records(records, encoder, on_bad_record="skip")
+    assert [row.record for row in examples] == [0, 3]
     assert report.skipped == {
         "not valid JSON": (2, "x line 2"),
         "field 'output' must be text": (1, "x line 3"),
@@ -516,10 +527,10 @@ def test_a_stream_is_encoded_as_it_is_read(batch: int) -> None:
     records = [({"instruction": f"q{i}", "output": f"a{i}"}, f"line {i}") for i in range(10)]
     read: list[int] = []
 
-    def items() -> Iterator[tuple[dict[str, Any], str, int]]:
+    def items() -> Iterator[tuple[dict[str, Any], str, int, int]]:
         for number, (record, where) in enumerate(records):
             read.append(number)
-            yield record, where, 7 * number
+            yield record, where, 2, 7 * number
 
     report = EncodeReport()
     stream = encode_each(items(), ENCODERS["chatml"], batch=batch, report=report)
@@ -528,5 +539,5 @@ def test_a_stream_is_encoded_as_it_is_read(batch: int) -> None:
     whole, _ = encode_records(records, ENCODERS["chatml"])
     rows = [first, *stream]
     assert [row.input_ids for row in rows] == [row.input_ids for row in whole]
-    assert [row.sample_id for row in rows] == list(range(0, 70, 7))
+    assert [row.record for row in rows] == list(range(0, 70, 7))
     assert (report.records, report.kept) == (10, 10)

@@ -1,18 +1,25 @@
-"""Each family is stock transformers underneath: from its checkpoints, to its very logits."""
+"""Each family is stock transformers underneath: configs, checkpoints, Auto classes, and its very logits."""
 
 from __future__ import annotations
 
+import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny import FAMILIES, STOCK, random_ids, tiny_config, tiny_model, tiny_stock_config, tiny_stock_model
 from torch import Tensor
+from training_step import loss_of
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import unmask
 from unmask.errors import UnmaskError
+from unmask.model.config import FIELDS
 from unmask.model.families import MODEL_CLASSES
 
 CLASSES = {family: MODEL_CLASSES[f"unmask_{family}"] for family in FAMILIES}
@@ -23,39 +30,88 @@ def shifted(raw: Tensor) -> Tensor:
     return torch.cat([raw[:, :1], raw[:, :-1]], dim=1)
 
 
-def test_public_names() -> None:
-    assert {
-        "qwen3": unmask.Qwen3ForCausalLM,
-        "qwen2": unmask.Qwen2ForCausalLM,
-        "llama": unmask.LlamaForCausalLM,
-    } == CLASSES
-    for family, model_class in CLASSES.items():
-        assert issubclass(model_class, STOCK[family][1])
-        assert model_class.__name__ == STOCK[family][1].__name__
+def seeded(family: str, config: Any) -> Any:
+    torch.manual_seed(0)
+    return CLASSES[family](config).double()
+
+
+# Importing
+
+
+def python(code: str, *arguments: str) -> str:
+    """Run code in a new interpreter and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_brings_nothing_heavy() -> None:
+    # What takes seconds is importing these; without them the import is a matter of milliseconds.
+    code = """
+import sys
+import unmask
+unmask.__version__, unmask.UnmaskError, dir(unmask)
+heavy = "torch transformers datasets numpy safetensors tokenizers huggingface_hub jaxtyping pydantic typer"
+print([name for name in heavy.split() if name in sys.modules])
+"""
+    assert python(code) == "[]\n"
+
+
+def test_every_public_name_is_there() -> None:
+    for name in unmask.__all__:
+        assert getattr(unmask, name) is not None
+    assert dir(unmask) == sorted(unmask.__all__)
+    with pytest.raises(AttributeError, match="nothing"):
+        unmask.nothing  # noqa: B018
+
+
+def test_the_auto_classes_know_checkpoints_once_the_model_code_is_imported(tmp_path: Path) -> None:
+    folders = [str(tmp_path / family) for family in FAMILIES]
+    for family, folder in zip(FAMILIES, folders, strict=True):
+        tiny_model(family, dtype=torch.float32).save_pretrained(folder)
+    code = """
+import sys, unmask
+from transformers import AutoConfig, AutoModelForCausalLM
+for folder in sys.argv[1:]:
+    for auto in (AutoConfig, AutoModelForCausalLM):
+        try:
+            auto.from_pretrained(folder)
+        except ValueError as error:
+            print(str(error).splitlines()[0])
+import unmask.model
+for folder in sys.argv[1:]:
+    print(type(AutoModelForCausalLM.from_pretrained(folder)), type(AutoConfig.from_pretrained(folder)))
+"""
+    lines = python(code, *folders).splitlines()
+    assert len(lines) == 9
+    for line, family in zip(lines, [family for family in FAMILIES for _ in range(2)], strict=False):
+        assert f"has model type `unmask_{family}` but Transformers does not recognize this" in line
+    for line, family in zip(lines[6:], FAMILIES, strict=True):
+        assert line == f"{CLASSES[family]} {CLASSES[family].config_class}"
+        # The stock entries are untouched.
+        assert type(AutoConfig.for_model(family)) is STOCK[family][0]
+        assert type(AutoModelForCausalLM.from_config(tiny_stock_config(family))) is STOCK[family][1]
+        assert type(AutoModelForCausalLM.from_config(tiny_config(family))) is CLASSES[family]
 
 
 # From an autoregressive checkpoint
 
 
 @every_family
-def test_with_a_causal_mask_and_the_shift_it_is_the_base_model(family: str, tmp_path: Path) -> None:
+def test_token_by_token_with_the_shift_it_is_the_base_model(family: str, tmp_path: Path) -> None:
     stock = tiny_stock_model(family, dtype=torch.float32)
-    if family == "qwen3":
-        assert stock.config.head_dim * stock.config.num_attention_heads != stock.config.hidden_size
     stock.save_pretrained(tmp_path)
-    token_by_token: dict[str, Any] = {"attention": "block_causal", "block_length": 1}
-    model = CLASSES[family].from_pretrained(tmp_path, **token_by_token).eval()
+    fields: dict[str, Any] = {"attention": "block_causal", "block_length": 1}
+    model = CLASSES[family].from_pretrained(tmp_path, **fields).eval()
     assert model.config.logit_shift
-    ids = random_ids(3, 10, vocab=32)
-    logits, loss = model(ids)
-    assert loss is None
-    # float32 sums of up to 24 products, in another order
-    torch.testing.assert_close(logits, shifted(stock(input_ids=ids).logits), rtol=0, atol=2e-5)
-    attention_mask = torch.ones(3, 10).long()
+    ids, attention_mask = random_ids(3, 10, vocab=32), torch.ones(3, 10).long()
     attention_mask[1, 6:] = 0
     logits = model(ids, attention_mask=attention_mask).logits
     expected = shifted(stock(input_ids=ids, attention_mask=attention_mask).logits)
     is_token = attention_mask == 1
+    # float32 sums of up to 24 products, in another order
     torch.testing.assert_close(logits[is_token], expected[is_token], rtol=0, atol=2e-5)
 
 
@@ -64,23 +120,18 @@ def test_from_an_autoregressive_folder(family: str, tmp_path: Path) -> None:
     stock = tiny_stock_model(family, dtype=torch.float32)
     stock.save_pretrained(tmp_path)
     model, info = CLASSES[family].from_pretrained(tmp_path, mask_token_id=31, output_loading_info=True)
-    assert not any(info.values())
+    assert not any(info.values()) and not model.training
     config = model.config
     assert config.model_type == f"unmask_{family}"
     assert (config.is_causal, config.logit_shift, config.mask_token_id) == (False, True, 31)
     weights = model.state_dict()
     assert weights.keys() == stock.state_dict().keys()
     assert all(torch.equal(weights[name], value) for name, value in stock.state_dict().items())
-    assert not model.training
-    # Both ways: the first token's logits follow from the last token.
-    ids = random_ids(1, 6)
-    other = ids.clone()
-    other[0, -1] += 1
-    assert not torch.allclose(model(ids).logits[0, 0], model(other).logits[0, 0])
-    # And it trains.
-    loss = model.train()(ids, noise_seed=torch.tensor([1])).loss
-    loss.backward()
+    loss_of(model.train(), random_ids(1, 6), noise_seed=torch.tensor([1])).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    # Converting in memory leaves stock loading of the same folder as it was.
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.model_type == family and getattr(again.config, "is_causal", True) is True
 
 
 @every_family
@@ -92,26 +143,6 @@ def test_bidirectional_logits_are_those_of_stock_with_is_causal_false(family: st
     torch.testing.assert_close(model(ids).logits, twin(input_ids=ids).logits, rtol=0, atol=1e-12)
     model.config.logit_shift = True
     torch.testing.assert_close(model(ids).logits, shifted(twin(input_ids=ids).logits), rtol=0, atol=1e-12)
-
-
-@every_family
-def test_kernels_agree(family: str) -> None:
-    model, seeds = tiny_model(family, dtype=torch.float32), torch.arange(3)
-    ids = random_ids(3, 8)
-    attention_mask = torch.tensor([[1] * 8, [1] * 5 + [0] * 3, [0, 1, 1, 0, 1, 1, 1, 0]])
-    outputs = []
-    for attention in ("sdpa", "eager"):
-        model.set_attn_implementation(attention)
-        logits, loss = model(ids, attention_mask=attention_mask, noise_seed=seeds)
-        outputs.append((logits[attention_mask == 1], loss))
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_type_of_the_weights_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
-    tiny_stock_model(dtype=dtype).save_pretrained(tmp_path)
-    assert unmask.Qwen3ForCausalLM.from_pretrained(tmp_path).dtype == dtype
-    assert unmask.Qwen3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).dtype == torch.float64
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -130,19 +161,6 @@ def test_tied_embeddings_stay_tied(family: str, tied: bool, tmp_path: Path) -> N
     again.save_pretrained(second)
     for file in ("config.json", "model.safetensors"):
         assert (first / file).read_bytes() == (second / file).read_bytes()
-    fresh = tiny_model(family, tie_word_embeddings=tied)
-    assert is_tied(fresh) is tied
-
-
-def test_released_qwen3_vocabulary_has_its_mask_token(tmp_path: Path) -> None:
-    config = tiny_stock_config(vocab_size=151936)
-    config.save_pretrained(tmp_path)
-    assert unmask.Qwen3DiffusionConfig.from_pretrained(tmp_path).mask_token_id == 151669
-    assert unmask.Qwen3DiffusionConfig.from_pretrained(tmp_path, mask_token_id=7).mask_token_id == 7
-    tiny_stock_config(vocab_size=32).save_pretrained(tmp_path)
-    assert unmask.Qwen3DiffusionConfig.from_pretrained(tmp_path).mask_token_id is None
-    tiny_stock_config("qwen2", vocab_size=151936).save_pretrained(tmp_path)
-    assert unmask.Qwen2DiffusionConfig.from_pretrained(tmp_path).mask_token_id is None
 
 
 def test_an_autoregressive_models_sampling_settings_are_not_taken_over(tmp_path: Path) -> None:
@@ -150,40 +168,124 @@ def test_an_autoregressive_models_sampling_settings_are_not_taken_over(tmp_path:
     settings = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "max_new_tokens": 2048}
     tokens = {"bos_token_id": 3, "eos_token_id": [1, 2], "pad_token_id": 0}
     (tmp_path / "generation_config.json").write_text(json.dumps({**settings, **tokens}))
-    config = unmask.Qwen3ForCausalLM.from_pretrained(tmp_path).generation_config
+    model = unmask.Qwen3ForCausalLM.from_pretrained(tmp_path)
+    config = model.generation_config
     assert isinstance(config, unmask.DiffusionGenerationConfig)
-    assert {name: getattr(config, name) for name in tokens} == tokens
-    fresh = unmask.DiffusionGenerationConfig(**tokens)
-    assert config.to_diff_dict() == fresh.to_diff_dict()
-    assert config.top_p is None
+    assert config.to_diff_dict() == unmask.DiffusionGenerationConfig(**tokens).to_diff_dict()
+    assert model.dtype == torch.float32
+    assert unmask.Qwen3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).dtype == torch.float64
 
 
-@pytest.mark.parametrize(("made", "read"), [("llama", "qwen3"), ("qwen2", "qwen3"), ("qwen3", "llama")])
-@pytest.mark.parametrize("diffusion", [True, False])
-def test_a_folder_of_another_family(made: str, read: str, diffusion: bool, tmp_path: Path) -> None:
-    make: Any = tiny_model if diffusion else tiny_stock_model
-    make(made).save_pretrained(tmp_path)
-    found = f"unmask_{made}" if diffusion else made
-    with pytest.raises(
-        UnmaskError, match=f"is a '{found}' checkpoint, not 'unmask_{read}'; load it"
-    ) as caught:
-        CLASSES[read].from_pretrained(tmp_path)
-    assert str(tmp_path) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-# From scratch
+# Configs
 
 
 @every_family
-def test_a_new_model_attends_both_ways_and_is_not_shifted(family: str) -> None:
+def test_defaults_and_json(family: str) -> None:
     config = CLASSES[family].config_class(vocab_size=40)
     assert (config.is_causal, config.logit_shift, config.mask_token_id) == (False, False, None)
-    assert config.noise_eps == 1e-3
-    assert config.model_type == f"unmask_{family}"
-
-
-def test_config_survives_its_json() -> None:
-    config = tiny_config(noise_eps=0.01, logit_shift=True)
+    assert (config.noise_eps, config.attention, config.block_length) == (1e-3, "bidirectional", None)
+    config = tiny_config(family, noise_eps=0.01, logit_shift=True)
     again = type(config)(**json.loads(config.to_json_string(use_diff=False)))
     assert again.to_dict() == config.to_dict()
+
+
+def test_the_mask_token_of_the_qwen3_vocabulary_is_known(tmp_path: Path) -> None:
+    small = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+
+    def mask_token(family: str, **fields: Any) -> int | None:
+        stock = STOCK[family][0](**{"vocab_size": 151936, **small, **fields})
+        stock.save_pretrained(tmp_path)
+        made = CLASSES[family](stock).config.mask_token_id
+        assert CLASSES[family].config_class.from_pretrained(tmp_path).mask_token_id == made
+        return made
+
+    assert mask_token("qwen3") == 151669
+    assert mask_token("qwen3", mask_token_id=151700) == 151700
+    assert mask_token("qwen3", vocab_size=151935) is None
+    assert mask_token("qwen2") is None  # no other family's vocabulary is as uniform
+
+
+@pytest.mark.parametrize("diffusion", [True, False])
+@pytest.mark.parametrize(("made", "read"), [("llama", "qwen3"), ("qwen2", "qwen3"), ("qwen3", "llama")])
+def test_another_family_is_refused(made: str, read: str, diffusion: bool, tmp_path: Path) -> None:
+    make: Any = tiny_model if diffusion else tiny_stock_model
+    model = make(made)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UnmaskError, match=f"'{model.config.model_type}'.*'unmask_{read}'") as caught:
+        CLASSES[read].from_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UnmaskError, match=f"config .*got a {type(model.config).__name__}"):
+        CLASSES[read](model.config)
+
+
+@every_family
+def test_a_model_of_a_stock_config_is_that_of_the_diffusion_config(family: str, tmp_path: Path) -> None:
+    told: dict[str, Any] = {"mask_token_id": 31, "logit_shift": True, "noise_eps": 0.25}
+    told |= {"attention": "block_causal", "block_length": 4}
+    for fields in ({"mask_token_id": 31}, told):
+        for config in (tiny_stock_config(family, **fields), tiny_stock_config(family)):
+            for name, value in fields.items():
+                setattr(config, name, value)
+            model, expected = seeded(family, config), seeded(family, tiny_config(family, **fields))
+            assert type(model.config) is CLASSES[family].config_class
+            assert model.config.to_dict() == expected.config.to_dict()
+            ids, seeds = random_ids(2, 12), torch.tensor([3, 4])
+            for mode in ("pretrain", "sft"):
+                batch = {"src_mask": torch.arange(12).expand(2, -1) < 4, "training_mode": mode}
+                losses = [loss_of(one, ids, noise_seed=seeds, **batch) for one in (model, expected)]
+                assert torch.equal(*losses)
+    model.save_pretrained(tmp_path)
+    loaded: Any = unmask.load_model(str(tmp_path))
+    assert type(loaded) is type(model)
+    assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+
+
+@every_family
+def test_the_config_of_the_caller_stays_and_all_of_it_is_taken(family: str) -> None:
+    own = {"note": {"any": ["thing"]}, "id2label": {0: "x", 1: "y", 2: "z"}}
+    own |= {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}, "attn_implementation": "eager"}
+    config = tiny_stock_config(family, mask_token_id=31, dtype="bfloat16", **own)
+    config.architectures = ["Qwen3ForCausalLM"]
+    config.later = 5
+    before = copy.deepcopy(config)
+    model = CLASSES[family](config)
+    assert vars(config) == vars(before) and type(config) is type(before)
+    kept, given = model.config.to_dict(), before.to_dict()
+    made = {"model_type", "architectures", "is_causal", *FIELDS} - {"mask_token_id"}
+    assert set(kept) == set(given) | made
+    assert {name: kept[name] for name in given if name not in made} == {
+        name: value for name, value in given.items() if name not in made
+    }
+    assert model.config.dtype == torch.bfloat16 and model.config.later == 5
+    model.config.note["any"].append("more")
+    assert config.note == {"any": ["thing"]}
+
+
+@every_family
+def test_loading_with_the_stock_config_changes_nothing(family: str, tmp_path: Path) -> None:
+    tiny_stock_model(family).save_pretrained(tmp_path / "base")
+    tiny_model(family, attention="block_causal", block_length=4).save_pretrained(tmp_path / "own")
+    ids = random_ids(2, 8)
+    for name, shift in (("base", True), ("own", False)):
+        stock, folder = tiny_stock_config(family), tmp_path / name
+        before = copy.deepcopy(vars(stock))
+        model = CLASSES[family].from_pretrained(folder, config=stock, dtype=torch.float64)
+        alone = CLASSES[family].from_pretrained(folder, dtype=torch.float64)
+        assert model.config.logit_shift is shift and vars(stock) == before
+        assert torch.equal(model(ids).logits, alone(ids).logits)
+        assert all(getattr(model.config, field) == getattr(alone.config, field) for field in FIELDS)
+
+
+def test_what_the_given_config_says_goes_before_the_checkpoint(tmp_path: Path) -> None:
+    tiny_stock_model().save_pretrained(tmp_path)
+    load = unmask.Qwen3ForCausalLM.from_pretrained
+    found = load(tmp_path, config=tiny_stock_config(logit_shift=False, mask_token_id=30)).config
+    assert (found.logit_shift, found.mask_token_id) == (False, 30)
+    assert load(tmp_path, config=tiny_config(logit_shift=False)).config.logit_shift is False
+    (tmp_path / "config.json").unlink()  # the weights are then taken for an autoregressive model's
+    assert load(tmp_path, config=tiny_stock_config()).config.logit_shift is True
+    weights = tiny_stock_model().state_dict()
+    assert load(None, config=tiny_stock_config(), state_dict=weights).config.logit_shift is False
+    config = tiny_config()
+    assert unmask.Qwen3ForCausalLM(config).config is config
+    assert issubclass(unmask.Qwen3ForCausalLM, transformers.Qwen3ForCausalLM)

@@ -32,8 +32,6 @@ class Adapted(nn.Module):
 
 def make_head(kind: str = "plain", dtype: torch.dtype = torch.float64) -> nn.Module:
     head: Any = nn.Linear(HIDDEN, VOCAB, bias=kind == "bias", dtype=dtype)
-    if kind == "hook":
-        head.register_forward_hook(lambda _, __, logits: 2 * logits)
     if kind == "replaced forward":
         head.forward = lambda hidden: F.linear(hidden, head.weight).tanh()
     if kind == "parametrized":
@@ -41,7 +39,7 @@ def make_head(kind: str = "plain", dtype: torch.dtype = torch.float64) -> nn.Mod
     return Adapted(head, dtype) if kind == "adapted" else head
 
 
-HEADS = ("plain", "bias", "adapted", "hook", "replaced forward", "parametrized")
+HEADS = ("plain", "bias", "adapted", "replaced forward", "parametrized")
 every_head = pytest.mark.parametrize("kind", HEADS)
 
 
@@ -79,7 +77,7 @@ def assert_same(found: Tensor, expected: Tensor, tolerance: float = 1e-13) -> No
     assert error <= tolerance * norm, f"off by {error / norm if norm else error}"
 
 
-@pytest.fixture(params=[(1, 1), (3, 2), (4, 4), (100, 3)], ids=lambda sizes: f"{sizes[0]}by{sizes[1]}")
+@pytest.fixture(params=[(3, 2), (100, 3)], ids=lambda sizes: f"{sizes[0]}by{sizes[1]}")
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Chunks:
     """Chunks that do and do not divide the rows, in place of those that suit a real vocabulary."""
     sizes = Chunks(*request.param)
@@ -88,7 +86,7 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
 
 
 @every_head
-@pytest.mark.parametrize("count", [0, 1, 4, 10])
+@pytest.mark.parametrize("count", [0, 1, 10])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_equals_plain_cross_entropy(kind: str, count: int, dtype: torch.dtype, chunks: Chunks) -> None:
     head = make_head(kind, dtype)

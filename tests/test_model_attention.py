@@ -20,6 +20,7 @@ from tiny import (
     tiny_stock_model,
 )
 from torch import Tensor
+from training_step import logits_of, loss_of, noise_of
 
 from unmask.diffusion.attention import row_layout
 from unmask.diffusion.objective import Objective
@@ -48,9 +49,13 @@ def packed_batch() -> dict[str, Any]:
 
 def run(model: Any, **given: Any) -> list[Tensor]:
     """Logits at tokens, loss and gradients on packed rows; none at tokens that a truncation cut off."""
-    drawn = model.draw_noise(**packed_batch(), **given)
-    logits, loss = model(**packed_batch(), **given)
-    return [logits[drawn.layout.is_token], loss, *torch.autograd.grad(loss, list(model.parameters()))]
+    batch = {**packed_batch(), **given}
+    logits, loss = logits_of(model, **batch), loss_of(model, **batch)
+    return [
+        logits[noise_of(model, **batch).layout.is_token],
+        loss,
+        *torch.autograd.grad(loss, list(model.parameters())),
+    ]
 
 
 def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-12) -> None:
@@ -132,16 +137,16 @@ def test_flex_attention_gives_the_same(fields: dict[str, Any]) -> None:
     """Its forward pass alone: it has no backward pass on a CPU."""
     model = tiny_model(head_dim=16, dtype=torch.float32, **fields).eval()
     blocks = tiny_model(head_dim=16, dtype=torch.float32, attention="block_causal", block_length=3).eval()
-    batch = {name: value for name, value in packed_batch().items() if name != "noise_seed"}
+    batch, ids = packed_batch(), random_ids(3, 12)
     found: dict[str, list[Tensor]] = {}
     for kernel in ("sdpa", "flex_attention"):
         for one in (model, blocks):
             one.set_attn_implementation(kernel)
         with torch.no_grad():
             found[kernel] = [
-                model(**batch).logits[SEGMENTS > 0],
-                model(batch["input_ids"]).logits,
-                blocks(**batch).logits[SEGMENTS > 0],
+                logits_of(model, **batch)[SEGMENTS > 0],
+                model(ids).logits,
+                logits_of(blocks, **batch)[SEGMENTS > 0],
             ]
     assert_same(found["flex_attention"], found["sdpa"], 1e-4)
 
@@ -188,7 +193,8 @@ def test_documents_and_masks_give_the_same_loss_and_gradient(
 @pytest.mark.parametrize("fields", [{}, WINDOW], ids=["full", "window"])
 def test_each_document_is_as_if_alone(fields: dict[str, Any]) -> None:
     model, ids = tiny_model(**fields).eval(), random_ids(3, 12)
-    logits = model(ids, attention_mask=SEGMENTS > 0, segment_ids=SEGMENTS).logits
+    inputs = model.prepare(ids, attention_mask=SEGMENTS > 0, segment_ids=SEGMENTS)
+    logits = model.lm_head(model.shifted_hidden(inputs, ids))
     for row, segment in ((0, 1), (0, 2), (0, 3), (1, 4), (1, 5), (2, 6)):
         own = SEGMENTS[row] == segment
         assert_same([logits[row, own]], [model(ids[row, own][None]).logits[0]])
@@ -197,7 +203,7 @@ def test_each_document_is_as_if_alone(fields: dict[str, Any]) -> None:
 def test_a_batch_without_a_token() -> None:
     model, ids = tiny_model(), random_ids(2, 6)
     segments = torch.tensor([[1, 1, 1, 1, 2, 2]]).expand(2, -1)
-    loss = model(ids, attention_mask=torch.zeros(2, 6), segment_ids=segments).loss
+    loss = loss_of(model, ids, attention_mask=torch.zeros(2, 6), segment_ids=segments)
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
@@ -208,7 +214,7 @@ def test_gradient_checkpointing_recomputes_documents(reentrant: bool) -> None:
     model = tiny_model()
     expected = run(model)
     recompute_activations(model, reentrant)
-    loss = model(**packed_batch()).loss
+    loss = loss_of(model, **packed_batch())
     loss.backward()
     assert_same([loss, *(p.grad for p in model.parameters())], expected[1:])
 

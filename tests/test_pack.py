@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from unmask.data.collate import Row, filled, pack
 from unmask.data.encode import Example
-from unmask.data.pack import Row, filled, pack
 from unmask.errors import UnmaskError
 
 

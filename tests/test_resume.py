@@ -1,200 +1,229 @@
-"""Going on from a checkpoint: only from a whole one, of this run, and as if it had never stopped."""
+"""A run that was stopped, at any moment, continues as if nothing had happened: to the bit."""
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_checkpoints import Evil, edit, tree_of
-from test_run import MODEL, assert_close, losses, saved, train, write_data
+from rich.console import Console
+from tiny import autoregressive_folder, run_recipe, run_state, run_weights
 
 from unmask.errors import UnmaskError
-from unmask.training.checkpoints import MANIFEST, PARTIAL, Manifest, write_manifest
+from unmask.training.checkpoint import checkpoints, damage, newest_whole, rotate
+from unmask.training.train import train
 
-SHORT: dict[str, Any] = {
-    "max_steps": 4,
-    "save_steps": 2,
-    "save_total_limit": None,
-    "lr_scheduler__type": "constant",
-    "data__eval_size": 0,
+
+def run(folder: Path, out: str, **changes: Any) -> str:
+    printed = io.StringIO()
+    train(
+        run_recipe(folder, checkpoint_save_dir=str(folder / out), **changes), Console(file=printed, width=200)
+    )
+    return printed.getvalue()
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    """Histories and final weights to the bit."""
+    first, second = run_state(one), run_state(other)
+    assert first["history"] == second["history"]
+    weights, others = run_weights(one), run_weights(other)
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulation and logs between saves": {"micro_batch_size": 1, "log_steps": 2},
+    "average": {"ema__decay": 0.7},
+    "muon": {"optimizer__type": "muon"},
+    "adafactor": {"optimizer__type": "adafactor"},
+    "packing, low discrepancy": {
+        "data__packing": True,
+        "global_batch_size": 2,
+        "model__time_sampling": "low_discrepancy",
+    },
+    "dropout": {"model__config__attention_dropout": 0.3},
+    "curriculum": {"model__prefix_probability": [0.5, 0.1], "model__noise_eps": [0.1, 0.01]},
+    "early stopping": {"early_stopping_patience": 3, "eval_steps": 3},
 }
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four steps with checkpoints after two and four, interrupted before its end."""
-    folder = tmp_path_factory.mktemp("run")
-    write_data(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        train(**SHORT)
-        shutil.rmtree(folder / "out/final")
-    return folder
+@pytest.mark.parametrize("name", SETTINGS)
+def test_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
+    changes = {"save_steps": 3, "eval_steps": 2, "save_total_limit": None, **SETTINGS[name]}
+    run(tmp_path, "whole", **changes)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    printed = run(tmp_path, "resumed", resume_from_checkpoint="auto", **changes)
+    assert f"resuming from {tmp_path / 'resumed' / 'checkpoint-3'}" in printed
+    assert_equal_runs(tmp_path / "whole", tmp_path / "resumed")
 
 
-@pytest.fixture(autouse=True)
-def place(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def test_adapters_resume_to_the_bit(tmp_path: Path) -> None:
+    base = autoregressive_folder(tmp_path / "base")
+    changes = {"model": {"name_or_path": str(base)}, "lora": {"r": 2, "dropout": 0.2}, "save_steps": 3}
+    run(tmp_path, "whole", save_total_limit=None, **changes)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    run(tmp_path, "resumed", resume_from_checkpoint="auto", **changes)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "resumed")
 
 
-def resume(out: str = "out", start: str = "auto", **changes: Any) -> str:
-    """Go on to step 6; returns what was printed."""
-    return train(out, **{**SHORT, "max_steps": 6, "resume_from_checkpoint": start, **changes})[1]
+def test_a_stream_and_a_mixture_resume_to_the_bit(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        lines = [{"instruction": f"{name} {n}", "output": name * (n % 5 + 1)} for n in range(12)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    sources = [
+        {"dataset_name": str(tmp_path / f"{n}.jsonl"), "weight": w} for n, w in (("a", 3.0), ("b", 1.0))
+    ]
+    for streaming in (False, True):
+        data: dict[str, Any] = {"sources": sources, "block_size": 64, "streaming": streaming}
+        if streaming:
+            data["shuffle_buffer"] = 5
+        changes = {"data": data, "save_steps": 3, "save_total_limit": None}
+        whole, resumed = f"whole-{streaming}", f"resumed-{streaming}"
+        run(tmp_path, whole, **changes)
+        shutil.copytree(tmp_path / whole / "checkpoint-3", tmp_path / resumed / "checkpoint-3")
+        run(tmp_path, resumed, resume_from_checkpoint="auto", **changes)
+        assert_equal_runs(tmp_path / whole, tmp_path / resumed)
 
 
-def history(folder: Path, key: str = "loss") -> list[float]:
-    return losses(json.loads((folder / "trainer_state.json").read_text())["log_history"], key)
+def test_the_work_may_be_divided_otherwise(tmp_path: Path) -> None:
+    changes = {"save_steps": 3, "save_total_limit": None}
+    run(tmp_path, "whole", **changes)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    printed = run(tmp_path, "resumed", resume_from_checkpoint="auto", micro_batch_size=1, **changes)
+    assert "the recipe differs from that of the checkpoint in" in printed and "micro_batch_size" in printed
+    for name, tensor in run_weights(tmp_path / "whole").items():
+        torch.testing.assert_close(tensor, run_weights(tmp_path / "resumed")[name], rtol=0, atol=1e-4)
 
 
-# The checkpoint that is taken.
+def test_a_new_schedule_holds_from_the_first_resumed_step(tmp_path: Path) -> None:
+    run(tmp_path, "out", save_steps=3, max_steps=3, lr_scheduler__type="linear")
+    run(
+        tmp_path,
+        "out",
+        save_steps=3,
+        max_steps=10,
+        lr_scheduler__type="linear",
+        resume_from_checkpoint="auto",
+    )
+    rates = [log["learning_rate"] for log in run_state(tmp_path / "out")["history"] if "loss" in log]
+    assert rates[3:6] == pytest.approx([0.007, 0.006, 0.005])
 
 
-def test_auto_goes_on_from_the_newest_whole_one_and_names_a_damaged_one(place: Path) -> None:
-    (place / "out/checkpoint-4/model.safetensors").write_bytes(b"cut")
-    stale = place / "out" / PARTIAL / "checkpoint-6"
-    stale.mkdir(parents=True)
-    said = resume(max_steps=4)
-    assert "warning: out/checkpoint-4: model.safetensors has 3 bytes instead of" in said
-    assert "step 3/4" in said and "step 2/4" not in said
-    assert not stale.exists()
-    assert len(saved("out/checkpoint-4")) == len(saved("out/checkpoint-2"))  # written again in its place
+def test_another_recipe_is_refused_unless_allowed(tmp_path: Path) -> None:
+    run(tmp_path, "out", save_steps=3, max_steps=3)
+    again: dict[str, Any] = {"save_steps": 3, "resume_from_checkpoint": "auto"}
+    with pytest.raises(UnmaskError, match=r"optimizer\.learning_rate was 0\.01 and is now 0\.5"):
+        run(tmp_path, "out", optimizer__learning_rate=0.5, **again)
+    with pytest.raises(UnmaskError, match=r"optimizer\.type.*start a new run"):
+        run(tmp_path, "out", optimizer__type="muon", resume={"allow": ["optimizer"]}, **again)
+    with pytest.raises(UnmaskError, match="another architecture"):
+        allow = {"allow": ["model.config"]}
+        run(tmp_path, "out", model__config__hidden_size=48, resume=allow, **again)
+    with pytest.raises(UnmaskError, match=r"ema\.decay"):
+        run(tmp_path, "out", ema__decay=0.9, resume={"allow": ["ema"]}, **again)
+    with pytest.raises(UnmaskError, match="holds a run already"):
+        run(tmp_path, "out", save_steps=3)
+    run(tmp_path, "out", optimizer__learning_rate=0.5, resume={"allow": ["optimizer"]}, **again)
+    with pytest.raises(UnmaskError, match="is a finished run"):
+        run(tmp_path, "out", optimizer__learning_rate=0.5, resume={"allow": ["optimizer"]}, **again)
 
 
-def test_auto_does_not_start_anew_over_damaged_checkpoints(place: Path) -> None:
-    for step in (2, 4):
-        (place / f"out/checkpoint-{step}/manifest.json").unlink()
-    before = tree_of(place)
-    with pytest.raises(UnmaskError, match=r"no checkpoint in out is whole: .*-4: .*no manifest.*-2: "):
-        resume()
-    assert tree_of(place) == before
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    run(tmp_path, "out", save_steps=2, save_total_limit=None)
+    out = tmp_path / "out"
+    shutil.rmtree(out / "final")
+    shutil.rmtree(out / "checkpoint-6")
+    file = next((out / "checkpoint-4" / "state").glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert "checksum" in str(damage(out / "checkpoint-4")) and damage(out / "checkpoint-2") is None
+    printed = run(tmp_path, "out", save_steps=2, resume_from_checkpoint="auto")
+    assert "checkpoint-4" in printed and "is damaged" in printed
+    assert f"resuming from {out / 'checkpoint-2'}" in printed
+    with pytest.raises(UnmaskError, match=r"state\.json has 2 bytes"):
+        file.write_bytes(data)
+        (out / "checkpoint-4" / "state.json").write_text("{}")
+        run(tmp_path, "out", resume_from_checkpoint=str(out / "checkpoint-4"))
 
 
-FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    run(tmp_path, "out", save_steps=1, save_total_limit=None, max_steps=5)
+    out = tmp_path / "out"
+    rotate(out, 2, best_step=2)
+    assert [folder.name for folder in checkpoints(out)] == ["checkpoint-5", "checkpoint-2"]
+    (out / "checkpoint-5" / "state.json").write_text("{}")
+    newest, wrong = newest_whole(out)
+    assert newest == out / "checkpoint-2" and len(wrong) == 1
 
 
-@pytest.mark.parametrize("file", [*FILES, "recipe.yaml", "pending.json", "config.json"])
-def test_a_named_checkpoint_that_is_damaged_is_refused(place: Path, file: str) -> None:
-    path = place / "out/checkpoint-4" / file
-    path.write_bytes(path.read_bytes()[:-1] + b"~")
-    before = tree_of(place)
-    with pytest.raises(UnmaskError, match=rf"out/checkpoint-4: {file} is damaged: its checksum .*earlier"):
-        resume("other", "out/checkpoint-4")
-    assert {p: b for p, b in tree_of(place).items() if not p.startswith("other")} == before
+PROGRAM = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from rich.console import Console
+from tiny import run_recipe
+from unmask.training.train import train
+folder = Path(sys.argv[1])
+recipe = run_recipe(folder, checkpoint_save_dir=sys.argv[2], max_steps=200, save_steps=10, log_steps=3,
+                    eval_steps=25, resume_from_checkpoint="auto")
+print("ready", flush=True)
+train(recipe, Console(quiet=True))
+"""
 
 
-@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_code_in_a_checkpoint_never_runs(place: Path, file: str) -> None:
-    folder = place / "out/checkpoint-4"
-    torch.save(Evil(place / "ran"), folder / file)
-    write_manifest(folder, Manifest(step=4, processes=1))  # the checksums of whoever put it there
-    with pytest.raises(UnmaskError, match="out/checkpoint-4 cannot be loaded: holds code") as caught:
-        resume()
-    assert not (place / "ran").exists() and "\n" not in str(caught.value)
-
-
-def test_an_older_checkpoint_is_not_gone_on_from_beside_newer_ones(place: Path) -> None:
-    with pytest.raises(UnmaskError, match="checkpoint-2 is not the newest of its folder: move checkpoint-4"):
-        resume(start="out/checkpoint-2")
-    assert "step 3/6" in resume("other", "out/checkpoint-2")
-
-
-# A run with another recipe.
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"seed": 6}, r"seed was 5 and is now 6; set it back, or allow it with resume.allow=\[seed\]"),
-        ({"global_batch_size": 4}, "global_batch_size was 8 and is now 4"),
-        ({"data__block_size": 90}, "data.block_size was 96 and is now 90"),
-        ({"model__loss": "uniform"}, 'model.loss was "elbo" and is now "uniform"'),
-        ({"optimizer__learning_rate": 0.1, "seed": 6}, "seed was .*, optimizer.learning_rate was 0.005 and"),
-        ({"optimizer": {"type": "adafactor"}}, "optimizer.type was .* cannot be loaded into that"),
-        (
-            {"optimizer": {"type": "adafactor"}, "resume__allow": ["optimizer"]},
-            "optimizer.type was .* cannot be loaded into that: start a new run",
-        ),
-    ],
-)
-def test_another_recipe_is_refused_with_its_keys(place: Path, changes: Any, message: str) -> None:
-    before = tree_of(place)
-    with pytest.raises(UnmaskError, match=f"out/checkpoint-4 is of a run with another recipe: {message}"):
-        resume(**changes)
-    assert tree_of(place) == before
-
-
-def test_what_only_divides_the_work_may_always_differ() -> None:
-    said = resume(micro_batch_size=2, log_steps=3, gradient_checkpointing=True, data__num_workers=1)
-    line = next(line for line in said.splitlines() if line.startswith("resume: "))
-    assert line == (
-        "resume: the recipe differs from that of the checkpoint in data.num_workers, micro_batch_size,"
-        " max_steps, gradient_checkpointing, log_steps"
+def start(folder: Path, out: Path) -> subprocess.Popen[str]:
+    program = PROGRAM.format(tests=str(Path(__file__).parent))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", program, str(folder), str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
 
 
-def test_an_allowed_setting_of_the_optimizer_takes_effect(place: Path) -> None:
-    allow = ["optimizer.learning_rate", "optimizer.weight_decay"]
-    changes = {"optimizer__learning_rate": 0.1, "optimizer__weight_decay": 0.5, "resume__allow": allow}
-    resume(**changes)
-    assert history(place / "out/checkpoint-6", "learning_rate") == [0.005] * 4 + [0.1] * 2
-    groups = torch.load(place / "out/checkpoint-6/optimizer.pt", weights_only=True)["param_groups"]
-    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
-    # The next resume has the same recipe as its checkpoint.
-    said = resume(**changes, max_steps=7)
-    assert "differs from that of the checkpoint in max_steps\n" in said
+def wait_for_a_checkpoint(process: subprocess.Popen[str], out: Path) -> None:
+    while process.poll() is None and not checkpoints(out):
+        time.sleep(0.01)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"resume__allow": ["optimizer.lerning_rate"]}, "did you mean 'optimizer.learning_rate'"),
-        ({"resume__allow": ["seed"], "resume_from_checkpoint": None}, "resume.allow has no effect without"),
-    ],
-)
-def test_resume_allow_names_known_keys_and_needs_a_resume(changes: Any, message: str) -> None:
-    with pytest.raises(UnmaskError, match=message):
-        resume(**changes)
+def finish(folder: Path, out: Path) -> None:
+    with start(folder, out) as process:
+        assert process.wait(200) == 0, process.stderr and process.stderr.read()
 
 
-# A checkpoint of another model.
-
-
-@pytest.mark.parametrize(
-    ("field", "value"), [("hidden_size", 48), ("num_hidden_layers", 2), ("model_type", "llama")]
-)
-def test_another_architecture_is_refused(field: str, value: Any) -> None:
-    name = f"{field} .*, here {f'unmask_{value}' if field == 'model_type' else value}"
-    changes = {"model__config": {**MODEL, field: value}, "resume__allow": ["model.config"]}
-    with pytest.raises(UnmaskError, match=f"out/checkpoint-4 is of another architecture: .*{name}"):
-        resume(**changes)
-
-
-def test_another_tokenizer_is_refused(place: Path) -> None:
-    edit(place / "out/checkpoint-4", tokenizer_sha256="0" * 64)
-    with pytest.raises(UnmaskError, match="out/checkpoint-4 is of a run with another tokenizer"):
-        resume()
-
-
-def test_a_checkpoint_of_a_newer_version_is_refused(place: Path) -> None:
-    edit(place / "out/checkpoint-4", format_version=9)
-    with pytest.raises(UnmaskError, match=f"{MANIFEST} is of format 9, made by a newer unmask"):
-        resume("other", "out/checkpoint-4")
-
-
-# As if it had never stopped.
-
-
-def test_the_mean_since_the_last_log_is_carried_over(place: Path) -> None:
-    """The log after three steps has the mean over all of them, two of which were before the stop."""
-    each = {"log_steps": 3, "save_steps": 2, "max_steps": 6}
-    whole = train("whole", **{**SHORT, **each})[0]
-    resumed = train("more", **{**SHORT, **each, "resume_from_checkpoint": "whole/checkpoint-2"})[0]
-    assert len(history(place / "whole/checkpoint-6")) == 3  # the first step is always logged
-    assert history(place / "more/checkpoint-6") == history(place / "whole/checkpoint-6")
-    assert_close(saved(resumed.checkpoint), saved(whole.checkpoint), atol=0)
+@pytest.mark.slow
+def test_signals_save_and_kills_lose_nothing(tmp_path: Path) -> None:
+    run_recipe(tmp_path)  # writes the data
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    finish(tmp_path, whole)
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        with start(tmp_path, out) as process:
+            before = newest_whole(out, contents=False)[0]
+            while process.poll() is None and newest_whole(out, contents=False)[0] in (None, before):
+                time.sleep(0.01)
+            process.send_signal(number)
+            assert process.wait(60) == code, process.stderr and process.stderr.read()
+    draw = random.Random(0)
+    for _ in range(3):
+        with start(tmp_path, out) as process:
+            wait_for_a_checkpoint(process, out)
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+            time.sleep(draw.uniform(0.5, 3.0))
+            process.kill()
+    if not (out / "final").exists():
+        finish(tmp_path, out)
+    assert_equal_runs(whole, out)

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import csv
-import errno
 import gzip
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from unmask.data.conversation import BadRecord
-from unmask.data.files import RecordFile
-from unmask.data.sources import list_files, read_documents, read_records
+from unmask.data.files import read_documents, read_records
 from unmask.errors import UnmaskError
 
 ROWS = [{"instruction": f"say {i}", "output": "007"} for i in range(3)]
@@ -105,16 +101,16 @@ def test_folder_glob_and_limit(tmp_path: Path) -> None:
         ("x.json", '{\n "a": 1\n}', "x.json line 1: not valid JSON"),
         ("x.jsonl", '{"a": 1}\n[1]\n', "x.jsonl line 2: expected a record {...}; got a list"),
         ("x.json", '[{"a": 1}, 7]', "x.json record 2: expected a record {...}; got 7"),
-        ("x.jsonl", "", "x.jsonl: the file holds no records"),
-        ("x.json", "[]", "x.json: the file holds no records"),
-        ("x.csv", "a,b\n", "x.csv: the file holds no records"),
+        ("x.jsonl", "", "x.jsonl: the file has no records"),
+        ("x.json", "[]", "x.json: the file has no records"),
+        ("x.csv", "a,b\n", "x.csv: the file has no records"),
         ("x.csv", "a,b\n1,2,3\n", "x.csv record 1: more cells than the header has names"),
         ("x.csv", 'a,b\n1,2\n"3,4\n', "x.csv record 2: not valid CSV"),
         ("x.csv", b"a\n\xff\n", "x.csv record 1: not UTF-8 text"),
         ("x.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "x.jsonl line 2: not UTF-8 text"),
         ("x.json", b'[{"a": 1},\n{"a": "\xff"}]', "x.json line 2: not UTF-8 text"),
-        ("x.jsonl.gz", "plain", "x.jsonl.gz line 1: cannot be decompressed (Not a gzipped file"),
-        ("x.jsonl.gz", gzip.compress(b"{}\n" * 99)[:-9], "x.jsonl.gz line 100: cannot be decompressed"),
+        ("x.jsonl.gz", "plain", "x.jsonl.gz record 1: cannot be decompressed (Not a gzipped file"),
+        ("x.jsonl.gz", gzip.compress(b"{}\n" * 99)[:-9], "x.jsonl.gz record 1: cannot be decompressed"),
         ("x.parquet", "no table", "x.parquet: not a readable Parquet file"),
         ("x.txt", "text", "not a file of records; expected .json, .jsonl"),
     ],
@@ -145,75 +141,6 @@ CUT_GZIP = gzip.compress(lines(SIX * 500).encode())[:-4]  # in the checksum
 RANDOM_GZIP = gzip.compress("".join(f'{{"a": "{n * n * 7919 % 99991}"}}\n' for n in range(2000)).encode())
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "whole", "where", "counted"),
-    [
-        ("x.json", ARRAY[:-60] + "!" + ARRAY[-60:], 4, "x.json line 1", "not valid JSON: the rest"),
-        ("x.json", ARRAY[:-1], 6, "x.json line 1", "not valid JSON: the rest"),
-        ("x.json", "[!", 0, "x.json line 1", "not valid JSON: all"),
-        (
-            "x.json",
-            json.dumps(SIX[:3], indent=0).encode()[:-2] + b',\n{"a": "\xff"}]',
-            3,
-            "x.json line 14",
-            "not UTF-8 text: the rest",
-        ),
-        (
-            "x.json.gz",
-            gzip.compress(json.dumps(SIX * 99).encode(), 0)[:-2000],
-            547,
-            "x.json.gz record 548",
-            "cannot be decompressed: the rest",
-        ),
-        ("x.csv", 'a,b\n1,2\n"3\n3",4\n"5,6\n7,8\n', 2, "x.csv record 3", "not valid CSV: the rest"),
-        ("x.jsonl.gz", CUT_GZIP, 3000, "x.jsonl.gz line 3001", "cannot be decompressed: the rest"),
-        ("x.parquet", parquet(SIX, 1), 2, "x.parquet record 3", "not a readable Parquet file: the rest"),
-        ("x.parquet", parquet(SIX)[:-9], 0, "x.parquet", "not a readable Parquet file: all"),
-    ],
-)
-def test_of_a_broken_file_the_beginning_is_used(
-    tmp_path: Path, file: str, content: str | bytes, whole: int, where: str, counted: str
-) -> None:
-    name = write(tmp_path / file, content)
-    *found, (bad, place) = read_records(name, keep_bad=True)
-    assert len(found) == whole and not any(isinstance(record, BadRecord) for record, _ in found)
-    assert isinstance(bad, BadRecord) and place == where
-    assert bad.error(place).counted == f"{counted} of {file} is left out"
-    message = error_of(name)
-    assert message.startswith(f"{where}: {bad.reason}") and "left out" not in message
-    # From any place on, that after the break included, the same follows.
-    [opened] = list_files([name])
-    assert isinstance(opened, RecordFile)
-    items = [(raw.record(), raw.where, at) for raw, at in opened.read()]
-    for number in {whole // 2, whole, whole + 1} - {0}:
-        rest = [(raw.record(), raw.where, at) for raw, at in opened.read(items[number - 1][2])]
-        assert rest == items[number:]
-
-
-def test_a_gzip_file_cut_anywhere_gives_whole_records_and_says_where_it_ends(tmp_path: Path) -> None:
-    most = 0
-    for size in range(5, len(RANDOM_GZIP), len(RANDOM_GZIP) // 7):
-        name = write(tmp_path / "x.jsonl.gz", RANDOM_GZIP[:size])
-        *found, (bad, where) = read_records(name, keep_bad=True)
-        assert not any(isinstance(record, BadRecord) for record, _ in found)
-        assert isinstance(bad, BadRecord) and where == f"x.jsonl.gz line {len(found) + 1}"
-        most = max(most, len(found))
-    assert most > 1000
-
-
-def test_a_disk_that_cannot_be_read_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Failing(io.BytesIO):
-        def read(self, *_: Any) -> bytes:
-            raise OSError(errno.EIO, "Input/output error")
-
-        read1 = readinto = read  # pyright: ignore
-
-    monkeypatch.setattr(RecordFile, "open", lambda self: Failing(b"x" * 99))
-    for name in ("x.parquet", "x.csv", "x.json"):
-        with pytest.raises(UnmaskError, match=rf"^{name}: cannot be read \(\[Errno 5\]"):
-            list(read_records(write(tmp_path / name, "[]"), keep_bad=True))
-
-
 def test_missing_files(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", lines(ROWS))
     missing = str(tmp_path / "trian.jsonl")
@@ -224,12 +151,7 @@ def test_missing_files(tmp_path: Path) -> None:
     assert "no such file" in error_of("./alpaca")
     assert "no file matches" in error_of(f"{tmp_path}/*.csv")
     (tmp_path / "empty").mkdir()
-    assert "holds no file of a known kind" in error_of(str(tmp_path / "empty"))
-
-
-def test_missing_file_is_known_before_the_first_record() -> None:
-    with pytest.raises(UnmaskError):
-        read_records("./nowhere.jsonl")
+    assert "the folder has no file of a known kind" in error_of(str(tmp_path / "empty"))
 
 
 def test_hub_name_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,19 +177,6 @@ def test_hub_name_in_offline_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "cannot be loaded (split 'train'): offline mode." in error_of("some/data")
 
 
-def test_hub_records_come_from_the_named_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    def load(name: str, config: str, *, split: str, streaming: bool) -> list[dict[str, Any]]:
-        return [{"name": name, "config": config, "split": split, "streaming": streaming}] * 5
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    records = list(read_records("some/data", split="test", config_name="main", limit=2))
-    row = {"name": "some/data", "config": "main", "split": "test", "streaming": True}
-    assert records == [(row, "some/data record 1"), (row, "some/data record 2")]
-
-
 def test_documents(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", "\ufeffone\ndocument\n")
     write(tmp_path / "b.jsonl", lines([{"text": "two"}, {"text": " "}, {"text": "three"}]))
@@ -280,8 +189,6 @@ def test_documents(tmp_path: Path) -> None:
 
 
 def test_bad_documents(tmp_path: Path) -> None:
-    with pytest.raises(UnmaskError, match=r"a\.txt: the file is empty"):
-        list(read_documents(write(tmp_path / "a.txt", "")))
     with pytest.raises(UnmaskError, match=r"b\.txt: not UTF-8 text \(line 1, byte 2\)"):
         list(read_documents(write(tmp_path / "b.txt", b"a\xff")))
     name = write(tmp_path / "c.jsonl", lines([{"body": "x"}]))

@@ -138,7 +138,7 @@ def test_readme_python_runs() -> None:
 
 
 def test_readme_tree_names_files_that_exist() -> None:
-    [tree] = [block for block in blocks("text") if "recipe/  " in block]
+    [tree] = [block for block in blocks("text") if "config.py  " in block]
     folder = Path()
     for line in tree.splitlines():
         name = line.split()[0]

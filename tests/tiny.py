@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import json
+import logging
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -159,3 +166,123 @@ def recompute_activations(model: Any, reentrant: bool = False) -> None:
     """Turn activation checkpointing on; transformers 5.24 renamed the method."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
+
+
+def chi_square_p(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
+    """P-value of Pearson's test that the counts were drawn from the probabilities.
+
+    Cells of fewer than five expected draws, for which the approximation is poor, count as one.
+    """
+    expected = counts.sum() * probabilities
+    rare = expected < 5
+    counts, expected = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts, expected))
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    freedom = torch.tensor(float(len(counts) - 1), dtype=torch.float64)
+    return torch.special.gammaincc(freedom / 2, statistic.double() / 2).item()
+
+
+def ragged(lengths: list[int], side: str = "left", extra: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask of random rows, padded "left", "right" or in the "middle" of each row.
+
+    Row of length n is `random_ids(1, n, seed=n)`; `extra` columns are padding in every row.
+    """
+    width = max(lengths) + extra
+    ids, mask = torch.full((len(lengths), width), 9), torch.zeros(len(lengths), width, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        before = {"left": 0, "right": length, "middle": length // 2}[side]
+        columns = [*range(before), *range(before + width - length, width)]
+        ids[row, columns] = random_ids(1, length, seed=length)[0]
+        mask[row, columns] = 1
+    return ids, mask
+
+
+@dataclass
+class Said:
+    """What a command printed, and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_cli(*arguments: str | Path) -> Said:
+    """Run `unmask ARGUMENTS` in this process, and leave the libraries' loggers as they were."""
+    from transformers.utils import logging as transformers_logging
+
+    from unmask import cli
+
+    verbosity, level = transformers_logging.get_verbosity(), logging.getLogger("torch").level
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["unmask", *map(str, arguments)])
+        patch.setenv("COLUMNS", "110")
+        try:
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+            transformers_logging.enable_progress_bar()
+            logging.getLogger("torch").setLevel(level)
+    code = ended.value.code
+    return Said(code if isinstance(code, int) else 1, out.getvalue(), err.getvalue())
+
+
+RUN_MODEL: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,
+}
+
+
+def run_recipe(folder: Path, **changes: Any) -> Any:
+    """A recipe of six short steps on 24 records in `folder`; `a__b=1` sets the key a.b."""
+    from unmask.config import recipe_from_dict
+
+    data = folder / "data.jsonl"
+    if not data.exists():
+        lines = [{"instruction": f"Count {n}.", "output": "+" * (n % 11 + 1)} for n in range(24)]
+        data.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    tree: dict[str, Any] = {
+        "training_mode": "sft",
+        "seed": 3,
+        "model": {"config": dict(RUN_MODEL), "tokenizer": "bytes"},
+        "data": {"dataset_name": str(data), "block_size": 64, "eval_size": 6},
+        "global_batch_size": 4,
+        "max_steps": 6,
+        "precision": "fp32",
+        "optimizer": {"learning_rate": 1e-2},
+        "log_steps": 1,
+        "report_to": [],
+        "checkpoint_save_dir": str(folder / "run"),
+    }
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        section = tree
+        for name in path:
+            section = section.setdefault(name, {})
+        section[last] = value
+    return recipe_from_dict(tree)
+
+
+def run_state(folder: Path) -> dict[str, Any]:
+    """`state.json` of the newest checkpoint of a run, its history without what depends on time."""
+    newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+    timed = ("time/", "model_flops", "supervised_tokens_per", "peak_memory", "useful_positions")
+    state["history"] = [
+        {name: value for name, value in log.items() if not name.startswith(timed)} for log in state["history"]
+    ]
+    return state
+
+
+def run_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of the folder that a run leaves."""
+    from safetensors.torch import load_file
+
+    files = sorted((folder / "final").glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}

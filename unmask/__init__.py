@@ -2,10 +2,11 @@
 
 The flow, in the order of the folders:
 
-    records -> Example(input_ids, src_mask) -> Batch -> Noised(x_t, is_masked, t) -> logits -> loss
+    records -> Example(input_ids, src_mask) -> Batch -> Noised(x_t, is_masked, t) -> hidden -> loss
             -> checkpoint -> generate -> evaluate
 
-Names are imported when first used, so that `import unmask` is quick.
+Names are imported when first used, so that `import unmask` is quick. The Auto classes of transformers know
+diffusion checkpoints once `unmask.model` is imported, which using a model class or `load_model` does too.
 """
 
 from __future__ import annotations
@@ -13,34 +14,33 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from unmask import _register
-
 if TYPE_CHECKING:
+    from unmask.config import Recipe as Recipe
+    from unmask.config import load_recipe as load_recipe
     from unmask.data.collate import SFTDataCollator as SFTDataCollator
     from unmask.data.encode import Encoder as Encoder
     from unmask.data.encode import Example as Example
     from unmask.data.tokenizer import byte_tokenizer as byte_tokenizer
     from unmask.data.tokenizer import load_tokenizer as load_tokenizer
+    from unmask.diffusion.corrupt import Noised as Noised
+    from unmask.diffusion.corrupt import corrupt as corrupt
+    from unmask.diffusion.corrupt import sample_t as sample_t
+    from unmask.diffusion.corrupt import transition as transition
     from unmask.diffusion.likelihood import Likelihood as Likelihood
     from unmask.diffusion.likelihood import likelihood as likelihood
-    from unmask.diffusion.noise import Noised as Noised
-    from unmask.diffusion.noise import sample_t as sample_t
-    from unmask.diffusion.noise import transition as transition
+    from unmask.diffusion.objective import Curriculum as Curriculum
     from unmask.diffusion.objective import Objective as Objective
     from unmask.errors import UnmaskError as UnmaskError
     from unmask.generation.config import DiffusionGenerationConfig as DiffusionGenerationConfig
+    from unmask.model.checkpoint import convert as convert
     from unmask.model.checkpoint import load_model as load_model
     from unmask.model.config import LlamaDiffusionConfig as LlamaDiffusionConfig
     from unmask.model.config import Qwen2DiffusionConfig as Qwen2DiffusionConfig
     from unmask.model.config import Qwen3DiffusionConfig as Qwen3DiffusionConfig
-    from unmask.model.convert import convert as convert
     from unmask.model.families import LlamaForCausalLM as LlamaForCausalLM
     from unmask.model.families import Qwen2ForCausalLM as Qwen2ForCausalLM
     from unmask.model.families import Qwen3ForCausalLM as Qwen3ForCausalLM
-    from unmask.recipe import Recipe as Recipe
-    from unmask.recipe import load_recipe as load_recipe
-    from unmask.training.run import train as train
-    from unmask.training.trainer import DiffusionTrainer as DiffusionTrainer
+    from unmask.training.train import train as train
 
 __version__ = "0.1.0"
 
@@ -52,9 +52,11 @@ _MODULE_OF = {
     "load_tokenizer": "data.tokenizer",
     "Likelihood": "diffusion.likelihood",
     "likelihood": "diffusion.likelihood",
-    "Noised": "diffusion.noise",
-    "sample_t": "diffusion.noise",
-    "transition": "diffusion.noise",
+    "Noised": "diffusion.corrupt",
+    "corrupt": "diffusion.corrupt",
+    "sample_t": "diffusion.corrupt",
+    "transition": "diffusion.corrupt",
+    "Curriculum": "diffusion.objective",
     "Objective": "diffusion.objective",
     "UnmaskError": "errors",
     "DiffusionGenerationConfig": "generation.config",
@@ -62,14 +64,13 @@ _MODULE_OF = {
     "LlamaDiffusionConfig": "model.config",
     "Qwen2DiffusionConfig": "model.config",
     "Qwen3DiffusionConfig": "model.config",
-    "convert": "model.convert",
+    "convert": "model.checkpoint",
     "LlamaForCausalLM": "model.families",
     "Qwen2ForCausalLM": "model.families",
     "Qwen3ForCausalLM": "model.families",
-    "Recipe": "recipe",
-    "load_recipe": "recipe",
-    "train": "training.run",
-    "DiffusionTrainer": "training.trainer",
+    "Recipe": "config",
+    "load_recipe": "config",
+    "train": "training.train",
 }
 
 __all__ = ["__version__", *_MODULE_OF]  # pyright: ignore[reportUnsupportedDunderAll]
@@ -83,6 +84,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-_register.enter_auto_classes()

@@ -6,7 +6,6 @@ import errno
 import os
 import sys
 import time
-from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -67,7 +66,7 @@ def convert(
     before use.
     """
     hide_progress_bars()
-    from unmask.model.convert import convert as run
+    from unmask.model.checkpoint import convert as run
 
     model, tokenizer = run(base, out)
     print(
@@ -97,27 +96,20 @@ def data(
     With --html the same as a page for a browser, with --curriculum how masking
     and attention change over the run.
     """
-    from unmask.recipe import load_recipe
+    from unmask.config import load_recipe
 
     settings = load_recipe(recipe, overrides or [])  # before the imports that take seconds
     hide_progress_bars()
-    from unmask.data.page import SEQUENCES, check_page, write_page
-    from unmask.data.preview import show_examples, show_report
-    from unmask.data.survey import survey
-    from unmask.training.curriculum_plot import check_picture, draw_curriculum
-    from unmask.training.dataset import load_data, run_tokenizer, source_names
-    from unmask.training.report import first_shares
-    from unmask.training.schedule import (
-        check_block_sizes,
-        make_curriculum,
-        schedule_notes,
-        steps_per_epoch,
-    )
+    from unmask.data.dataset import first_rows, first_shares, load_data, run_tokenizer, source_names
+    from unmask.data.inspect import SEQUENCES, check_page, show_examples, show_report, survey, write_page
+    from unmask.plots import check_picture, draw_curriculum
+    from unmask.training.build import check_base, check_block_sizes, make_curriculum, schedule_notes
 
     if curriculum is not None:
-        check_picture(curriculum)
+        check_picture(curriculum, "--curriculum")
     if html is not None:
         check_page(html)
+    check_base(settings)
     tokenizer = run_tokenizer(settings)
     loaded = load_data(settings, tokenizer)
     check_block_sizes(settings, loaded.train)
@@ -144,20 +136,20 @@ def data(
     if settings.data.streaming:
         console.print("stream: the figures are of the beginning of each source", highlight=False)
     if settings.data.sources is not None:
-        console.print(first_shares(loaded), highlight=False, markup=False)
+        console.print(first_shares(loaded, names), highlight=False, markup=False)
     if loaded.held_out:
         console.print(f"held out: {len(loaded.held_out):,} sequences", highlight=False)
     for line in loaded.left_out(trained=[]):
         console.print(line, highlight=False, markup=False)
-    for note in schedule_notes(settings, loaded.rows, settings.model.block_length):
+    for note in schedule_notes(settings, len(loaded.rows), settings.model.block_length):
         console.print(note, highlight=False)
     if curriculum is not None:
-        epoch = steps_per_epoch(settings, loaded.rows)
+        epoch = -(-len(loaded.rows) // settings.global_batch_size)
         draw_curriculum(make_curriculum(settings), settings.max_steps, epoch, curriculum)
         console.print(f"curriculum: {curriculum}", highlight=False)
     if html is not None:
         stream = loaded.stream
-        rows = loaded.rows if stream is None else [row for row, _, _ in islice(stream.rows(), SEQUENCES)]
+        rows = loaded.rows if stream is None else first_rows(loaded, SEQUENCES)
         shown = write_page(
             html,
             rows,
@@ -188,13 +180,15 @@ def prepare(
     Train from it with data.dataset_name=OUT. Interrupted, the same command goes
     on where it was.
     """
-    from unmask.recipe import load_recipe
+    from unmask.config import load_recipe
 
     settings = load_recipe(recipe, overrides or [])  # before the imports that take seconds
     hide_progress_bars()
-    from unmask.training.prepare import prepare as run
+    from unmask.data.dataset import prepare as run
+    from unmask.training.build import check_base
 
     try:
+        check_base(settings)
         manifest = run(settings, out, workers=workers)
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on with what {out} holds", file=sys.stderr)
@@ -227,16 +221,16 @@ def train(
     """
     if devices is not None and not dry_run:
         raise UnmaskError("--devices has no effect without --dry-run; torchrun --nproc_per_node=N starts N.")
-    from unmask.recipe import load_recipe
+    from unmask.config import load_recipe
 
     settings = load_recipe(recipe, overrides or [])  # before the imports that take seconds
     hide_progress_bars()
     if dry_run:
-        from unmask.training.dry_run import dry_run as show
+        from unmask.training.memory import dry_run as show
 
         show(settings, devices)
         return
-    from unmask.training.run import train as run
+    from unmask.training.train import train as run
 
     try:
         run(settings)
@@ -326,7 +320,7 @@ def score(
 def main() -> None:
     """Run the command; bad input ends in one line on the standard error and exit code 2."""
     debug = "--debug" in sys.argv
-    arguments = cli_generate.place_of_trace([one for one in sys.argv[1:] if one != "--debug"])
+    arguments = cli_generate.insert_trace_value([one for one in sys.argv[1:] if one != "--debug"])
     try:
         with warnings_in_lines():
             app(arguments, prog_name="unmask")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,206 +11,140 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typer import Option
 
-from unmask.cli_options import (
-    AlgTemp,
-    ApproximateCache,
-    BatchSize,
-    BlockLength,
-    Canvas,
-    EndFill,
-    EntropyBound,
-    Eta,
-    Factor,
-    GuidanceScale,
-    MaxNewTokens,
-    MinNewTokens,
-    Model,
-    PolicyName,
-    Raw,
-    Seed,
-    Steps,
-    System,
-    Temperature,
-    Threshold,
-    TopK,
-    TopP,
-)
+from unmask.cli_options import DECODING, BatchSize, EndFill, Model, System, decoding_options
 from unmask.errors import UnmaskError
 
 IN_TERMINAL = "-"  # what --trace alone stands for
-_TRACES = (".html", ".png")
-
-_ALL = (
-    *("max_new_tokens", "min_new_tokens", "steps", "policy", "threshold", "factor", "entropy_bound"),
-    *("alg_temp", "eta", "temperature", "top_k", "top_p", "block_length", "canvas", "guidance_scale"),
-    "approximate_cache",
-)
+STDIN = "- reads standard input, without its last line end"
 
 
+@decoding_options(*DECODING)
 def generate(
     model: Model,
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            help="What the user says; - reads it from the standard input, without its last line end."
-        ),
-    ] = None,
+    prompt: Annotated[str | None, Option(help=f"What the user says; {STDIN}.")] = None,
     prompts: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Prompts: records of any known format, or .txt, one a line."),
+        Path | None, Option(metavar="FILE", help="Prompts: records, or .txt, one a line.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Answers to --prompts, one JSON line each.")
+        Path | None, Option(metavar="FILE", help="Answers to --prompts, one JSON line each.")
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on after the answers that --out already holds.")
-    ] = False,
+    resume: Annotated[bool, Option("--resume", help="Continue an interrupted --out.")] = False,
     system: System = None,
-    raw: Raw = False,
-    prefix: Annotated[str | None, typer.Option(help="What the response starts with.")] = None,
+    raw: Annotated[bool, Option("--raw", help="Plain text, without the chat template.")] = False,
+    prefix: Annotated[str, Option(help="Beginning of the response.", show_default=False)] = "",
     choice: Annotated[
-        list[str] | None,
-        typer.Option(help="Answer by the likeliest of these texts; give two or more."),
+        list[str] | None, Option(help="Answer with the likeliest of these; two or more.")
     ] = None,
     end_fill: EndFill = None,
-    samples: Annotated[
-        int, typer.Option(min=1, help="Answers to each prompt, from one seed after another.")
-    ] = 1,
+    samples: Annotated[int, Option(min=1, help="Answers to each prompt, with seed, seed + 1, ...")] = 1,
     stop: Annotated[
-        list[str] | None, typer.Option(help="End the response before this text; may be repeated.")
+        list[str] | None, Option(help="Stop string: ends the response before it; repeatable.")
     ] = None,
-    batch_size: BatchSize = None,
+    batch_size: BatchSize = 16,
     trace: Annotated[
         str | None,
-        typer.Option(
-            metavar="[FILE]",
-            help="Show tokens appearing out of masks: here, as a page (.html) or a picture (.png).",
+        Option(
+            metavar="[FILE]", help="Show masks becoming tokens: here, in a page (.html) or picture (.png)."
         ),
     ] = None,
-    max_new_tokens: MaxNewTokens = None,
-    min_new_tokens: MinNewTokens = None,
-    steps: Steps = None,
-    policy: PolicyName = None,
-    threshold: Threshold = None,
-    factor: Factor = None,
-    entropy_bound: EntropyBound = None,
-    alg_temp: AlgTemp = None,
-    eta: Eta = None,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    block_length: BlockLength = None,
-    canvas: Canvas = None,
-    guidance_scale: GuidanceScale = None,
-    approximate_cache: ApproximateCache = None,
-    seed: Seed = None,
+    *,
+    decoding: dict[str, Any],
 ) -> None:
     """Answer a prompt, or a file of them: fill a canvas of masks step by step.
 
-    By default the most confident token comes first, one a forward. With
-    --choice nothing is written: the given answers are compared by likelihood.
+    By default each denoising step commits the most confident token. With
+    --choice nothing is generated: the given answers are compared by likelihood.
     """
-    values = locals()
-    decoding = {name: values[name] for name in _ALL if values[name] is not None}
     if (prompt is None) == (prompts is None):
         raise UnmaskError("give --prompt TEXT or --prompts FILE, one of them.")
     if prompts is not None and out is None:
         raise UnmaskError("--prompts needs --out FILE.jsonl for the answers.")
-    if prompts is not None and trace is not None:
-        raise UnmaskError("--trace has an effect with --prompt alone.")
-    for option, given in (("--out", out is not None), ("--resume", resume)):
-        if given and prompts is None:
-            raise UnmaskError(f"{option} has an effect with --prompts alone.")
-    if raw and system is not None:
-        raise UnmaskError("--system has no effect with --raw; write it into the prompt.")
-    if end_fill is not None and not choice:
-        raise UnmaskError("--end-fill has an effect with --choice alone.")
-    if choice:
-        others = {"prefix": prefix, "stop": stop, "trace": trace, "samples": samples > 1, **decoding}
-        for name, given in others.items():
-            if given or name in decoding:
-                raise UnmaskError(
-                    f"--{name.replace('_', '-')} has no effect with --choice: nothing is written."
-                )
+    generating = {"prefix": prefix, "stop": stop, "trace": trace, "samples": samples > 1}
+    generating |= {name: True for name in decoding if name != "seed"}
+    for options, has_effect, message in (
+        ({"trace": trace}, prompts is None, "has no effect with --prompts"),
+        ({"out": out, "resume": resume}, prompts is not None, "has an effect with --prompts alone"),
+        ({"system": system}, not raw, "has no effect with --raw; write it into the prompt"),
+        ({"end_fill": end_fill}, bool(choice), "has an effect with --choice alone"),
+        (generating, not choice, "has no effect with --choice: nothing is generated"),
+    ):
+        for name, value in options.items():
+            if not has_effect and value:
+                raise UnmaskError(f"--{name.replace('_', '-')} {message}.")
     _check_texts(prompt=prompt, system=system, prefix=prefix, stop=stop, choice=choice)
     _check_trace(trace)
-
     hide_progress_bars()
-    from unmask.evaluation.choose import chosen
-    from unmask.generation.complete import begun, chat_example, chat_turns, complete, raw_example
-    from unmask.generation.prompts import answer_file, check_lengths, check_out, generated, read_prompts
+    from unmask.evaluation.choose import choose_answers
+    from unmask.generation.text import (
+        answer_file,
+        check_lengths,
+        check_out,
+        complete,
+        generate_answers,
+        prompt_example,
+        read_prompts,
+    )
 
     if out is not None:
         check_out(out, resume)
     denoiser, tokenizer = _load(model)
-    config = _settings(denoiser, decoding, seed)
+    config = _settings(denoiser, decoding)
+    seed = decoding.pop("seed", config.seed)
     if samples > 1 and not config.is_random:
         raise UnmaskError("--samples: without randomness all are the same; set --temperature above 0.")
-    size, prefix = batch_size or 16, prefix or ""
+    generation: dict[str, Any] = {"stop": stop or [], "batch_size": batch_size, **decoding}
     if choice:
-        answer = chosen(denoiser, tokenizer, choice, end_fill=end_fill or 1, batch_size=size)
+        sizes = {"end_fill": end_fill or 1, "batch_size": batch_size}
+        answer = partial(choose_answers, denoiser, tokenizer, choice, **sizes)
     else:
-        answer = generated(denoiser, tokenizer, prefix=prefix, stop=stop or [], batch_size=size, **decoding)
+        answer = partial(generate_answers, denoiser, tokenizer, prefix=prefix, **generation)
     if prompts is not None and out is not None:
-        found = read_prompts(prompts, tokenizer, raw=raw, system=system)
-        found = [replace(one, example=begun(one.example, prefix, tokenizer)) for one in found]
+        listed = read_prompts(prompts, tokenizer, raw=raw, system=system, prefix=prefix)
         if not choice:
-            check_lengths(found, config.max_new_tokens, denoiser.config.max_position_embeddings)
-        told = {"model": model, "raw": raw or None, "system": system, "prefix": prefix or None}
-        told |= {"choice": choice or None, "end_fill": end_fill, "stop": stop or None, **decoding}
-        run = partial(answer_file, answer, found, out, samples=samples, seed=config.seed, resume=resume)
-        settings = {name: value for name, value in told.items() if value is not None}
-        _answer_file(partial(run, settings=settings, together=4 * size), out, len(found), samples)
+            check_lengths(listed, config.max_new_tokens, denoiser.config.max_position_embeddings)
+        told = {"model": model, "raw": raw, "system": system, "prefix": prefix, "choice": choice}
+        told |= {"end_fill": end_fill, "stop": stop}
+        settings = {name: value for name, value in told.items() if value} | decoding
+        how = {"samples": samples, "seed": seed, "resume": resume, "flush_every": 4 * batch_size}
+        run = partial(answer_file, answer, listed, out, settings=settings, **how)
+        _answer_file(run, out, len(listed), samples)
         return
-    text = _read_stdin() if prompt == "-" else prompt or ""
-    if not text.strip() and not raw:
-        raise UnmaskError("the prompt is empty; say something, or generate from nothing with --raw.")
-    example = raw_example(tokenizer, text) if raw else chat_example(tokenizer, chat_turns(text, system))
-    example = begun(example, prefix, tokenizer)
+    text = read_stdin() if prompt == "-" else prompt or ""
+    example = prompt_example(tokenizer, text, raw=raw, system=system, prefix=prefix)
     if choice:
-        [line] = answer([example], [config.seed], None)
+        [line] = answer([example], [seed])
         for name, figures in line["choices"].items():
             print(f"{figures['probability']:6.1%}  {figures['nats']:.3f} nats  {name}", file=sys.stderr)
         print(line["response"])
         return
-    seeds = [config.seed + sample for sample in range(samples)]
-    decoding |= {"stop": stop or [], "batch_size": size, "seed": seeds}
+    seeds = [seed + sample for sample in range(samples)]
     keep = trace not in (None, IN_TERMINAL)
-    asked = text + ("\n" if prefix and not raw else "") + prefix
-    answers = complete(denoiser, tokenizer, [example] * samples, keep_states=keep, **decoding)
-    _show_trace(trace, answers, tokenizer, title=f"unmask generate {model}", prompt=asked, seeds=seeds)
-    for number, one in zip(seeds, answers, strict=True):
+    copies = [example] * samples
+    answers = complete(denoiser, tokenizer, copies, keep_states=keep, seed=seeds, **generation)
+    if trace is not None:
+        shown = text + ("\n" if prefix and not raw else "") + prefix
+        names = [f"seed {number}" for number in seeds]
+        _show_trace(trace, answers, tokenizer, f"unmask generate {model}", shown, names)
+    for number, completion in zip(seeds, answers, strict=True):
         if samples > 1:
             print(f"--- seed {number}")
-        print(prefix + one.text)
+        print(prefix + completion.text)
 
 
-def chat(
-    model: Model,
-    system: System = None,
-    max_new_tokens: MaxNewTokens = None,
-    steps: Steps = None,
-    policy: PolicyName = None,
-    threshold: Threshold = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    seed: Seed = None,
-) -> None:
-    """Talk with a model: tokens appear out of masks and settle.
+@decoding_options("max_new_tokens", "steps", "policy", "threshold", "temperature", "top_p", "seed")
+def chat(model: Model, system: System = None, *, decoding: dict[str, Any]) -> None:
+    """Chat with a model; on a terminal the masks are shown as they become tokens.
 
     /reset forgets the conversation, /quit ends it, Ctrl-C stops an answer.
     """
-    names = ("max_new_tokens", "steps", "policy", "threshold", "temperature", "top_p", "seed")
-    values = locals()
-    decoding = {name: values[name] for name in names if values[name] is not None}
     _check_texts(system=system)
     hide_progress_bars()
     from unmask.generation.chat import chat as run
 
     denoiser, tokenizer = _load(model)
-    _settings(denoiser, decoding, None)
-    console = Console()
+    _settings(denoiser, decoding)
     interactive = sys.stdin.isatty()
     if interactive:
         import readline  # noqa: F401  gives the prompt its history and line editing
@@ -219,47 +152,30 @@ def chat(
     def ask() -> str:
         return input("> " if interactive else "")
 
-    run(denoiser, tokenizer, ask=ask, console=console, system=system, **decoding)
+    run(denoiser, tokenizer, ask=ask, console=Console(), system=system, **decoding)
 
 
+@decoding_options("steps", "policy", "threshold", "temperature", "top_p", "seed")
 def infill(
     model: Model,
-    text: Annotated[
-        str | None,
-        typer.Option(
-            help="Text with gaps: [\\[gap:5]], or [\\[gap:2-8]]; - reads it from the standard input, without"
-            " its last line end."
-        ),
-    ] = None,
-    prefix: Annotated[str | None, typer.Option(help="What stands before the only gap.")] = None,
-    suffix: Annotated[str | None, typer.Option(help="What stands after the only gap.")] = None,
+    text: Annotated[str | None, Option(help=f"With gaps: [\\[gap:5]], or [\\[gap:2-8]]; {STDIN}.")] = None,
+    prefix: Annotated[str | None, Option(help="Text before the only gap.")] = None,
+    suffix: Annotated[str | None, Option(help="Text after the only gap.")] = None,
     length: Annotated[
-        str | None,
-        typer.Option(metavar="N or N-M", help="Tokens between --prefix and --suffix, or a range to try."),
+        str | None, Option(metavar="N or N-M", help="Tokens of that gap, or a range to try.")
     ] = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="What the user says, if the text is the answer to it.")
-    ] = None,
+    prompt: Annotated[str | None, Option(help="What the user says, if the text is the answer.")] = None,
     end_fill: EndFill = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Lengths tried in one forward, 16 by default.")
-    ] = None,
-    steps: Steps = None,
-    policy: PolicyName = None,
-    threshold: Threshold = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    seed: Seed = None,
+    batch_size: BatchSize = 16,
+    *,
+    decoding: dict[str, Any],
 ) -> None:
-    """Fill the gaps of a text, given what stands before and after them.
+    """Fill the gaps of a text, given the text before and after them.
 
-    Of a gap such as [\\[gap:2-8]] every length is tried, and the likeliest text
+    Every length of a gap such as [\\[gap:2-8]] is tried, and the likeliest text
     wins. A backslash before it makes it plain text. Needs a bidirectional
     model.
     """
-    names = ("steps", "policy", "threshold", "temperature", "top_p", "seed")
-    values = locals()
-    decoding = {name: values[name] for name in names if values[name] is not None}
     around = prefix is not None or suffix is not None
     if (text is None) == (not around):
         raise UnmaskError("give --text with gaps in it, or --prefix and --suffix with --length.")
@@ -271,55 +187,43 @@ def infill(
         raise UnmaskError("--end-fill has an effect with --prompt alone.")
     _check_texts(text=text, prefix=prefix, suffix=suffix, prompt=prompt)
     hide_progress_bars()
-    from unmask.data.encode import Encoder
-    from unmask.generation.complete import chat_example, chat_turns
     from unmask.generation.infill import infill_text, parse_gaps, parse_length
+    from unmask.generation.text import end_token_id, prompt_example
 
     if text is not None:
-        parts = parse_gaps(_read_stdin() if text == "-" else text)
+        parts = parse_gaps(read_stdin() if text == "-" else text)
     else:
         pieces = [prefix or "", parse_length(length or ""), suffix or ""]
         parts = [piece for piece in pieces if piece != ""]
     denoiser, tokenizer = _load(model)
     answer_to: dict[str, Any] = {}
     if prompt is not None:
-        if not prompt.strip():
-            raise UnmaskError("the prompt is empty; say something, or leave --prompt out.")
-        end = Encoder(tokenizer, layout="chat").end_token_id
-        answer_to = {"before": chat_example(tokenizer, chat_turns(prompt)), "end": end}
-    done = infill_text(
-        denoiser,
-        tokenizer,
-        parts,
-        **answer_to,
-        end_fill=end_fill or 1,
-        batch_size=batch_size or 16,
-        **decoding,
-    )
-    counts = ", ".join(map(str, done.lengths))
+        answer_to = {"prompt": prompt_example(tokenizer, prompt), "end": end_token_id(tokenizer)}
+    sizes = {"end_fill": end_fill or 1, "batch_size": batch_size}
+    done = infill_text(denoiser, tokenizer, parts, **answer_to, **sizes, **decoding)
     print(
-        f"gaps of {counts} tokens, log-probability {done.log_probability:.3f} nats,"
-        f" {done.forwards} forwards; lengths tried: {len(done.tried)}",
+        f"gaps of {', '.join(map(str, done.lengths))} tokens, log-probability {done.log_probability:.3f}"
+        f" nats, {done.num_forwards} forward passes; lengths tried: {len(done.tried)}",
         file=sys.stderr,
     )
     print(done.text)
 
 
-def place_of_trace(arguments: Sequence[str]) -> list[str]:
-    """Let --trace stand alone: a file may follow it, and Typer knows no option that may lack its value."""
-    placed: list[str] = []
-    for place, argument in enumerate(arguments):
-        placed.append(argument)
-        following = Path("".join(arguments[place + 1 : place + 2]))
-        # Any other file is left to be refused by name; what comes after may also be the model.
+def insert_trace_value(arguments: Sequence[str]) -> list[str]:
+    """Let --trace have no value: a file may follow it, and Typer has no option whose value is optional."""
+    inserted: list[str] = []
+    for index, argument in enumerate(arguments):
+        inserted.append(argument)
+        following = Path("".join(arguments[index + 1 : index + 2]))
+        # Any other file is left to be refused by name; what follows may also be the model.
         is_file = following.suffix[1:].isalpha() and not str(following).startswith("-")
         if argument == "--trace" and (not is_file or following.is_dir()):
-            placed.append(IN_TERMINAL)
-    return placed
+            inserted.append(IN_TERMINAL)
+    return inserted
 
 
 def hide_progress_bars() -> None:
-    """Keep the bars of transformers, of loading and of writing weights, from between our own lines."""
+    """Hide the progress bars of transformers, of loading and of writing weights."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -336,41 +240,38 @@ def _load(name: str) -> tuple[Any, Any]:
     return model, load_tokenizer(name)
 
 
-def _settings(model: Any, decoding: dict[str, Any], seed: int | None) -> Any:
+def _settings(model: Any, decoding: dict[str, Any]) -> Any:
     """The model's settings with those given, checked before the work."""
     import copy
 
     config = copy.deepcopy(model.generation_config)
-    config.set(**decoding, **({} if seed is None else {"seed": seed}))
+    config.set(**decoding)
     return config
 
 
 def _check_texts(**options: str | list[str] | None) -> None:
-    """Refuse what a shell passed on as bytes that are no text."""
+    """Refuse option values whose bytes are not UTF-8 text."""
     for name, value in options.items():
         for text in [value] if isinstance(value, str) else value or []:
             try:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise UnmaskError(f"--{name}: not UTF-8 text (character {error.start + 1}).") from error
-            if name == "stop" and not text:
-                raise UnmaskError("--stop: a stop text must not be empty.")
 
 
 def _check_trace(trace: str | None) -> None:
-    if trace is None or trace == IN_TERMINAL:
-        return
-    file = Path(trace)
-    if not trace.lower().endswith(_TRACES):
-        raise UnmaskError(f"--trace: expected a file .html or .png, or nothing; got {trace!r}.")
-    if file.is_dir() or not file.absolute().parent.is_dir():
-        raise UnmaskError(f"--trace: {file} cannot be written: there must be a folder {file.parent} for it.")
+    from unmask.io import check_output_file
+
+    if trace is not None and trace != IN_TERMINAL:
+        if not trace.lower().endswith((".html", ".png")):
+            raise UnmaskError(f"--trace: expected a file .html or .png, or nothing; got {trace!r}.")
+        check_output_file(Path(trace), "--trace")
 
 
-def _read_stdin() -> str:
-    """The standard input as text, without its last line end."""
+def read_stdin() -> str:
+    """Standard input as text, without its last line end."""
     try:
-        # From the bytes: in some locales Python lets through what is no text.
+        # From the bytes: in some locales Python passes on bytes that are not text.
         text = sys.stdin.buffer.read().decode() if hasattr(sys.stdin, "buffer") else sys.stdin.read()
         return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
     except UnicodeDecodeError as error:
@@ -379,30 +280,24 @@ def _read_stdin() -> str:
 
 
 def _show_trace(
-    trace: str | None, answers: list[Any], tokenizer: Any, *, title: str, prompt: str, seeds: list[int]
+    trace: str, answers: list[Any], tokenizer: Any, title: str, prompt: str, names: list[str]
 ) -> None:
-    if trace is None:
-        return
-    names = [f"seed {seed}" for seed in seeds]
-    if trace == IN_TERMINAL:
-        from unmask.generation.trace import trace_lines
+    from unmask.generation.trace import trace_lines, write_trace_page
+    from unmask.plots import draw_trace
 
+    if trace.lower().endswith(".html"):
+        write_trace_page(Path(trace), answers, tokenizer, title=title, prompt=prompt, names=names)
+    elif trace != IN_TERMINAL:
+        draw_trace(Path(trace), answers, tokenizer, title=title, names=names)
+    else:
         console = Console(stderr=True)
         for answer in answers:
             for line in trace_lines(answer.ids, answer.commit_step, tokenizer):
                 console.print(line)
-    elif trace.lower().endswith(".html"):
-        from unmask.generation.trace_page import write_trace_page
-
-        write_trace_page(Path(trace), answers, tokenizer, title=title, prompt=prompt, names=names)
-    else:
-        from unmask.generation.trace_plot import draw_trace
-
-        draw_trace(Path(trace), answers, tokenizer, title=title, names=names)
 
 
 def _answer_file(run: Callable[..., dict[str, int]], out: Path, prompts: int, samples: int) -> None:
-    """Answer a file with a progress bar, and say what was done."""
+    """Answer a file with a progress bar, and print the totals."""
     console = Console(stderr=True)
     columns = (TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -411,10 +306,11 @@ def _answer_file(run: Callable[..., dict[str, int]], out: Path, prompts: int, sa
             totals = run(advance=lambda count: progress.advance(task, count))
         except KeyboardInterrupt:
             progress.stop()
-            print(f"interrupted; --resume goes on with what {out} holds", file=sys.stderr)
+            print(f"interrupted; --resume continues {out}", file=sys.stderr)
             raise typer.Exit(130) from None
     line = f"{out}: {totals['answers']:,} answers to {prompts:,} prompts"
     if totals["forwards"]:
         share = totals["tokens"] / totals["forwards"]
-        line += f", {totals['tokens']:,} tokens in {totals['forwards']:,} forwards ({share:.2f} a forward)"
+        steps = f"{totals['forwards']:,} denoising steps ({share:.2f} per step)"
+        line += f", {totals['tokens']:,} tokens in {steps}"
     print(line)

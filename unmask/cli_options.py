@@ -2,106 +2,81 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, get_type_hints
 
-import typer
+from typer import Argument, Option
 
-_DECODING = "Decoding"  # their panel in the help
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Diffusion checkpoint: folder or hub name.")]
-System = Annotated[str | None, typer.Option(help="System prompt.")]
-Raw = Annotated[bool, typer.Option("--raw", help="Plain text, without the chat template.")]
-MaxNewTokens = Annotated[
-    int | None,
-    typer.Option(min=1, help="Length of the canvas, in tokens.", rich_help_panel=_DECODING),
-]
-MinNewTokens = Annotated[
-    int | None,
-    typer.Option(min=0, help="No end token among the first N tokens.", rich_help_panel=_DECODING),
-]
-Steps = Annotated[
-    int | None,
-    typer.Option(min=1, help="Forwards at most; by default one a token.", rich_help_panel=_DECODING),
-]
-PolicyName = Annotated[
-    str | None,
-    typer.Option(
-        help="What to commit at each step: maskgit_plus (the default), topk_margin, entropy, left_to_right,"
-        " random, origin, threshold, factor, entropy_bound, remdm_cap, remdm_rescale, remdm_confidence.",
-        rich_help_panel=_DECODING,
-    ),
-]
-Threshold = Annotated[
-    float | None,
-    typer.Option(help="Commit all tokens of at least this probability.", rich_help_panel=_DECODING),
-]
-Factor = Annotated[
-    float | None,
-    typer.Option(help="Of policy factor: higher commits more at once.", rich_help_panel=_DECODING),
-]
-EntropyBound = Annotated[
-    float | None,
-    typer.Option(help="Of policy entropy_bound: nats risked at a step.", rich_help_panel=_DECODING),
-]
-AlgTemp = Annotated[
-    float | None,
-    typer.Option(
-        help="Randomness of the order of maskgit_plus, topk_margin or entropy.", rich_help_panel=_DECODING
-    ),
-]
-Eta = Annotated[
-    float | None,
-    typer.Option(help="Of the remdm policies: strength of remasking.", rich_help_panel=_DECODING),
-]
-Temperature = Annotated[
-    float | None,
-    typer.Option(
-        min=0, help="0 takes the most likely token; 1 samples from the model.", rich_help_panel=_DECODING
-    ),
-]
-TopK = Annotated[
-    int | None,
-    typer.Option(help="Sample among the K most likely tokens.", rich_help_panel=_DECODING),
-]
-TopP = Annotated[
-    float | None,
-    typer.Option(help="Sample among the fewest tokens of this probability.", rich_help_panel=_DECODING),
-]
-BlockLength = Annotated[
-    int | None,
-    typer.Option(help="Finish blocks of N tokens one after another.", rich_help_panel=_DECODING),
-]
-Canvas = Annotated[
-    str | None,
-    typer.Option(
-        help="fixed, or growing: the model sees no masks after the current block.",
-        rich_help_panel=_DECODING,
-    ),
-]
-GuidanceScale = Annotated[
-    float | None,
-    typer.Option(
-        help="Classifier-free guidance against the prompt masked; doubles the forwards.",
-        rich_help_panel=_DECODING,
-    ),
-]
-ApproximateCache = Annotated[
-    str | None,
-    typer.Option(
-        help="prefix or dual: keep keys and values in a block; faster, other answers.",
-        rich_help_panel=_DECODING,
-    ),
-]
-Seed = Annotated[
-    int | None,
-    typer.Option(
-        help="Seed of the sampling, 0 by default: another gives another text.", rich_help_panel=_DECODING
-    ),
-]
-BatchSize = Annotated[
-    int | None, typer.Option(min=1, help="Answers in one forward, 16 by default; changes none.")
-]
+Model = Annotated[str, Argument(metavar="MODEL", help="Diffusion checkpoint: folder or hub name.")]
+System = Annotated[str | None, Option(help="System prompt.")]
+BatchSize = Annotated[int, Option(min=1, help="Batch size of a forward pass; does not change the answers.")]
 EndFill = Annotated[
-    int | None,
-    typer.Option(min=1, help="End tokens fill a response to a multiple of N, as in training."),
+    int | None, Option(min=1, help="End tokens fill a response to a multiple of N, as in training.")
 ]
+
+# Settings of `DiffusionGenerationConfig`: name -> type, smallest value, help.
+DECODING: dict[str, tuple[type, int | None, str]] = {
+    "max_new_tokens": (int, 1, "Length of the canvas, in tokens."),
+    "min_new_tokens": (int, 0, "No end token among the first N tokens."),
+    "steps": (int, 1, "Denoising steps at most; by default one per token."),
+    "policy": (
+        str,
+        None,
+        "What to commit at each step: maskgit_plus (the default), topk_margin, entropy, left_to_right,"
+        " random, origin, threshold, factor, entropy_bound, remdm_cap, remdm_rescale, remdm_confidence.",
+    ),
+    "threshold": (float, None, "Commit all tokens of at least this probability."),
+    "factor": (float, None, "Of policy factor: higher commits more at once."),
+    "entropy_bound": (float, None, "Of policy entropy_bound: nats per step."),
+    "alg_temp": (float, None, "Randomness of the order of maskgit_plus, topk_margin or entropy."),
+    "eta": (float, None, "Of the remdm policies: strength of remasking."),
+    "temperature": (float, 0, "0 takes the most likely token; 1 samples from the model."),
+    "top_k": (int, None, "Sample among the K most likely tokens."),
+    "top_p": (float, None, "Sample among the fewest tokens of this probability."),
+    "block_length": (int, None, "Complete blocks of N tokens one after another."),
+    "canvas": (str, None, "fixed, or growing: the model sees no masks after the current block."),
+    "guidance_scale": (
+        float,
+        None,
+        "Classifier-free guidance against the masked prompt; doubles the forward passes.",
+    ),
+    "approximate_cache": (
+        str,
+        None,
+        "prefix or dual: KV cache for bidirectional models; faster, other answers.",
+    ),
+    "seed": (int, None, "Random seed of sampling, 0 by default."),
+}
+
+
+def decoding_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add an option for each named setting to a command.
+
+    The command takes the settings that were given as its keyword `decoding`.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**values: Any) -> None:
+            settings = {name: values.pop(name) for name in names}
+            command(**values, decoding={name: x for name, x in settings.items() if x is not None})
+
+        hints = get_type_hints(command, include_extras=True)
+        parameters = [
+            parameter.replace(annotation=hints[parameter.name])
+            for parameter in inspect.signature(command).parameters.values()
+            if parameter.name != "decoding"
+        ]
+        for name in names:
+            kind, smallest, text = DECODING[name]
+            option = Option(min=smallest, help=text, rich_help_panel="Decoding")
+            annotation = Annotated[kind | None, option]
+            keyword = inspect.Parameter.KEYWORD_ONLY
+            parameters.append(inspect.Parameter(name, keyword, default=None, annotation=annotation))
+        vars(run)["__signature__"] = inspect.Signature(parameters)
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate

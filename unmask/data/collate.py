@@ -1,25 +1,121 @@
-"""Examples -> a batch of tensors; the only place that pads."""
+"""Examples -> rows -> a batch of tensors; the only place that packs and pads.
+
+Packed rows are a function of the examples and of the row's length alone: no seed, no device, no number of
+processes. A window of examples is packed by itself, so a stream can be packed as it comes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import chain, takewhile
-from typing import Any, Literal
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice, takewhile
+from typing import Any, Literal, overload
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from unmask.data.conversation import Conversation, CustomFields, to_conversation
 from unmask.data.encode import SEPARATOR, DropRecord, Encoder, Example
-from unmask.data.pack import Row
+from unmask.data.records import Conversation, CustomFields, to_conversation
+from unmask.data.template import Thinking
 from unmask.data.tokenizer import check_tokenizer
 from unmask.errors import UnmaskError
+
+WINDOW = 2048  # examples packed together
+
+
+class Row(list[Example]):
+    """Examples that share a row, in their order in it."""
+
+    @property
+    def examples(self) -> list[Example]:
+        """The examples."""
+        return self
+
+
+def pack(examples: Iterable[Example], length: int, window: int = WINDOW) -> Iterator[Row]:
+    """Put examples into rows of at most `length` tokens: longest first, each into the fullest row it fits.
+
+    Nothing is carried from one window of examples to the next. Rows come in the order of their first
+    example, and a row's examples in the order they came in.
+
+    Args:
+        length: most tokens of a row.
+        window: examples looked at together; more of them fill the rows better.
+
+    Raises:
+        UnmaskError: a window below 1, or an example longer than a row.
+
+    >>> examples = [Example([7] * size, [False] * size) for size in (3, 5, 2, 4)]
+    >>> [[len(example.input_ids) for example in row] for row in pack(examples, 7)]
+    [[3, 4], [5, 2]]
+    """
+    if window < 1:
+        raise UnmaskError(f"the window of packing must hold at least 1 example; got {window}.")
+    source = iter(examples)
+    while taken := list(islice(source, window)):
+        for row in _rows([len(example.input_ids) for example in taken], length):
+            yield Row(taken[index] for index in row)
+
+
+class PackedRows(Sequence[Row]):
+    """The rows of `pack`, whose examples are read when a row is asked for.
+
+    Args:
+        examples: may be on disk.
+        sizes: tokens of each.
+        length: most tokens of a row.
+    """
+
+    def __init__(self, examples: Sequence[Example], sizes: Sequence[int], length: int) -> None:
+        self.examples = examples
+        self.indices = [
+            [start + index for index in row]
+            for start in range(0, len(sizes), WINDOW)
+            for row in _rows(sizes[start : start + WINDOW], length)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        return Row(self.examples[number] for number in self.indices[index])
+
+
+def filled(rows: Sequence[Row], length: int) -> float:
+    """Compute the share of the positions of rows of `length` that hold a token."""
+    return sum(len(example.input_ids) for row in rows for example in row) / (len(rows) * length)
+
+
+def _rows(sizes: Sequence[int], length: int) -> list[list[int]]:
+    """Best-fit decreasing: the indices that share each row, in order."""
+    if max(sizes) > length:
+        raise UnmaskError(f"an example of {max(sizes)} tokens does not fit a row of {length}.")
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, row), fullest row first
+    for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
+        place = bisect_left(room, (sizes[index], -1))
+        if place < len(room):
+            free, row = room.pop(place)
+        else:
+            free, row = length, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        insort(room, (free - sizes[index], row))
+    return sorted(map(sorted, rows))
 
 
 def collate(
     examples: Sequence[Example | Row],
-    *,
     pad_token_id: int,
+    *,
     padding_side: Literal["right", "left"] = "right",
     pad_to_multiple_of: int = 1,
 ) -> dict[str, torch.Tensor]:
@@ -28,11 +124,9 @@ def collate(
 
     Returns:
         input_ids int64 (B, L); attention_mask int64 (B, L), 1 = token, 0 = padding; src_mask bool
-        (B, L), True = source or padding: never masked; instruction_lengths int64 (B,), leading
-        source tokens of each row, padding not counted; sample_ids int64 (B,) if examples carry any,
-        and epochs (B,) if they carry one. Of rows segment_ids int64 (B, L), 0 = padding, 1 = first
-        example of the row and so on, if a row has several; sample_ids and epochs are then (B, D), D the
-        most examples of a row, with -1 where a row has fewer.
+        (B, L), True = source or padding: never masked; sample_ids int64 (B,) if examples carry any. Of rows
+        segment_ids int64 (B, L), 0 = padding, 1 = first example of the row and so on, if a row has several;
+        sample_ids are then (B, D), D the most examples of a row, with -1 where a row has fewer.
 
     Raises:
         UnmaskError: No example, an example whose two lists differ in length, or a bad setting.
@@ -66,21 +160,14 @@ def collate(
             attention_mask[place] = 1
             src_mask[place] = torch.tensor(example.src_mask, dtype=torch.bool)
             segment_ids[place] = segment
-    batch = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "src_mask": src_mask,
-        "instruction_lengths": torch.tensor([_leading(row) for row in rows]),
-    }
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "src_mask": src_mask}
     most = max(map(len, rows))
     if most > 1:
         batch["segment_ids"] = segment_ids
-    packed = not all(isinstance(one, Example) for one in examples)
-    for name, attribute in (("sample_ids", "sample_id"), ("epochs", "epoch")):
-        values = [[getattr(example, attribute) for example in row] for row in rows]
-        if max(map(max, values)) >= 0:
-            table = torch.tensor([row + [-1] * (most - len(row)) for row in values])
-            batch[name] = table if packed else table[:, 0]
+    ids_of = [[example.sample_id for example in row] for row in rows]
+    if max(map(max, ids_of)) >= 0:
+        table = torch.tensor([row + [-1] * (most - len(row)) for row in ids_of])
+        batch["sample_ids"] = table if any(isinstance(one, Row) for one in examples) else table[:, 0]
     return batch
 
 
@@ -91,9 +178,7 @@ class SFTDataCollator:
     `Conversation`, `Example` and dicts with `input_ids` and `src_mask`.
 
     Returns from a call:
-        input_ids int64 (B, L); attention_mask int64 (B, L), 1 = token; src_mask bool (B, L), True =
-        source or padding: never masked; instruction_lengths int64 (B,); sample_ids int64 (B,) if
-        examples carry any.
+        What `collate` returns, and instruction_lengths int64 (B,): source tokens before the first response.
 
     Raises:
         UnmaskError: The tokenizer has no padding or end token, or a record cannot be used.
@@ -116,6 +201,7 @@ class SFTDataCollator:
         end_fill: int = 1,
         block_size: int | None = None,
         too_long: Literal["truncate", "drop"] = "truncate",
+        thinking: Thinking | None = None,
         format: str = "auto",
         custom_format: CustomFields | None = None,
         padding_side: Literal["right", "left"] = "right",
@@ -132,6 +218,7 @@ class SFTDataCollator:
             end_fill=end_fill,
             block_size=block_size,
             too_long=too_long,
+            thinking=thinking,
         )
         self.format = format
         self.custom_format = custom_format
@@ -142,12 +229,14 @@ class SFTDataCollator:
         self, records: Sequence[Mapping[str, Any] | Conversation | Example]
     ) -> dict[str, torch.Tensor]:
         examples = [self._example(record, number) for number, record in enumerate(records)]
-        return collate(
+        batch = collate(
             examples,
-            pad_token_id=self.tokenizer.pad_token_id,  # pyright: ignore[reportArgumentType]
+            self.tokenizer.pad_token_id,  # pyright: ignore[reportArgumentType]
             padding_side=self.padding_side,
             pad_to_multiple_of=self.pad_to_multiple_of,
         )
+        lengths = [sum(1 for _ in takewhile(bool, example.src_mask)) for example in examples]
+        return {**batch, "instruction_lengths": torch.tensor(lengths)}
 
     def _example(self, record: Mapping[str, Any] | Conversation | Example, number: int) -> Example:
         where = f"record {number} of the batch"
@@ -172,8 +261,3 @@ class SFTDataCollator:
             raise UnmaskError(
                 f"{record.where}: {reason}; raise block_size, or leave such records out with encode_records."
             ) from reason
-
-
-def _leading(row: Row) -> int:
-    """Source tokens before the first supervised one."""
-    return sum(1 for _ in takewhile(bool, chain.from_iterable(example.src_mask for example in row)))

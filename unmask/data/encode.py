@@ -1,60 +1,61 @@
-"""Conversation -> Example: token ids and source mask, appended by the same helper."""
+"""Conversation or text -> Example: token ids and source mask, from the same call of the tokenizer."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import islice
-from typing import Any, Literal
+from itertools import islice, pairwise
+from typing import Any, Literal, cast
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from unmask.data.conversation import (
+from unmask.data.records import (
     BadRecord,
     Conversation,
     CustomFields,
     RecordError,
     Turn,
+    check_text,
     detect_format,
     to_conversation,
 )
-from unmask.data.template import ChatLayout, DropRecord, Span, separator_template
+from unmask.data.template import (
+    ChatLayout,
+    DropRecord,
+    Rendered,
+    Thinking,
+    separator_template,
+    special_strings,
+)
 from unmask.errors import UnmaskError
 
-__all__ = [
-    "DropRecord",
-    "EncodeReport",
-    "Encoder",
-    "Example",
-    "encode_records",
-    "separator_template",
-]
+__all__ = ["DropRecord", "EncodeReport", "Encoder", "Example", "encode_records", "separator_template"]
 
 SEPARATOR = "\n\n### Response:\n"
 VANISHES = "response would vanish: the prompt alone fills block_size"
 TOO_LONG = "longer than block_size"
 UNTRAINED = "no turn is to be trained on"
 BATCH = 256  # records tokenized in one call
-SOURCE_BIT = 40  # of a sample id: below is the record's number in its source, from here up the source
-PART_BIT = 48  # from here up the part of a record that gives several examples
-SOURCES = 1 << PART_BIT - SOURCE_BIT
+ALIAS = ("\U000ffff0", "\U000ffff1")  # around the number of a special token
 
 
 @dataclass
 class Example:
     """Token ids of one sequence; `src_mask` True = instruction or context, never masked.
 
-    `sample_id` is the record's number in its source (see `files.record_id`), from 0, with the source in the
-    bits from `SOURCE_BIT` up and the part of the record from `PART_BIT` up; -1 where there is none. `source`
-    is the number of the source in the recipe, `epoch` the pass over it in a stream, -1 = the run's own.
+    `sample_id` is a hash of where the record is (see `sample_id`), -1 where it comes from nowhere. `source`
+    is the number of the source in the recipe, `file` that of the file in its source, `record` that of the
+    record in its file, all from 0.
     """
 
     input_ids: list[int]
     src_mask: list[bool]
     sample_id: int = -1
     source: int = 0
-    epoch: int = -1
+    file: int = 0
+    record: int = -1
 
     @property
     def supervised(self) -> int:
@@ -62,11 +63,30 @@ class Example:
         return len(self.src_mask) - sum(self.src_mask)
 
 
+def sample_id(file: int, record: int, part: int = 0) -> int:
+    """Hash the location of a part of a record to 63 bits; see `of_source` for those of other sources."""
+    return _mix(_mix(_mix(file + 1) ^ record) ^ part) >> 1
+
+
+def of_source(sample_id: int, source: int) -> int:
+    """Return what is `sample_id` in the first source for the same location in another."""
+    return _mix(sample_id ^ _mix(source)) >> 1 if source else sample_id
+
+
+def _mix(x: int) -> int:
+    """SplitMix64 (Steele, Lea, Flood 2014)."""
+    x = (x + 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31
+
+
 @dataclass
 class EncodeReport:
-    """What became of the records. `dropped` and `skipped` map a reason to (count, first place).
+    """What became of the records. `dropped` and `skipped` map a reason to (count, first location).
 
     Dropped: sound, but of no use under these settings. Skipped: bad input, under on_bad_record="skip".
+    `notes` count records that were kept, by what is to be known about them.
     """
 
     records: int = 0
@@ -77,9 +97,8 @@ class EncodeReport:
     tokens: int = 0
     supervised_tokens: int = 0
     formats: dict[str, int] = field(default_factory=dict)
-    with_special_strings: int = 0  # contents held strings like "<|im_end|>": read as plain text
-    with_turns_after: int = 0  # turns after the last response were left out
-    with_tools_unshown: int = 0  # had a list of tools that the template has no place for
+    notes: dict[str, int] = field(default_factory=dict)
+    unused: dict[str, int] = field(default_factory=dict)  # fields that no text was made of
 
     def drop(self, reason: str, where: str) -> None:
         """Count one record as dropped."""
@@ -91,13 +110,21 @@ class EncodeReport:
         skipped, first = self.skipped.get(error.counted, (0, error.where))
         self.skipped[error.counted] = (skipped + 1, first)
 
+    def note(self, text: str) -> None:
+        """Count one record under a note."""
+        self.notes[text] = self.notes.get(text, 0) + 1
+
     def left_out(self) -> list[str]:
         """Say what was dropped and skipped, and why: "2 skipped: not valid JSON (first: x.jsonl line 4)"."""
-        return [
+        lines = [
             f"{count:,} {what}: {reason} (first: {where})"
             for what, reasons in (("dropped", self.dropped), ("skipped", self.skipped))
             for reason, (count, where) in reasons.items()
         ]
+        if self.unused:
+            names = ", ".join(f"{name} ({count:,})" for name, count in self.unused.items())
+            lines.append(f"fields not used: {names}")
+        return lines
 
     def merge(self, other: EncodeReport) -> None:
         """Add what became of later records."""
@@ -128,7 +155,11 @@ class Encoder:
     Every layout is a chat template. "chat" takes the tokenizer's own, "separator" the plain one of
     `separator_template(separator)`, "auto" the tokenizer's own if it has one. `train_on` "all"
     supervises every assistant turn, "last" only the last one. The end token that the template
-    writes after a response belongs to the response.
+    writes after a response belongs to the response. `thinking` says where a response starts, see
+    `ChatLayout`; None = what the tokenizer was trained with, else "template".
+
+    The text is tokenized once; a token belongs to the response if it starts in it, spaces before it
+    included (they are part of its first token).
 
     With `end_fill` N > 1 the end token is repeated, all supervised, until the last response has a
     multiple of N tokens, and what the template writes after the end token is left out; 1 renders
@@ -160,10 +191,13 @@ class Encoder:
         end_fill: int = 1,
         block_size: int | None = None,
         too_long: Literal["truncate", "drop"] = "truncate",
+        thinking: Thinking | None = None,
     ) -> None:
+        thinking = thinking or tokenizer.init_kwargs.get("thinking") or "template"
         one_of("layout", layout, ("auto", "chat", "separator"))
         one_of("train_on", train_on, ("all", "last"))
         one_of("too_long", too_long, ("truncate", "drop"))
+        one_of("thinking", thinking, ("off", "on", "template"))
         if end_fill < 1:
             raise UnmaskError(f"end_fill must be at least 1 token; got {end_fill}.")
         if block_size is not None:
@@ -174,11 +208,12 @@ class Encoder:
         self.end_fill = end_fill
         self.block_size = block_size
         self.too_long = too_long
+        self.thinking = thinking
         self.chat_template = _template(tokenizer, layout, separator)
-        self._layout = ChatLayout(tokenizer, self.chat_template)
-        self._backend = _backend(tokenizer)
-        self.shows_tools = self._layout.shows_tools
-        self.end_token_id: int = tokenizer.convert_tokens_to_ids(self._layout.end_token)  # pyright: ignore
+        self.layout = ChatLayout(tokenizer, self.chat_template, thinking)
+        self.shows_tools = self.layout.shows_tools
+        self.end_token_id: int = tokenizer.convert_tokens_to_ids(self.layout.end_token)  # pyright: ignore
+        self._offsets = OffsetTokenizer(tokenizer)
 
     def encode(self, conversation: Conversation, sample_id: int = -1) -> Example:
         """Encode one conversation.
@@ -187,9 +222,8 @@ class Encoder:
             DropRecord: It cannot be used; the message is the reason.
             UnmaskError: The chat template refuses it.
         """
-        spans = self._spans(conversation)
-        [(ids, src)] = self._tokenize([spans])
-        example, _ = self._fit(ids, src)
+        [(ids, src)] = self.tokenize([self.render(conversation)])
+        example, _ = self.fit(ids, src)
         example.sample_id = sample_id
         return example
 
@@ -204,13 +238,18 @@ class Encoder:
         """
         turns = self._filter(turns)
         trained = [self.train_on == "all" and turn.role == "assistant" and turn.train for turn in turns]
-        [(ids, src)] = self._tokenize([self._layout.prompt_spans(turns, tools=tools, trained=trained)])
+        rendered = self.layout.render_prompt(turns, trained, tools=tools)
+        rendered.text = rendered.text.rstrip(" ")  # spaces are part of the response's first token
+        [(ids, src)] = self.tokenize([rendered])
         return Example(ids, src)
 
-    def _filter(self, turns: Sequence[Turn]) -> list[Turn]:
-        return [turn for turn in turns if self.include_system_prompt or turn.role != "system"]
+    def render(self, conversation: Conversation) -> Rendered:
+        """Render a conversation up to its last response, and find the responses to learn.
 
-    def _spans(self, conversation: Conversation) -> list[Span]:
+        Raises:
+            DropRecord: It cannot be used; the message is the reason.
+            UnmaskError: The chat template refuses it.
+        """
         turns = self._filter(conversation.turns)
         while turns and turns[-1].role != "assistant":
             turns.pop()
@@ -219,50 +258,24 @@ class Encoder:
             trained[:-1] = [False] * (len(trained) - 1)
         if not any(trained):
             raise DropRecord(UNTRAINED)
-        spans = self._layout.spans(turns, trained, conversation.where, conversation.tools)
-        if self.end_fill > 1 and trained[-1] and not spans[-1].is_response:
-            spans.pop()
-        return spans
+        rendered = self.layout.render(turns, trained, conversation.where, conversation.tools)
+        if self.end_fill > 1 and trained[-1]:
+            rendered.text = rendered.text[: rendered.responses[-1][1]]
+        return rendered
 
-    def _tokenize(self, sequences: Sequence[list[Span]]) -> list[tuple[list[int], list[bool]]]:
-        """Ids and source masks of several sequences; the only place where either is appended."""
-        pools: dict[bool, dict[str, None]] = {False: {}, True: {}}  # each text once, in order
-        for span in (span for spans in sequences for span in spans):
-            pools[span.literal][span.text] = None
-        ids = {
-            literal: dict(zip(texts, self._ids(list(texts), literal), strict=True))
-            for literal, texts in pools.items()
-        }
-        encoded = []
-        for spans in sequences:
-            input_ids: list[int] = []
-            src_mask: list[bool] = []
-            for span in spans:
-                piece = ids[span.literal][span.text]
-                input_ids += piece
-                src_mask += [not span.is_response] * len(piece)
-            encoded.append((input_ids, src_mask))
-        return encoded
+    def _filter(self, turns: Sequence[Turn]) -> list[Turn]:
+        return [turn for turn in turns if self.include_system_prompt or turn.role != "system"]
 
-    def _ids(self, texts: list[str], literal: bool) -> list[list[int]]:
-        if not texts:
-            return []
-        if self._backend is None:
-            return self.tokenizer(
-                texts,
-                add_special_tokens=False,
-                return_attention_mask=False,
-                split_special_tokens=literal,
-                verbose=False,
-            )["input_ids"]  # pyright: ignore[reportReturnType]
-        self._backend.no_padding()  # that of a call by someone else would stay
-        self._backend.no_truncation()
-        self._backend.encode_special_tokens = literal
-        found = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in found]
+    def tokenize(self, texts: Sequence[Rendered]) -> list[tuple[list[int], list[bool]]]:
+        """Ids and source masks of several texts; the only place where either is made."""
+        return self._offsets(texts)
 
-    def _fit(self, ids: list[int], src: list[bool]) -> tuple[Example, bool]:
-        """Fill with end tokens and cut to `block_size`; also says whether a response was cut."""
+    def fit(self, ids: list[int], src: list[bool]) -> tuple[Example, bool]:
+        """Fill with end tokens and cut to `block_size`; also says whether a response was cut.
+
+        Raises:
+            DropRecord: It is too long, or its response would vanish.
+        """
         if self.end_fill > 1 and not src[-1]:
             length = src[::-1].index(True) if True in src else len(src)
             missing = -length % self.end_fill
@@ -270,14 +283,134 @@ class Encoder:
         size = self.block_size
         if size is None or len(ids) <= size:
             return Example(ids, src), False
-        # What follows the last response ("\n" in ChatML) may be cut without harm.
-        cut = len(src) - src[::-1].index(False) > size
+        # What follows the last response ("\n" in ChatML) may be cut without harm, and so may fill.
+        end = len(src) - src[::-1].index(False)
+        while self.end_fill > 1 and end >= 2 and ids[end - 2 : end] == [self.end_token_id] * 2:
+            end -= 1
+        cut = end > size
         if cut and self.too_long == "drop":
             raise DropRecord(TOO_LONG)
         example = Example(ids[:size], src[:size])
         if not example.supervised:
             raise DropRecord(VANISHES)
         return example, cut
+
+
+class OffsetTokenizer:
+    """Tokenizes rendered texts in one call and marks the tokens of responses by their offsets.
+
+    Strings of special tokens that a record's own texts have are plain text: where there are any, the
+    template's own are renamed, and so are the tokens, so that nothing else is found.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._backend = _backend(tokenizer)
+        self._renamed: tuple[Tokenizer, dict[str, str]] | None = None
+        self._splits = None  # whether a text in two parts has the tokens of the whole
+
+    def __call__(self, texts: Sequence[Rendered]) -> list[tuple[list[int], list[bool]]]:
+        """Ids and source masks of each text."""
+        if not getattr(self.tokenizer, "is_fast", False):
+            return [self._by_parts(text) for text in texts]
+        plain = [text for text in texts if not text.literals]
+        found = iter(self._encode([text.text for text in plain]))
+        return [self._with_literals(t) if t.literals else self._masked(t, next(found)) for t in texts]
+
+    def _encode(self, texts: list[str], backend: Tokenizer | None = None) -> Sequence[Encoding]:
+        if not texts:
+            return []
+        backend = backend or self._backend
+        if backend is None:
+            return self.tokenizer(texts, add_special_tokens=False, verbose=False).encodings  # pyright: ignore
+        backend.no_padding()  # that of a call by someone else would stay
+        backend.no_truncation()
+        backend.encode_special_tokens = False
+        return backend.encode_batch(texts, add_special_tokens=False)
+
+    def _masked(
+        self, text: Rendered, encoding: Encoding, backend: Tokenizer | None = None
+    ) -> tuple[list[int], list[bool]]:
+        ids = encoding.ids
+        src = [True] * len(ids)
+        for start, stop in text.responses:
+            while start and text.text[start - 1] == " ":
+                start -= 1
+            first = _token_at(encoding, start, stop, len(ids))
+            last = _token_at(encoding, stop, len(text.text), len(ids))
+            inside = first < len(ids) and start and cast(Any, encoding.token_to_chars(first))[0] < start
+            if inside and self._may_split():
+                return self._split_at(text, start, backend)
+            src[first:last] = [False] * (last - first)
+        return ids, src
+
+    def _split_at(self, text: Rendered, at: int, backend: Tokenizer | None) -> tuple[list[int], list[bool]]:
+        """Tokenize in two parts, so that a prompt has the ids that training shows."""
+        before = Rendered(text.text[:at], [(a, b) for a, b in text.responses if b <= at])
+        after = Rendered(text.text[at:], [(max(0, a - at), b - at) for a, b in text.responses if b > at])
+        both = [
+            self._masked(part, self._encode([part.text], backend)[0], backend) for part in (before, after)
+        ]
+        return both[0][0] + both[1][0], both[0][1] + both[1][1]
+
+    def _may_split(self) -> bool:
+        """Whether the tokenizer adds nothing of its own to the start of a text, as SentencePiece's do."""
+        if self._splits is None:
+            whole, first, second = (found.ids for found in self._encode(["x\nx", "x\n", "x"]))
+            self._splits = whole == first + second
+        return self._splits
+
+    def _with_literals(self, text: Rendered) -> tuple[list[int], list[bool]]:
+        backend, names = self._renamed or self._rename()
+        if ALIAS[0] in text.text:
+            raise DropRecord("has both strings of special tokens and characters for private use")
+        cuts = sorted({0, len(text.text), *(at for bounds in text.responses for at in bounds)})
+        moved, renamed = {0: 0}, ""
+        for start, stop in pairwise(cuts):
+            at = start
+            for first, last in text.specials:
+                if start <= first < stop:
+                    renamed += text.text[at:first] + names[text.text[first:last]]
+                    at = last
+            renamed += text.text[at:stop]
+            moved[stop] = len(renamed)
+        inner = Rendered(renamed, [(moved[start], moved[stop]) for start, stop in text.responses])
+        return self._masked(inner, self._encode([renamed], backend)[0], backend)
+
+    def _rename(self) -> tuple[Tokenizer, dict[str, str]]:
+        """The tokenizer with other names for its special tokens, and the new name of each."""
+        tree = json.loads(self.tokenizer.backend_tokenizer.to_str())  # pyright: ignore
+        names: dict[str, str] = {}
+        for number, token in enumerate(tree["added_tokens"]):
+            if token["special"]:
+                names[token["content"]] = token["content"] = f"{ALIAS[0]}{number}{ALIAS[1]}"
+        vocabulary = tree["model"].get("vocab")
+        if isinstance(vocabulary, dict):
+            tree["model"]["vocab"] = {names.get(name, name): i for name, i in vocabulary.items()}
+        elif vocabulary is not None:
+            tree["model"]["vocab"] = [[names.get(name, name), score] for name, score in vocabulary]
+        tree["post_processor"] = None
+        for setting in ("padding", "truncation"):
+            tree[setting] = None
+        self._renamed = Tokenizer.from_str(json.dumps(tree)), names
+        return self._renamed
+
+    def _by_parts(self, text: Rendered) -> tuple[list[int], list[bool]]:
+        """The way for a tokenizer in Python, which has no offsets."""
+        cuts = {0, len(text.text), *(at for bounds in (*text.responses, *text.literals) for at in bounds)}
+        ids: list[int] = []
+        src: list[bool] = []
+        for start, stop in zip(sorted(cuts), sorted(cuts)[1:], strict=False):
+            literal = any(a <= start < b for a, b in text.literals)
+            found = self.tokenizer(
+                text.text[start:stop],
+                add_special_tokens=False,
+                split_special_tokens=literal,
+                verbose=False,
+            )["input_ids"]
+            ids += cast(list[int], found)
+            src += [not any(a <= start < b for a, b in text.responses)] * len(cast(list[int], found))
+        return ids, src
 
 
 def encode_records(
@@ -287,24 +420,22 @@ def encode_records(
     custom_format: CustomFields | None = None,
     *,
     on_bad_record: Literal["stop", "skip"] = "stop",
-    source: int = 0,
 ) -> tuple[list[Example], EncodeReport]:
-    """Encode records with their places (see `read_records`), and report what became of them.
+    """Encode records with their locations (see `read_records`), and report what became of them.
 
-    An example's `sample_id` is its record's number, counting those left out too, with `source` in
-    the bits from `SOURCE_BIT` up.
+    An example's `record` is its record's number, counting those left out too.
 
     Raises:
         UnmaskError: A record is bad input (see `to_conversation`) and `on_bad_record` is "stop".
     """
     report = EncodeReport()
-    items = ((record, where, source << SOURCE_BIT | number) for number, (record, where) in enumerate(records))
+    items = ((record, where, 0, number) for number, (record, where) in enumerate(records))
     examples = encode_each(items, encoder, format, custom_format, on_bad_record=on_bad_record, report=report)
     return list(examples), report
 
 
 def encode_each(
-    items: Iterable[tuple[Mapping[str, Any] | BadRecord, str, int]],
+    items: Iterable[tuple[Mapping[str, Any] | BadRecord, str, int, int]],
     encoder: Encoder,
     format: str = "auto",
     custom_format: CustomFields | None = None,
@@ -313,9 +444,9 @@ def encode_each(
     report: EncodeReport | None = None,
     batch: int = BATCH,
 ) -> Iterator[Example]:
-    """Encode a stream of (record, place, sample id), `batch` of them in one call of the tokenizer.
+    """Encode a stream of (record, location, file, number), `batch` of them in one call of the tokenizer.
 
-    `report` is filled as the stream is read. The `source` of an example is in its sample id.
+    `report` is filled as the stream is read.
 
     Raises:
         UnmaskError: A record is bad input (see `to_conversation`) and `on_bad_record` is "stop".
@@ -323,8 +454,8 @@ def encode_each(
     report = EncodeReport() if report is None else report
     items = iter(items)
     while records := list(islice(items, batch)):
-        rows = []
-        for record, where, sample_id in records:
+        rows: list[tuple[int, int, str, Rendered]] = []
+        for record, where, file, number in records:
             report.records += 1
             try:
                 if isinstance(record, BadRecord):
@@ -332,30 +463,151 @@ def encode_each(
                 name = detect_format(record, where, custom_format) if format == "auto" else format
                 conversation = to_conversation(record, name, where=where, custom_format=custom_format)
                 report.formats[name] = report.formats.get(name, 0) + 1
-                rows.append((sample_id, where, encoder._spans(conversation)))
-                report.with_turns_after += conversation.turns[-1].role != "assistant"
-                report.with_tools_unshown += bool(conversation.tools) and not encoder.shows_tools
+                for unused in conversation.unused:
+                    report.unused[unused] = report.unused.get(unused, 0) + 1
+                rows.append((file, number, where, encoder.render(conversation)))
+                if conversation.turns[-1].role != "assistant":
+                    report.note("had turns after the last response, left out")
+                if conversation.tools and not encoder.shows_tools:
+                    report.note("had a list of tools, which the chat template has no place for")
             except DropRecord as reason:
                 report.drop(str(reason), where)
             except RecordError as error:
                 if on_bad_record == "stop":
                     raise
                 report.skip(error)
-        encoded = encoder._tokenize([spans for _, _, spans in rows])
-        for (sample_id, where, spans), (ids, src) in zip(rows, encoded, strict=True):
-            report.with_special_strings += any(span.literal for span in spans)
+        encoded = encoder.tokenize([rendered for *_, rendered in rows])
+        for (file, number, where, rendered), (ids, src) in zip(rows, encoded, strict=True):
+            if rendered.literals:
+                report.note("held strings like special tokens, read as plain text")
+            for note in rendered.lost:
+                report.note(note)
             try:
-                example, cut = encoder._fit(ids, src)
+                example, cut = encoder.fit(ids, src)
             except DropRecord as reason:
                 report.drop(str(reason), where)
                 continue
-            example.sample_id = sample_id
-            example.source = sample_id >> SOURCE_BIT
+            example.sample_id, example.file, example.record = sample_id(file, number), file, number
             report.kept += 1
             report.truncated += cut
             report.tokens += len(example.input_ids)
             report.supervised_tokens += example.supervised
             yield example
+
+
+def pack_text(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: int
+) -> Iterator[Example]:
+    """Join documents with the end token between them and cut them into blocks for pre-training.
+
+    Every block has `block_size` tokens but the last, which may be shorter; `src_mask` is all False.
+    Special-token strings in a document are read as plain text.
+
+    Raises:
+        UnmaskError: `block_size` is below 2, the tokenizer has no end token, or there is no text.
+    """
+    check_block_size(block_size)
+    end = _end_token(tokenizer, "put between documents")
+    left: list[int] | None = None
+    number = 0
+    for document in documents:
+        ids = document_ids(document, tokenizer)
+        left = ids if left is None else [*left, end, *ids]
+        while len(left) >= block_size:
+            yield Example(left[:block_size], [False] * block_size, sample_id(0, number), record=number)
+            left, number = left[block_size:], number + 1
+    if left:
+        yield Example(left, [False] * len(left), sample_id(0, number), record=number)
+    elif number == 0:
+        raise UnmaskError("there is no text to pack: the documents are empty.")
+
+
+def split_documents(
+    documents: Iterable[tuple[str, int, int]],
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    long_documents: Literal["split", "cut"] = "split",
+    *,
+    report: EncodeReport | None = None,
+) -> Iterator[Example]:
+    """Encode each (document, file, number) with its end token as an example of its own, for packing.
+
+    One longer than `block_size` becomes several examples ("split": every part but the last has
+    `block_size` tokens, the end token comes in the last) or loses its end ("cut", counted as truncated).
+    `src_mask` is all False. `report` is filled with the tokens as the documents are read. Special-token
+    strings in a document are read as plain text.
+
+    Raises:
+        UnmaskError: A setting is unknown or out of range, or the tokenizer has no end token.
+    """
+    check_block_size(block_size)
+    one_of("long_documents", long_documents, ("split", "cut"))
+    end = _end_token(tokenizer, "end documents with")
+    report = report or EncodeReport()
+    for document, file, number in documents:
+        ids = document_ids(document, tokenizer)
+        if not ids:
+            continue  # a lone end token would teach nothing but where documents are empty
+        ids.append(end)
+        if long_documents == "cut" and len(ids) > block_size:
+            ids = ids[:block_size]
+            report.truncated += 1
+        report.tokens += len(ids)
+        report.supervised_tokens += len(ids)
+        for part, start in enumerate(range(0, len(ids), block_size)):
+            piece = ids[start : start + block_size]
+            yield Example(
+                piece, [False] * len(piece), sample_id(file, number, part), file=file, record=number
+            )
+
+
+def usable_documents(
+    documents: Iterable[tuple[str | BadRecord, str, int, int]],
+    tokenizer: PreTrainedTokenizerBase,
+    report: EncodeReport,
+    on_bad_record: Literal["stop", "skip"] = "stop",
+) -> Iterator[tuple[str, int, int]]:
+    """Yield text, file and number of (document, location, file, number), and count them in `report`.
+
+    Raises:
+        RecordError: A document could not be read, or is not text, and `on_bad_record` is "stop".
+    """
+    special = special_strings(tokenizer)
+    for document, where, file, number in documents:
+        report.records += 1
+        try:
+            if isinstance(document, BadRecord):
+                raise document.error(where)
+            check_text(document, "text", where)
+        except RecordError as error:
+            if on_bad_record == "stop":
+                raise
+            report.skip(error)
+            continue
+        report.kept += 1
+        report.formats["text"] = report.formats.get("text", 0) + 1
+        if special.search(document) is not None:
+            report.note("held strings like special tokens, read as plain text")
+        yield document, file, number
+
+
+def document_ids(document: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokenize a document for pre-training: special-token strings in it are plain text."""
+    return tokenizer(document, add_special_tokens=False, split_special_tokens=True, verbose=False)[
+        "input_ids"
+    ]  # pyright: ignore[reportReturnType]
+
+
+def _token_at(encoding: Encoding, start: int, stop: int, count: int) -> int:
+    """The first token that has one of the characters from `start` to `stop`; `count` if none has."""
+    tokens = (encoding.char_to_token(at) for at in range(start, stop))  # none has a blank that is dropped
+    return next((token for token in tokens if token is not None), count)
+
+
+def _end_token(tokenizer: PreTrainedTokenizerBase, purpose: str) -> int:
+    if tokenizer.eos_token_id is None:
+        raise UnmaskError(f"the tokenizer has no end token (eos_token) to {purpose}.")
+    return cast(int, tokenizer.eos_token_id)
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, layout: str, separator: str) -> str:
@@ -368,24 +620,30 @@ def _template(tokenizer: PreTrainedTokenizerBase, layout: str, separator: str) -
         return separator_template(separator)
     if not tokenizer.chat_template:
         raise UnmaskError("the tokenizer has no chat template; use layout=separator.")
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        names = ", ".join(tokenizer.chat_template)
+        raise UnmaskError(
+            f"the tokenizer has chat templates named {names} and none named default; set"
+            " tokenizer.chat_template to one of them."
+        )
     return tokenizer.get_chat_template()
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
     """The tokenizer without its wrapping, which costs a fifth of the time; None if that does more."""
-    plain = PreTrainedTokenizerFast
-    if not isinstance(tokenizer, plain):
-        return None
-    own = ("__call__", "_encode_plus")
-    same = all(getattr(type(tokenizer), name) is getattr(plain, name) for name in own)
-    return tokenizer.backend_tokenizer if same else None
+    same = isinstance(tokenizer, PreTrainedTokenizerFast) and (
+        type(tokenizer).__call__ is PreTrainedTokenizerFast.__call__
+    )
+    return cast(Any, tokenizer).backend_tokenizer if same else None
 
 
 def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Check that a setting has one of its values."""
     if value not in known:
         raise UnmaskError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
 
 
 def check_block_size(block_size: int) -> None:
+    """Check that a block has room for something to predict from something."""
     if block_size < 2:
         raise UnmaskError(f"block_size must be at least 2 tokens; got {block_size}.")

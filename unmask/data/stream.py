@@ -1,294 +1,383 @@
-"""A mixture of records -> batches, with nothing whole in memory and a position to go on from.
+"""Data larger than the disk: read, shuffled and encoded as training goes, with `datasets`.
 
-Every process and worker reads all of the stream, and decodes and encodes its own records alone: record k of
-the run is that of process k modulo their number, and a process's records go to its workers a batch at a time.
-As long as no record is left out, each optimizer step therefore has the same sequences on any number of
-processes, and the batches of a process come in the same order from any number of workers.
-
-Where files come over a network, and each source has one for everybody, they are dealt out instead: each
-worker or process reads its own alone, in a mixture and an order of its own.
+Each process reads its part of every source (`split_dataset_by_node`). Records come in windows of
+`data.shuffle_buffer`, each shuffled by itself; which source a record is from is drawn as in a mixture on disk.
+A resume starts reading at the window's begin, where the state of `datasets` was taken, and needs the same
+number of processes.
 """
 
 from __future__ import annotations
 
-import os
-import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from fractions import Fraction
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+import numpy as np
+from transformers import PreTrainedTokenizerBase
 
-from unmask.data.encode import EncodeReport, Example
-from unmask.data.mixture import Mixture, Taken
-from unmask.data.pack import Row
+from unmask.data.collate import Row, pack
+from unmask.data.dataset import (
+    DRAW,
+    ORDER,
+    RunData,
+    Unit,
+    count_row,
+    draw_quotas,
+    keyed,
+    shuffled_round,
+)
+from unmask.data.encode import EncodeReport, Example, of_source, sample_id
+from unmask.data.files import Record, RecordFile, Source, Table
+from unmask.data.prepare import DataSource, Encoding, digest, is_prepared
 from unmask.errors import UnmaskError
 
-CHUNK = 1024  # records encoded, and packed, together: what is encoded again where a stream goes on
+if TYPE_CHECKING:
+    from unmask.config import Recipe
 
-Encode = Callable[[Sequence[Taken]], tuple[Sequence[Example | Row], EncodeReport]]
-Position = dict[str, Any]
-"""{"window": state of the mixture at the window's start, "chunk": chunks of it that are done, "rows": rows
-delivered of the next one}."""
-
-
-class Share(NamedTuple):
-    """Which part of a stream is one worker's: `worker` of `workers` of process `rank` of `ranks`."""
-
-    rank: int = 0
-    ranks: int = 1
-    worker: int = 0
-    workers: int = 1
+CHUNK = 1024  # records encoded, and packed, together
+WINDOW = 3  # what a keyed hash is for
 
 
-WHOLE = Share()
+class Taken(NamedTuple):
+    """A record of a stream: its source, the pass over it, the number of its file, and the record."""
+
+    source: int
+    epoch: int
+    file: int
+    record: Record
 
 
-class Delivered(NamedTuple):
-    """A batch, and what its coming means."""
+@dataclass
+class StreamedSource:
+    """One source of a stream; of file i the first `held_out[i]` records are left out."""
 
-    batch: dict[str, torch.Tensor]
-    worker: int
-    position: Position  # after it
-    counts: list[list[int]]  # examples and tokens of each source in it
-    left_out: list[tuple[str, str, int, str]]  # (dropped or skipped, reason, records, first place)
+    data: DataSource
+    encoding: Encoding
+    files: Sequence[Source]
+    held_out: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return ", ".join(self.data.names)
+
+    def dataset(self, seed: int, number: int, epoch: int) -> Any:
+        """Make the IterableDataset of one pass, with the files in an order of its own."""
+        from datasets import IterableDataset
+
+        if len(self.files) == 1 and isinstance(self.files[0], Table):
+            return self.files[0].open(streaming=True).skip(self.held_out.get(0, 0))
+        order = np.argsort(keyed(seed, ORDER, number, epoch, np.arange(len(self.files))), kind="stable")
+        files = [(int(i), self.files[int(i)], self.held_out.get(int(i), 0)) for i in order]
+        return IterableDataset.from_generator(_read, gen_kwargs={"files": files})
 
 
-@dataclass(frozen=True)
-class RecordStream:
-    """The rows of a mixture, encoded window by window.
+def _read(files: Sequence[tuple[int, Source, int]]) -> Iterator[dict[str, Any]]:
+    for number, file, held_out in files:
+        for record in islice(file.read(), held_out, None):
+            yield {"file": number, "record": record}
 
-    Args:
-        encode: records -> examples, or rows of packed ones.
-        settings: what a position in it depends on; a run that goes on must have the same.
-    """
 
-    mixture: Mixture
-    encode: Encode
-    settings: Mapping[str, Any] = field(default_factory=dict)
+@dataclass
+class StreamedData:
+    """The sources of a stream and how their records are mixed."""
 
-    def start(self) -> Position:
-        """Return the position before the first row."""
-        return {"window": self.mixture.start(), "chunk": 0, "rows": 0}
+    sources: Sequence[StreamedSource]
+    seed: int
+    window: int
+    on_source_end: Literal["repeat", "stop"]
+    global_batch_size: int
+    row_length: int | None
 
-    def rows(
-        self,
-        position: Position | None = None,
-        share: Share = WHOLE,
-        batch_size: int = 1,
-    ) -> Iterator[tuple[Example | Row, Position, list[EncodeReport]]]:
-        """Yield from `position` on each row of one worker's share, with the position after it.
+    def steps(self, rank: int = 0, ranks: int = 1) -> StreamSteps:
+        """Read one process's share."""
+        return StreamSteps(self, rank, ranks)
 
-        The report of a chunk comes with the next row. `batch_size` is that of the batches dealt to workers.
+    def encode(self, records: Sequence[Taken], report: EncodeReport) -> list[tuple[Example, int]]:
+        """Encode records to examples with their epochs, in the records' order.
 
         Raises:
-            UnmaskError: A file or a record cannot be read or used.
+            UnmaskError: A record cannot be used.
         """
-        position = position or self.start()
-        chunk, done = position["chunk"], position["rows"]
-        reports: list[EncodeReport] = []
-        part, parts, share = self._split(share)
-        for state, records in self.mixture.windows(position["window"], part, parts):
-            own = [
-                record
-                for k, record in enumerate(records, state["counter"])
-                if k % share.ranks == share.rank
-                and k // share.ranks // batch_size % share.workers == share.worker
-            ]
-            records.clear()  # most of them are others'
-            for number in range(chunk, -(-len(own) // CHUNK)):
-                rows, report = self.encode(own[number * CHUNK : (number + 1) * CHUNK])
-                if done == 0:  # else it was told before
-                    reports.append(report)
+        groups: dict[tuple[int, int], list[tuple[int, Taken]]] = {}
+        for place, taken in enumerate(records):
+            groups.setdefault((taken.source, taken.epoch), []).append((place, taken))
+        found: list[tuple[int, Example, int]] = []
+        for (source, epoch), group in groups.items():
+            first = group[0][1]
+            shard = sample_id(first.file, first.record.index) >> 1  # names the joined text of this chunk
+            places = {(taken.file, taken.record.index): place for place, taken in group}
+            pairs = ((taken.file, taken.record) for _, taken in group)
+            for example in self.sources[source].encoding.examples(pairs, report, shard):
+                place = places.get((example.file, example.record), group[0][0])
+                example.source = source
+                example.sample_id = of_source(example.sample_id, source)
+                found.append((place, example, epoch))
+        return [(example, epoch) for _, example, epoch in sorted(found, key=lambda item: item[0])]
+
+
+class StreamSteps:
+    """One process's share of a stream; a `StepSource`, whose steps are asked for in order.
+
+    Attributes:
+        report: what became of the records so far.
+    """
+
+    def __init__(self, stream: StreamedData, rank: int = 0, ranks: int = 1) -> None:
+        self.stream, self.rank, self.ranks = stream, rank, ranks
+        self.report = EncodeReport()
+        self._counts = [[0, 0] for _ in stream.sources]
+        start: Any = {"epoch": 0, "read": None}
+        self._window: dict[str, Any] = {"number": 0, "sources": [dict(start) for _ in stream.sources]}
+        self._chunk = self._done = 0
+        self._step = 0
+        self._rows: Iterator[tuple[Example | Row, int]] | None = None
+
+    def at(self, step: int) -> list[Unit] | None:
+        """Return this process's rows of a step, which follows the one before; None = this part has ended."""
+        if step != self._step:
+            raise UnmaskError(f"a stream cannot jump to step {step:,}; it is at step {self._step:,}.")
+        self._rows = self._rows or self._read_on()
+        units: list[Unit] = []
+        for place in range(self.rank, self.stream.global_batch_size, self.ranks):
+            if (item := next(self._rows, None)) is None:
+                return None
+            units.append(Unit(*item, place))
+        for row, _, _ in units:
+            source = (row if isinstance(row, Example) else row[0]).source
+            count_row(self._counts[source], row)
+        self._step += 1
+        return units
+
+    def counts(self) -> list[list[int]]:
+        return [list(pair) for pair in self._counts]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "ranks": self.ranks,
+            "step": self._step,
+            "window": deepcopy(self._window),
+            "chunk": self._chunk,
+            "rows": self._done,
+            "counts": self.counts(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume where `state` was taken.
+
+        Raises:
+            UnmaskError: By another number of processes, or with other sources.
+        """
+        if state["ranks"] != self.ranks or len(state["counts"]) != len(self._counts):
+            raise UnmaskError(
+                f"resume_from_checkpoint: the position in the stream (data.streaming) is that of a run with"
+                f" {state['ranks']} processes and {len(state['counts'])} sources; this one has {self.ranks} and"
+                f" {len(self._counts)}: set them as they were, or start a new run from the weights."
+            )
+        self._window, self._counts = deepcopy(state["window"]), [list(pair) for pair in state["counts"]]
+        self._chunk, self._done, self._step = state["chunk"], state["rows"], state["step"]
+        self._rows = None
+
+    def _read_on(self) -> Iterator[tuple[Example | Row, int]]:
+        """Rows with their epochs, from the position on; the position follows them."""
+        chunk, done = self._chunk, self._done
+        for begun, records in self._windows():
+            self._window = begun
+            for number in range(chunk, -(-len(records) // CHUNK)):
+                report = EncodeReport()
+                examples = self.stream.encode(records[number * CHUNK : (number + 1) * CHUNK], report)
+                if not done:  # else it was counted before
+                    self.report.merge(report)
+                rows: list[tuple[Example | Row, int]] = list(examples)
+                if self.stream.row_length is not None:
+                    rows = _packed(examples, self.stream.row_length)
                 for index in range(done, len(rows)):
-                    yield rows[index], {"window": state, "chunk": number, "rows": index + 1}, reports
-                    reports = []
+                    self._chunk, self._done = number, index + 1
+                    yield rows[index]
                 done = 0
             chunk = 0
 
-    def _split(self, share: Share) -> tuple[int, int, Share]:
-        """Which part of the files a worker reads, of how many, and which share of their records it takes."""
-        if self.mixture.may_split(share.ranks * share.workers):
-            return share.rank * share.workers + share.worker, share.ranks * share.workers, WHOLE
-        if self.mixture.may_split(share.ranks):
-            return share.rank, share.ranks, share._replace(rank=0, ranks=1)
-        return 0, 1, share
+    def _windows(self) -> Iterator[tuple[dict[str, Any], list[Taken]]]:
+        """Each window's state at its begin, and its records in their order."""
+        stream = self.stream
+        readers = [
+            _Reader(source, number, stream.seed, self.rank, self.ranks, state)
+            for number, (source, state) in enumerate(
+                zip(stream.sources, self._window["sources"], strict=True)
+            )
+        ]
+        number = self._window["number"]
+        while True:
+            begun = {"number": number, "sources": [reader.state() for reader in readers]}
+            records = self._draw(readers, number)
+            if not records:
+                return
+            order = keyed(stream.seed, WINDOW, self.rank, number, np.arange(len(records)))
+            yield begun, [records[place] for place in np.argsort(order, kind="stable")]
+            number += 1
 
-    def batches(
-        self,
-        batch_size: int,
-        position: Position | None = None,
-        share: Share = WHOLE,
-    ) -> Iterator[tuple[list[Example | Row], Position, list[EncodeReport]]]:
-        """Yield whole batches of `rows`; where the stream ends, an incomplete one is left out."""
-        rows: list[Example | Row] = []
-        reports: list[EncodeReport] = []
-        for row, after, told in self.rows(position, share, batch_size):
-            rows.append(row)
-            reports += told
-            if len(rows) == batch_size:
-                yield rows, after, reports
-                rows, reports = [], []
+    def _draw(self, readers: list[_Reader], number: int) -> list[Taken]:
+        """Read the records of a window: sources by quota, until all of them have ended."""
+        records: list[Taken] = []
+        rounds = 0
+        while len(records) < self.stream.window:
+            left = [reader for reader in readers if not reader.ended]
+            weights = {r.number: Fraction(r.source.data.weight).limit_denominator(10**6) for r in left}
+            if not left:
+                break
+            quotas = tuple(draw_quotas(weights).items())
+            order, _ = shuffled_round(self.stream.seed, DRAW + 8 * self.rank, (number << 24) + rounds, quotas)
+            rounds += 1
+            for source in order.tolist()[: self.stream.window - len(records)]:
+                record = readers[source].next()
+                if record is None:
+                    self._end(readers, readers[source])
+                    break
+                records.append(record)
+        return records
 
-
-class StreamDataset(IterableDataset):
-    """The batches of one process, ready for training: each worker makes whole batches of its own share."""
-
-    def __init__(
-        self,
-        stream: RecordStream,
-        collate: Callable[[list[Example | Row]], dict[str, torch.Tensor]],
-        batch_size: int,
-        share: Share,
-        positions: Sequence[Position | None],
-        first: int,
-    ):
-        super().__init__()
-        self.stream, self.collate, self.batch_size = stream, collate, batch_size
-        self.share, self.positions, self.first = share, positions, first
-
-    def __iter__(self) -> Iterator[Delivered | str]:
-        info = get_worker_info()
-        worker = 0 if info is None else (info.id + self.first) % self.share.workers
-        share = self.share._replace(worker=worker)
-        try:
-            for rows, after, reports in self.stream.batches(self.batch_size, self.positions[worker], share):
-                counts = count_sources(rows, len(self.stream.mixture.sources))
-                yield Delivered(self.collate(rows), worker, after, counts, _left_out(reports))
-        except UnmaskError as error:
-            yield str(error)  # raised in a worker, it would come wrapped into a traceback
+    def _end(self, readers: list[_Reader], ended: _Reader) -> None:
+        """A pass over a source is through: it begins anew, and under "stop" the others too."""
+        everything = self.stream.on_source_end == "stop" and ended.source.data.epochs is None
+        for reader in readers if everything else [ended]:
+            if reader is ended or reader.source.data.epochs is None:
+                reader.restart()
 
 
-class StreamLoader:
-    """A process's own loader of a stream, which knows the position after the newest batch it gave.
-
-    It has no length, and nothing else may deal its batches out over processes.
-
-    Args:
-        workers: processes that load data; 0 = this one.
-    """
+class _Reader:
+    """Reads one source pass after pass."""
 
     def __init__(
-        self,
-        stream: RecordStream,
-        collate: Callable[[list[Example | Row]], dict[str, torch.Tensor]],
-        *,
-        batch_size: int,
-        workers: int = 0,
-        rank: int = 0,
-        ranks: int = 1,
-        device: torch.device | str = "cpu",
-    ):
-        self.stream, self.collate, self.batch_size = stream, collate, batch_size
-        self.processes, self.device = workers, device
-        self.share = Share(rank, ranks, 0, max(1, workers))
-        self.settings = {
-            **stream.settings,
-            "processes": ranks,
-            "data.num_workers": self.share.workers,
-            "sequences a process and forward": batch_size,
-        }
-        self.positions: list[Position | None] = [None] * self.share.workers
-        self.next_worker = 0
-        self.counts = [[0, 0] for _ in stream.mixture.sources]
-        self.left_out: dict[tuple[str, str], tuple[int, str]] = {}
+        self, source: StreamedSource, number: int, seed: int, rank: int, ranks: int, state: dict[str, Any]
+    ) -> None:
+        self.source, self.number, self.seed, self.rank, self.ranks = source, number, seed, rank, ranks
+        self.epoch: int = state["epoch"]
+        self.read = 0  # in this pass
+        self._open(state["read"])
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        dataset = StreamDataset(
-            self.stream, self.collate, self.batch_size, self.share, list(self.positions), self.next_worker
-        )
-        loader = DataLoader(
-            dataset,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=self.processes,
-            worker_init_fn=ignore_stop_signals if self.processes else None,
-            pin_memory=torch.cuda.is_available(),
-        )
-        with _no_threads_of_tokenizers(self.processes > 0):
-            batches = iter(loader)
-        for item in batches:
-            if isinstance(item, str):
-                raise UnmaskError(item)
-            self.positions[item.worker] = item.position
-            self.next_worker = (item.worker + 1) % self.share.workers
-            for total, new in zip(self.counts, item.counts, strict=True):
-                total[:] = [a + b for a, b in zip(total, new, strict=True)]
-            for kind, reason, count, where in item.left_out:
-                before, first = self.left_out.get((kind, reason), (0, where))
-                self.left_out[kind, reason] = (before + count, first)
-            yield {name: tensor.to(self.device, non_blocking=True) for name, tensor in item.batch.items()}
+    def _open(self, state: Any) -> None:
+        from datasets.distributed import split_dataset_by_node
+
+        whole = self.source.dataset(self.seed, self.number, self.epoch)
+        self.dataset = split_dataset_by_node(whole, self.rank, self.ranks)
+        if state is not None:
+            self.dataset.load_state_dict(state)
+            self.read = 1
+        self.items = iter(self.dataset)
+
+    @property
+    def ended(self) -> bool:
+        return self.source.data.epochs is not None and self.epoch >= self.source.data.epochs
 
     def state(self) -> dict[str, Any]:
-        """Return where this process stands, as JSON has it."""
-        return {
-            "settings": self.settings,
-            "next_worker": self.next_worker,
-            "positions": list(self.positions),
-            "counts": [list(pair) for pair in self.counts],
-            "left_out": [[*key, *value] for key, value in self.left_out.items()],
-        }
+        return {"epoch": self.epoch, "read": deepcopy(self.dataset.state_dict()) if self.read else None}
 
-    def load(self, state: Mapping[str, Any], where: str) -> None:
-        """Go on from `state`; `where` names it in messages.
-
-        Raises:
-            UnmaskError: It is that of another stream, or of other numbers of processes or workers.
-        """
-        for name, value in self.settings.items():
-            before = state["settings"].get(name)
-            if before != value:
+    def next(self) -> Taken | None:
+        """The next record of the pass; None at its end."""
+        item = next(self.items, None)
+        if item is None:
+            if not self.read:
                 raise UnmaskError(
-                    f"resume_from_checkpoint: {where}: the position in the stream is that of a run with"
-                    f" {name} = {before}; this one has {value}: set it as it was, or start a new run from the"
-                    " weights (model.name_or_path)."
+                    f"{self.source.label}: there is no record to train on for process {self.rank}."
                 )
-        self.positions = list(state["positions"])
-        self.next_worker = state["next_worker"]
-        self.counts = [list(pair) for pair in state["counts"]]
-        self.left_out = {(kind, reason): (n, first) for kind, reason, n, first in state["left_out"]}
+            return None
+        self.read += 1
+        if isinstance(item.get("record"), Record):
+            return Taken(self.number, self.epoch, item["file"], item["record"])
+        # A row of a hub data set, whose number is not known: its contents stand for it.
+        known = int(digest(json.dumps(item, default=str))[:15], 16)
+        return Taken(self.number, self.epoch, 0, Record(item, _same, self.source.label, known))
+
+    def restart(self) -> None:
+        self.epoch, self.read = self.epoch + 1, 0
+        if not self.ended:
+            self._open(None)
 
 
-def ignore_stop_signals(worker: int) -> None:
-    """Leave SIGTERM and SIGINT, which may reach every process of a run, to the one that trains."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def _same(record: Any) -> Any:
+    return record
 
 
-def _as_it_is(item: Any) -> Any:
-    return item
-
-
-def count_sources(rows: Iterable[Example | Row], sources: int) -> list[list[int]]:
-    """Count the examples and tokens of each source."""
-    counts = [[0, 0] for _ in range(sources)]
-    for row in rows:
-        for example in [row] if isinstance(row, Example) else row:
-            counts[example.source][0] += 1
-            counts[example.source][1] += len(example.input_ids)
-    return counts
-
-
-def _left_out(reports: Sequence[EncodeReport]) -> list[tuple[str, str, int, str]]:
-    return [
-        (kind, reason, count, where)
-        for report in reports
-        for kind, found in (("dropped", report.dropped), ("skipped", report.skipped))
-        for reason, (count, where) in found.items()
+def _packed(examples: Sequence[tuple[Example, int]], length: int) -> list[tuple[Example | Row, int]]:
+    """Pack examples with epochs: rows have examples of one source and pass alone."""
+    groups: dict[tuple[int, int], list[Example]] = {}
+    for example, epoch in examples:
+        groups.setdefault((example.source, epoch), []).append(example)
+    rows: list[tuple[Example | Row, int]] = [
+        (row, epoch)
+        for (_, epoch), group in groups.items()
+        for row in pack(group, length, window=max(1, len(group)))
     ]
+    order = {id(example): place for place, (example, _) in enumerate(examples)}
+    return sorted(rows, key=lambda item: order[id(item[0][0])])  # pyright: ignore[reportIndexIssue]
 
 
-@contextmanager
-def _no_threads_of_tokenizers(wanted: bool) -> Iterator[None]:
-    """Keep `tokenizers` from warning of its own threads in each worker, which is a process already."""
-    name = "TOKENIZERS_PARALLELISM"
-    if not wanted or name in os.environ:
-        yield
-        return
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        del os.environ[name]
+def open_stream(run: RunData, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let `run` stream its sources; its `train` is the examples of their beginning, its `held_out` those of
+    `data.eval_size` records from the start of the first.
+
+    Raises:
+        UnmaskError: A source is missing, cannot be read, or has no record that can be used.
+    """
+    data = recipe.data
+    sources = []
+    for source in run.sources:
+        for name in filter(is_prepared, source.names):
+            raise UnmaskError(
+                f"data.streaming: {name} is prepared data, which is read row by row anyway; set it to false."
+            )
+        files = source.files(text=run.encoder is None)
+        for file in files:
+            if isinstance(file, RecordFile) and file.is_array():
+                raise UnmaskError(
+                    f"{file.label}: a JSON array cannot be streamed (data.streaming), since it ends where the"
+                    " file ends; write one record a line (.jsonl), or set data.streaming=false."
+                )
+        sources.append(StreamedSource(source, Encoding(source, tokenizer, run.encoder, data), files))
+    run.stream = StreamedData(
+        sources, run.seed, data.shuffle_buffer, data.on_source_end, run.global_batch_size, run.row_length
+    )
+    run.files = [[file.label for file in source.files] for source in sources]
+    if data.eval_size:
+        records = list(islice(_beginning(sources[0], 0), data.eval_size))
+        if len(records) < data.eval_size:
+            raise UnmaskError(
+                f"data.eval_size: {data.eval_size} are to be held out, but there are only {len(records)}"
+                " records; use less or more data."
+            )
+        report = run.held_out_report or EncodeReport()
+        run.held_out = [example for example, _ in run.stream.encode(records, report)]
+        for taken in records:
+            sources[0].held_out[taken.file] = sources[0].held_out.get(taken.file, 0) + 1
+    beginning: list[Example] = []
+    for number, source in enumerate(sources):
+        beginning += _usable(run.stream, source, number, run.report)
+    run.train = beginning
+
+
+def _usable(
+    stream: StreamedData, source: StreamedSource, number: int, report: EncodeReport | None
+) -> list[Example]:
+    """The examples of a source's first records: as many as it takes for one that can be used."""
+    records = _beginning(source, number)
+    own = EncodeReport()
+    examples: list[Example] = []
+    while not examples and (chunk := list(islice(records, CHUNK))):
+        examples = [example for example, _ in stream.encode(chunk, own)]
+    if not examples:
+        why = "; ".join(own.left_out())
+        what = "no record can be used" if own.records else "there is no record to train on"
+        raise UnmaskError(f"{source.label}: {what}{f': {why}' if why else ''}.")
+    if report is not None:
+        report.merge(own)
+    return examples
+
+
+def _beginning(source: StreamedSource, number: int) -> Iterable[Taken]:
+    """The records of a source in the order of its files, but those held out."""
+    for file, opened in enumerate(source.files):
+        for record in islice(opened.read(), source.held_out.get(file, 0), None):
+            yield Taken(number, 0, file, record)

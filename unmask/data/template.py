@@ -1,39 +1,64 @@
-"""A conversation -> the text its chat template renders, cut into source and response spans.
+"""A conversation -> the text its chat template renders, and where in it the responses are.
 
-Templates rarely say where a response begins and ends, and some move or strip what they are given.
-So each conversation is rendered twice: once as it is, and once with a private mark in place of each
-response. What stands between the marks is the template's own writing, and the real rendering is cut
-there. Training and generation prompts come from the same cut, so they cannot differ.
+Templates rarely say where a response begins and ends. Most write the same header before each one (what
+`add_generation_prompt` adds) and the end token after it, and nothing else writes either: one rendering
+tells it all. For others a second rendering has a private mark in place of each response; what is between
+the marks is the template's own writing. Training and generation prompts come from the same cut.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from unmask.data.conversation import RecordError, Turn, call_text
-from unmask.data.skeleton import Skeletons
+from unmask.data.records import RecordError, Turn, call_text
 from unmask.errors import UnmaskError
 
-FIRST_MARK = "\ue0000\ue001"  # in nearly all conversations
 REWRITTEN = "the chat template rewrites the response beyond recognition"
+REASONS = "has reasoning, but thinking=off lets every response start after an empty think block"
+OPEN, CLOSE = "\ue000", "\ue002"  # around private marks
+THINK = re.compile(
+    r"\s*<think>(?P<reasoning>(?:(?!</?think>).)*)</think>(?P<answer>(?:(?!</?think>).)*)", re.S
+)
+
+Thinking = Literal["off", "on", "template"]
+
+
+class Hidden(list[str]):
+    """Strings of special tokens that marks stand for, while a template writes the texts that have them."""
+
+    mark = ""
+    """What each mark starts with; no text of the conversation has it."""
+
+    def without_marks(self, text: str) -> str:
+        """Remove the marks from a text."""
+        return re.sub(f"{self.mark}s\\d+{CLOSE}", "", text) if self else text
 
 
 class DropRecord(Exception):
     """A record that cannot be used; the message is one of a few fixed reasons, for counting."""
 
 
-class Span(NamedTuple):
-    """A piece of text. `literal` True: a special-token string to read as plain text."""
+@dataclass
+class Rendered:
+    """A text, and the trained responses in it as (start, stop) in characters, end tokens included.
+
+    `literals`: (start, stop) of strings of special tokens in the record's own texts: plain text. `specials`:
+    those that the template wrote, listed where there are literals. `lost` says what the template left out.
+    """
 
     text: str
-    is_response: bool
-    literal: bool = False
+    responses: list[tuple[int, int]]
+    literals: list[tuple[int, int]] = field(default_factory=list)
+    specials: list[tuple[int, int]] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
 
 
 def special_strings(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
@@ -69,169 +94,47 @@ def separator_template(separator: str) -> str:
 
 
 class ChatLayout:
-    """Cuts what `chat_template` renders into spans.
+    """Renders conversations with `chat_template` and finds the responses.
+
+    `thinking` says where a response starts, in training and for generation: "template" where the template's
+    own generation prompt ends, "off" after an empty think block, "on" after the opening of one. Where the
+    template does not write that before a response, it is written here. It has no effect on a template that
+    knows no think blocks.
 
     Attributes:
         end_token: The special token that the template writes after a response.
 
     Raises:
-        UnmaskError: The template writes no end token after a response, or not the response itself.
+        UnmaskError: The template writes no end token after a response, or not the response itself, or it
+            has no think block to open.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, chat_template: str, thinking: Thinking = "template"
+    ) -> None:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
+        self.thinking = thinking
         self._special = special_strings(tokenizer)
         self._writes_calls = "tool_calls" in chat_template
         self._writes_ids = "tool_call_id" in chat_template or re.search(r"\bid\b", chat_template) is not None
+        self._reasoning_key = next(
+            (key for key in ("reasoning_content", "thinking", "reasoning") if f".{key}" in chat_template), ""
+        )
         self.shows_tools = re.search(r"\btools\b", chat_template) is not None
-        self._skeletons = Skeletons(chat_template, dict(tokenizer.special_tokens_map))
-        self.end_token = self._find_end_token()
-        self._end = re.compile(r"\s*" + re.escape(self.end_token))
+        self._probe()
 
-    def spans(
-        self,
-        turns: Sequence[Turn],
-        trained: Sequence[bool],
-        where: str,
-        tools: Sequence[Mapping[str, Any]] = (),
-    ) -> list[Span]:
-        """Render `turns` and cut the text; `trained[i]` says that turn i is a response to learn.
-
-        A response takes the tool calls and the end token after it along. The texts joined are the
-        rendering. `tools` are shown if the template has a place for them (`shows_tools`).
-
-        Raises:
-            DropRecord: The template rewrites a response so that it cannot be found.
-            RecordError: The template refuses the conversation.
-        """
-        messages, shown, mark, hidden = self._messages(turns, tools)
-        places = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
-        text, bounds = self._located(messages, shown, mark, places, where)
-        return self._show_specials(self._pieces(text, places, bounds, trained), mark, hidden)
-
-    def _pieces(
-        self, text: str, places: list[int], bounds: list[tuple[int, int]], trained: Sequence[bool]
-    ) -> list[Span]:
-        """`text` cut where the trained of the assistant turns at `places` stand, each with its end token."""
-        pieces: list[Span] = []
-        done = 0
-        for place, (start, stop) in zip(places, bounds, strict=True):
-            if not trained[place]:
-                continue
-            if end := self._end.match(text, stop):
-                stop = end.end()
-            pieces += [Span(text[done:start], False), Span(text[start:stop], True)]
-            done = stop
-        return [*pieces, Span(text[done:], False)]
-
-    def _located(
-        self,
-        messages: list[dict[str, Any]],
-        shown: Sequence[Any],
-        mark: str,
-        places: list[int],
-        where: str,
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """The text the template renders, and where the assistant turns, at `places`, stand in it."""
-        marks = {place: f"{mark}r{place}\ue002" for place in places}
-        marked = [
-            {"role": "assistant", "content": marks[i]} if i in marks else message
-            for i, message in enumerate(messages)
-        ]
-        # The quick way, for what has nothing but text; the mark is then the same for all.
-        plain = not shown and mark == FIRST_MARK and all(len(message) == 2 for message in messages)
-        roles = [message["role"] for message in messages]
-        contents = [message["content"] for message in messages]
-        if plain and (located := self._skeletons.fill(roles, contents)):
-            return located
-        text = self._render(messages, where, shown)
-        anchors = _split(self._render(marked, where, shown), list(marks.values()))
-        if anchors is None:
-            raise DropRecord(REWRITTEN)
-        responses = [contents[place] for place in places]
-        bounds = _match(text, anchors, responses)
-        if bounds is not None and plain:
-            self._skeletons.learn(roles, contents, [m["content"] for m in marked], (text, bounds))
-        if bounds is None:
-            headers = [self._header(messages[:place], where, shown) for place in places]
-            bounds = _search(text, anchors, responses, headers)
-        if bounds is None:
-            raise DropRecord(REWRITTEN)
-        return text, bounds
-
-    def prompt_spans(
-        self,
-        turns: Sequence[Turn],
-        where: str = "the prompt",
-        tools: Sequence[Mapping[str, Any]] = (),
-        trained: Sequence[bool] = (),
-    ) -> list[Span]:
-        """Render `turns` up to where the next response would begin.
-
-        Earlier responses that are `trained` (by default none) are cut out as in `spans`.
-        """
-        messages, shown, mark, hidden = self._messages(turns, tools)
-        response = f"{mark}r\ue002"
-        answered = [*messages, {"role": "assistant", "content": response}]
-        anchors = _split(self._render(answered, where, shown), [response])
-        if anchors is None:
-            raise UnmaskError(f"{where}: the chat template does not write a response after it.")
-        pieces = [Span(anchors[0], False)]
-        if any(trained):
-            places = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
-            answered[-1] = {"role": "assistant", "content": "x"}
-            try:
-                text, bounds = self._located(answered, shown, mark, [*places, len(turns)], where)
-            except DropRecord:
-                return self._show_specials(pieces, mark, hidden)  # training drops such a conversation
-            if anchors[0].startswith(text[: bounds[-2][1]]):
-                pieces = self._pieces(anchors[0], places, bounds[:-1], trained)
-        return self._show_specials(pieces, mark, hidden)
-
-    def _messages(
-        self, turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]]
-    ) -> tuple[list[dict[str, Any]], list[Any], str, list[str]]:
-        """What the template is given, messages and tools, with special-token strings hidden by marks.
-
-        Tool calls are left to a template that knows them, with their ids if it writes ids; for others they
-        are written into the content.
-        Also returns a mark that occurs nowhere in them, and what was hidden.
-        """
-        messages: list[dict[str, Any]] = []
-        for turn in turns:
-            if turn.tool_calls and self._writes_calls:
-                calls = [self._call(call) for call in turn.tool_calls]
-                messages.append({"role": turn.role, "content": turn.content, "tool_calls": calls})
-                continue
-            messages.append({"role": turn.role, "content": call_text(turn)})
-            if turn.tool_call_id is not None and self._writes_ids:
-                messages[-1]["tool_call_id"] = turn.tool_call_id
-        given = [messages, list(tools) if self.shows_tools else []]
-        if all(len(message) == 2 for message in messages) and not given[1]:
-            # Nothing but contents: the usual case, and faster so.
-            given = [[message["content"] for message in messages], []]
-        mark = _fresh_mark(given)
-        hidden: list[str] = []
-
-        def hide(match: re.Match[str]) -> str:
-            hidden.append(match.group())
-            return f"{mark}s{len(hidden) - 1}\ue002"
-
-        changed, shown = _in_texts(given, lambda text: self._special.sub(hide, text))
-        if given[0] is not messages:
-            changed = [{**message, "content": text} for message, text in zip(messages, changed, strict=True)]
-        return changed, shown, mark, hidden
-
-    def _call(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        """A tool call as OpenAI writes it."""
-        own = {"id": call["id"]} if "id" in call and self._writes_ids else {}
-        return {**own, "type": "function", "function": {name: call[name] for name in ("name", "arguments")}}
-
-    def _find_end_token(self) -> str:
-        response = f"{_fresh_mark(())}r\ue002"
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": response}]
-        anchors = _split(self._render(messages, "a conversation of two turns"), [response])
+    def _probe(self) -> None:
+        """Find end token, header and think block from a conversation of two turns."""
+        mark = f"{OPEN}r{CLOSE}"
+        user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": mark}
+        asked, where = [user], "a conversation of two turns"
+        try:
+            text = self._render([user, answer], where)
+        except RecordError:  # some demand a system turn
+            asked = [{"role": "system", "content": "s"}, user]
+            text = self._render([*asked, answer], where)
+        anchors = _split(text, [mark])
         if anchors is None:
             raise UnmaskError(
                 "the chat template does not write the assistant's text as it is; "
@@ -243,14 +146,207 @@ class ChatLayout:
                 "the chat template writes no end token after a response, so a model could not "
                 "learn to stop; use layout=separator or another template."
             )
-        return end.group(1)
+        self.end_token = end.group(1)
+        self._end = re.compile(r"\s*" + re.escape(self.end_token))
+        header = self._header(asked, where)
+        self._generation = header
+        self._base = header[: header.index("<think>")] if "<think>" in header else header
+        at = anchors[0].rfind(self._base) + len(self._base)
+        written = anchors[0][at:] if self._base and at >= len(self._base) else ""
+        if "enable_thinking" in self.chat_template:
+            off = self._header(asked, where, enable_thinking=False)
+            written = off[len(self._base) :] if off.startswith(self._base + "<think>") else written
+        self._empty = written if THINK.fullmatch(written.rstrip()) else ""
+        self._opening = header[len(self._base) :]
+        if self.thinking == "off":
+            self._opening = self._empty
+        elif self.thinking == "on":
+            if not (found := re.match(r"\s*<think>\n?", self._empty)):
+                raise UnmaskError("thinking=on: the chat template has no think block to open.")
+            self._opening = found.group()
+
+    def render(
+        self,
+        turns: Sequence[Turn],
+        trained: Sequence[bool],
+        where: str,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> Rendered:
+        """Render `turns` and find the responses to learn: `trained[i]` says that turn i is one.
+
+        A response has its reasoning, its tool calls and the end token after it. `tools` are shown if the
+        template has a place for them (`shows_tools`).
+
+        Raises:
+            DropRecord: The template rewrites a response so that it cannot be found.
+            RecordError: The template refuses the conversation.
+        """
+        messages, shown, hidden = self._messages(turns, tools)
+        places = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+        text, bounds = self._located(messages, shown, places, where)
+        found = Rendered("", [], lost=self._lost(turns, text, dict(zip(places, bounds, strict=True)), hidden))
+        done = 0
+        for place, (start, stop) in zip(places, bounds, strict=True):
+            if not trained[place]:
+                continue
+            insert = ""
+            if not text.startswith(self._opening, start):
+                if text[start:stop].lstrip().startswith("<think>"):
+                    raise DropRecord(REASONS)
+                insert = self._empty
+            found.text += text[done:start]
+            begun = len(found.text) + len(self._opening)
+            found.text += insert + text[start:stop]
+            found.responses.append((begun, len(found.text)))
+            done = stop
+        found.text += text[done:]
+        return self._with_literals(found, hidden)
+
+    def render_prompt(
+        self,
+        turns: Sequence[Turn],
+        trained: Sequence[bool],
+        where: str = "the prompt",
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> Rendered:
+        """Render `turns` up to where training lets the next response start.
+
+        `responses` are the earlier ones that are `trained`.
+        """
+        answered = [*turns, Turn("assistant", "x")]
+        try:
+            whole = self.render(answered, [*trained, True], where, tools)
+        except DropRecord:  # an earlier response that training would drop
+            try:
+                whole = self.render(answered, [False] * len(turns) + [True], where, tools)
+            except DropRecord as error:
+                raise UnmaskError(
+                    f"{where}: the chat template does not write a response after it."
+                ) from error
+        start = whole.responses.pop()[0]
+        whole.text = whole.text[:start]
+        whole.literals = [bounds for bounds in whole.literals if bounds[1] <= start]
+        whole.specials = [bounds for bounds in whole.specials if bounds[1] <= start]
+        return whole
+
+    def _located(
+        self, messages: list[dict[str, Any]], shown: Sequence[Any], places: list[int], where: str
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and where the assistant turns, at `places`, are in it, each with its end token."""
+        text = self._render(messages, where, shown)
+        header = self._base
+        if header and not any(header in message["content"] for message in messages):
+            parts = text.split(header)
+            bounds: list[tuple[int, int]] = []
+            start = len(parts[0]) + len(header)
+            for part in parts[1:]:
+                stop = part.find(self.end_token)
+                bounds.append((start, start + stop + len(self.end_token)))
+                if stop < 0:
+                    break
+                start += len(part) + len(header)
+            else:
+                if len(bounds) == len(places):
+                    return text, bounds
+        mark = _fresh_mark(messages)
+        marks = {place: f"{mark}r{place}{CLOSE}" for place in places}
+        marked = [
+            {"role": "assistant", "content": marks[i]} if i in marks else message
+            for i, message in enumerate(messages)
+        ]
+        anchors = _split(self._render(marked, where, shown), list(marks.values()))
+        if anchors is None:
+            raise DropRecord(REWRITTEN)
+        responses = [messages[place]["content"] for place in places]
+        bounds = _match(text, anchors, responses) or _search(text, anchors, responses) or []
+        if not bounds:
+            raise DropRecord(REWRITTEN)
+        whole, done = [], 0
+        for start, stop in bounds:
+            if header and (at := text.rfind(header, done, start)) >= 0:
+                start = at + len(header)
+            end = self._end.match(text, stop)
+            done = end.end() if end else stop
+            whole.append((start, done))
+        return text, whole
+
+    def _lost(
+        self, turns: Sequence[Turn], text: str, bounds: Mapping[int, tuple[int, int]], hidden: Hidden
+    ) -> list[str]:
+        """What the template leaves out of the turns; a response has to be there whole."""
+        lost: dict[str, None] = {}
+        everything = ""
+        for place, turn in enumerate(turns):
+            content = turn.content if not hidden else self._special.sub("", turn.content)
+            if place not in bounds:
+                if content.strip() not in text:
+                    everything = everything or _squeezed(hidden.without_marks(text))
+                    if _squeezed(content) not in everything:
+                        lost[f"the chat template leaves out {turn.role} turns"] = None
+                continue
+            start, stop = bounds[place]
+            written = hidden.without_marks(text[start:stop])
+            names = [
+                self._special.sub("", call["name"]) if hidden else call["name"] for call in turn.tool_calls
+            ]
+            if not all(name in written for name in names):
+                raise DropRecord(REWRITTEN)
+            written = _squeezed(written)
+            if _squeezed(content) in written and _squeezed(turn.reasoning) in written:
+                continue
+            parsed = THINK.fullmatch(content)
+            answer = parsed["answer"] if parsed else content
+            if _squeezed(answer) not in written or not (parsed or turn.reasoning):
+                raise DropRecord(REWRITTEN)
+            lost["the chat template leaves out the reasoning of some turns"] = None
+        return list(lost)
+
+    def _messages(
+        self, turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[dict[str, Any]], list[Any], Hidden]:
+        """What the template is given, messages and tools, with special-token strings hidden by marks.
+
+        Tool calls are left to a template that knows them, with their ids if it writes ids; for others they
+        are written into the content, and so is reasoning. Also returns what was hidden.
+        """
+        messages: list[dict[str, Any]] = []
+        for turn in turns:
+            message: dict[str, Any] = {"role": turn.role, "content": turn.content}
+            if turn.tool_calls and self._writes_calls:
+                message["tool_calls"] = [self._call(call) for call in turn.tool_calls]
+            elif turn.tool_calls:
+                message["content"] = call_text(turn)
+            if turn.reasoning and self._reasoning_key:
+                message[self._reasoning_key] = turn.reasoning
+            elif turn.reasoning:
+                message["content"] = f"<think>\n{turn.reasoning}\n</think>\n\n{message['content']}"
+            if turn.tool_call_id is not None and self._writes_ids:
+                message["tool_call_id"] = turn.tool_call_id
+            if turn.name is not None:
+                message["name"] = turn.name
+            messages.append(message)
+        shown = list(tools) if self.shows_tools else []
+        plain = not shown and not any(turn.tool_calls or turn.reasoning or turn.name for turn in turns)
+        texts = [turn.content for turn in turns] if plain else _texts([messages, shown])
+        if not any(map(self._special.search, texts)):
+            return messages, shown, Hidden()
+        hidden = Hidden()
+        hidden.mark = mark = _fresh_mark([messages, shown])
+
+        def hide(match: re.Match[str]) -> str:
+            hidden.append(match.group())
+            return f"{mark}s{len(hidden) - 1}{CLOSE}"
+
+        messages, shown = _in_texts([messages, shown], lambda text: self._special.sub(hide, text))
+        return messages, shown, hidden
+
+    def _call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """A tool call as OpenAI writes it."""
+        own = {"id": call["id"]} if "id" in call and self._writes_ids else {}
+        return {**own, "type": "function", "function": {name: call[name] for name in ("name", "arguments")}}
 
     def _render(
-        self,
-        messages: list[dict[str, Any]],
-        where: str,
-        tools: Sequence[Any] = (),
-        generation: bool = False,
+        self, messages: list[dict[str, Any]], where: str, tools: Sequence[Any] = (), **variables: Any
     ) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
@@ -258,7 +354,7 @@ class ChatLayout:
                 tools=list(tools) or None,
                 tokenize=False,
                 chat_template=self.chat_template,
-                add_generation_prompt=generation,
+                **variables,
             )
         except (TemplateError, TypeError) as error:
             reason = str(error).strip() or type(error).__name__
@@ -268,34 +364,57 @@ class ChatLayout:
         assert isinstance(text, str)
         return text
 
-    def _header(self, messages: list[dict[str, Any]], where: str, tools: Sequence[Any]) -> str:
+    def _header(self, messages: list[dict[str, Any]], where: str, **variables: Any) -> str:
         """What the template writes to open a response after `messages`."""
-        before = self._render(messages, where, tools)
-        opened = self._render(messages, where, tools, generation=True)
+        before = self._render(messages, where, **variables)
+        opened = self._render(messages, where, add_generation_prompt=True, **variables)
         return opened.removeprefix(before) if opened.startswith(before) else ""
 
-    def _show_specials(self, pieces: list[Span], mark: str, hidden: list[str]) -> list[Span]:
-        pieces = [piece for piece in pieces if piece.text]
+    def _with_literals(self, found: Rendered, hidden: Hidden) -> Rendered:
+        """Put back what was hidden, and list where it and the template's own special tokens are."""
         if not hidden:
-            return pieces
-        shown = []
-        for piece in pieces:
-            parts = re.split(f"{mark}s(\\d+)\ue002", piece.text)
-            for i, part in enumerate(parts):
-                literal = i % 2 == 1
-                text = hidden[int(part)] if literal else part
-                shown.append(Span(text, piece.is_response, literal))
-        return [piece for piece in shown if piece.text]
+            return found
+        either = re.compile(f"{hidden.mark}s(\\d+){CLOSE}|{self._special.pattern}")
+        cuts = sorted({0, len(found.text), *(at for bounds in found.responses for at in bounds)})
+        moved: dict[int, int] = {0: 0}
+        text = ""
+        for start, stop in itertools.pairwise(cuts):
+            at = start
+            for match in either.finditer(found.text, start, stop):
+                text += found.text[at : match.start()]
+                kind = found.specials if match[1] is None else found.literals
+                shown = match.group() if match[1] is None else hidden[int(match[1])]
+                kind.append((len(text), len(text) + len(shown)))
+                text, at = text + shown, match.end()
+            text += found.text[at:stop]
+            moved[stop] = len(text)
+        found.responses = [(moved[start], moved[stop]) for start, stop in found.responses]
+        found.text = text
+        return found
 
 
-def _fresh_mark(given: Any) -> str:
-    """A string that no text in `given` holds, of private-use characters, which templates pass on."""
-    texts: list[str] = []
-    _in_texts(given, lambda text: texts.append(text) or text)
+def without_empty_thinking(text: str) -> str:
+    """Return a response without the empty think block that it starts with, if it does."""
+    return re.sub(r"^\s*<think>\s*</think>\s*", "", text)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _fresh_mark(value: Any) -> str:
+    """A string that no text in `value` has, of private-use characters, which templates pass on."""
+    texts = _texts(value)
     number = 0
-    while any(f"\ue000{number}\ue001" in text for text in texts):
+    while any(f"{OPEN}{number}\ue001" in text for text in texts):
         number += 1
-    return f"\ue000{number}\ue001"
+    return f"{OPEN}{number}\ue001"
+
+
+def _texts(value: Any) -> list[str]:
+    texts: list[str] = []
+    _in_texts(value, lambda text: texts.append(text) or text)
+    return texts
 
 
 def _in_texts(value: Any, change: Callable[[str], str]) -> Any:
@@ -308,7 +427,7 @@ def _in_texts(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _split(text: str, marks: list[str]) -> list[str] | None:
-    """`text` split at each of `marks`; None unless each stands in it once and in this order."""
+    """`text` split at each of `marks`; None unless each is in it once and in this order."""
     anchors = []
     for mark in marks:
         if text.count(mark) != 1:
@@ -319,7 +438,7 @@ def _split(text: str, marks: list[str]) -> list[str] | None:
 
 
 def _match(text: str, anchors: list[str], responses: list[str]) -> list[tuple[int, int]] | None:
-    """Where the responses stand if `text` is just anchors and responses in turn, else None."""
+    """Where the responses are if `text` is just anchors and responses in turn, else None."""
     bounds = []
     at = 0
     for anchor, response in zip(anchors, responses, strict=False):
@@ -330,44 +449,19 @@ def _match(text: str, anchors: list[str], responses: list[str]) -> list[tuple[in
     return bounds if whole == text else None
 
 
-def _search(
-    text: str, anchors: list[str], responses: list[str], headers: list[str]
-) -> list[tuple[int, int]] | None:
-    """Where the responses stand if the template strips or rewrites them: between the anchors.
-
-    An anchor that is not there as a whole may end in something that the template writes only for
-    some responses (Qwen3's empty think block); it then counts up to its last generation header, and
-    what follows belongs to the response.
-    """
-    ways = [[anchor] for anchor in anchors]
-    for way, header in zip(ways, headers, strict=False):
-        if header and header in way[0]:
-            way.append(way[0][: way[0].rindex(header) + len(header)])
-    opening = next((way for way in ways[0] if text.startswith(way)), None)
-    if opening is None or not text.endswith(anchors[-1]):
+def _search(text: str, anchors: list[str], responses: list[str]) -> list[tuple[int, int]] | None:
+    """Where the responses are if the template strips or rewrites them: between the anchors."""
+    if not text.startswith(anchors[0]) or not text.endswith(anchors[-1]):
         return None
     bounds = []
-    start = len(opening)
-    limit = len(text) - len(anchors[-1])
-    for response, following in zip(responses[:-1], ways[1:-1], strict=True):
-        found = _next_anchor(text, start, limit, response, following)
-        if found is None:
+    start, limit = len(anchors[0]), len(text) - len(anchors[-1])
+    for response, anchor in zip(responses[:-1], anchors[1:-1], strict=True):
+        # The expected text first: the response might have a copy of the anchor.
+        expected = (response, response.strip())
+        stop = next((start + len(e) for e in expected if text.startswith(e + anchor, start)), None)
+        stop = text.find(anchor, start, limit) if stop is None else stop
+        if stop < 0:
             return None
-        stop, anchor = found
         bounds.append((start, stop))
         start = stop + len(anchor)
     return [*bounds, (start, limit)] if start <= limit else None
-
-
-def _next_anchor(
-    text: str, start: int, limit: int, response: str, following: list[str]
-) -> tuple[int, str] | None:
-    for anchor in following:
-        # The expected text first: the response might hold a copy of the anchor.
-        for expected in (response, response.strip()):
-            if text.startswith(expected + anchor, start):
-                return start + len(expected), anchor
-        stop = text.find(anchor, start, limit)
-        if stop >= 0:
-            return stop, anchor
-    return None

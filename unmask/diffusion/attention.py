@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from unmask.diffusion.keyed import STREAM_ATTENTION, keyed_uniform
+from unmask.diffusion.rng import STREAM_ATTENTION, keyed_uniform
 
 
 class Layout(NamedTuple):

@@ -42,7 +42,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from unmask.diffusion.attention import block_index, row_layout
-from unmask.diffusion.keyed import STREAM_MASK, STREAM_SCORE, STREAM_TIME, keyed_hash
+from unmask.diffusion.corrupt import Noised
+from unmask.diffusion.rng import (
+    GOLDEN,
+    STREAM_MASK,
+    STREAM_SCORE,
+    STREAM_STRATA,
+    STREAM_TIME,
+    keyed_hash,
+)
 from unmask.errors import UnmaskError
 
 ESTIMATORS = ("exact_k", "continuous", "chain")
@@ -51,6 +59,7 @@ ESTIMATORS = ("exact_k", "continuous", "chain")
 MaskedNLL = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 _SIZE_BITS = 40  # of the uniforms that subset sizes are made of: each k has probability 1/N to 2^-39
+_SILVER = 0x6A09E667F3BCC909  # 2^64 (sqrt(2) - 1), for the blocks of a sample
 
 
 class Estimate(NamedTuple):
@@ -236,6 +245,223 @@ def _read_batch(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     return ids, is_token, source & is_token
 
 
+# Exactly-k masking, of the held-out loss and of the estimator "exact_k".
+
+
+class Masks(NamedTuple):
+    """k of the n maskable tokens of each sample, or of each block of it."""
+
+    is_masked: Bool[Tensor, "B L"]
+    size: Int[Tensor, "B L"]
+    """n of the token's sample or block; 0 where nothing can be masked."""
+    k: Int[Tensor, "B L"]
+    """How many of them are masked."""
+
+
+def exact_masks(noised: Noised, sample_ids: Int[Tensor, "..."], seed: int) -> Masks:
+    """Mask k of the n maskable tokens of each sample, or of each block of it, for the held-out loss.
+
+    The shares k/n are spread evenly over the samples: they follow a low-discrepancy sequence in the sample's
+    number. Both are functions of (seed, sample id, noise seed) alone.
+
+    Args:
+        noised: says what is maskable, and has each document's noise seed, from which the tokens are chosen.
+        sample_ids: of rows (B,) or of their documents (B, D).
+        seed: of the run: where in its cycle the sequence of shares starts.
+    """
+    maskable = noised.maskable
+    row, column = maskable.nonzero(as_tuple=True)
+    document = noised.layout.document[row, column]
+    block = torch.zeros_like(document) if noised.block is None else noised.block[row, column]
+    length = maskable.shape[1]
+    number = keyed_hash(noised.seed[row, column], STREAM_MASK, noised.layout.position[row, column])
+    rank, size = rank_in_group(number, (row * length + document) * length + block)
+    ids = sample_ids[row] if sample_ids.dim() == 1 else sample_ids[row, document]
+    start = keyed_hash(torch.tensor(seed, device=ids.device), STREAM_STRATA)
+    k = subset_size(size, (ids * GOLDEN + block * _SILVER + start) >> (64 - _SIZE_BITS))
+    table = torch.zeros((3, *maskable.shape), dtype=torch.long, device=maskable.device)
+    table[:, row, column] = torch.stack([rank < k, size, k])
+    return Masks(table[0].bool(), table[1], table[2])
+
+
+def rank_in_group(
+    number: Int[Tensor, "M"], group: Int[Tensor, "M"]
+) -> tuple[Int[Tensor, "M"], Int[Tensor, "M"]]:
+    """Rank each number among those of its group, from 0, and count the group."""
+    _, group, sizes = group.unique(return_inverse=True, return_counts=True)
+    order = number.argsort()
+    order = order[group[order].argsort(stable=True)]
+    start = (sizes.cumsum(dim=0) - sizes)[group[order]]
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device) - start
+    return rank, sizes[group]
+
+
+def subset_size(
+    size: Int[Tensor, "..."], bits: Int[Tensor, "..."], stratum: Int[Tensor, "..."] | int = 0, strata: int = 1
+) -> Int[Tensor, "..."]:
+    """Compute k = 1 + floor(size * u) for u = (stratum + (bits mod 2^40) / 2^40) / strata, in integers alone.
+
+    Over all strata and uniform bits each k in 1..size is equally likely, to 2^-39. Rounding in floating
+    point would not do: half to even draws even counts more often than odd ones.
+    """
+    return 1 + (size * stratum + (size * (bits & (2**_SIZE_BITS - 1)) >> _SIZE_BITS)) // strata
+
+
+# The estimators. The passes of a record and what becomes of their nlls; its randomness comes from outside,
+# so that tests can enumerate every outcome.
+
+
+class Passes(NamedTuple):
+    """Some of a record's passes through the model."""
+
+    is_masked: Bool[Tensor, "P N"]
+    weight: Float[Tensor, "P N"]
+    """Factor of each masked token's nll."""
+    draw: Int[Tensor, "P"]
+    """The draw that the pass belongs to: its weighted nlls are added up there."""
+
+
+class SampledSets:
+    """A set of tokens in each draw, in pairs of one stratum: one pass a draw, none for an empty set."""
+
+    def __init__(self, is_masked: Bool[Tensor, "S N"], weight: Float[Tensor, "S N"]):
+        self.is_masked, self.weight = is_masked, weight
+        self.draw = is_masked.any(dim=1).nonzero()[:, 0]
+        self.num_passes, self.num_draws = len(self.draw), len(is_masked)
+
+    def passes(self, number: Int[Tensor, "P"]) -> Passes:
+        draw = self.draw[number]
+        return Passes(self.is_masked[draw], self.weight[draw], draw)
+
+    def finish(self, values: Float[Tensor, "S N"]) -> tuple[Float[Tensor, "N"], float]:
+        return values.mean(dim=0), paired_stderr(values.sum(dim=1))
+
+
+class SampledChains:
+    """The tokens of each block one at a time, in the order of `rank`, all blocks at once."""
+
+    def __init__(self, block: Int[Tensor, "N"], rank: Int[Tensor, "S N"]):
+        self.block, self.rank, self.steps = block, rank, int(rank.max()) + 1
+        self.num_passes, self.num_draws = len(rank) * self.steps, len(rank)
+
+    def passes(self, number: Int[Tensor, "P"]) -> Passes:
+        draw, step = number // self.steps, (number % self.steps)[:, None]
+        rank = self.rank[draw]
+        return Passes(rank >= step, (rank == step).double(), draw)
+
+    def finish(self, values: Float[Tensor, "S N"]) -> tuple[Float[Tensor, "N"], float]:
+        return values.mean(dim=0), values.sum(dim=1).std().item() / math.sqrt(len(values))
+
+    def mixture(self, values: Float[Tensor, "S N"]) -> float:
+        """-log of the mean probability over the orders, block by block."""
+        blocks = values.new_zeros(len(values), int(self.block.max()) + 1).index_add_(1, self.block, values)
+        return (math.log(len(values)) - torch.logsumexp(-blocks, dim=0)).sum().item()
+
+
+class AllSets:
+    """Every non-empty set of tokens of each block, once: pass p masks those at the bits of p + 1."""
+
+    def __init__(self, block: Int[Tensor, "N"]):
+        self.block = block
+        self.index, self.size = rank_in_group(torch.arange(len(block)), block)
+        self.longest = int(self.size.max())
+        self.num_passes = self.num_draws = 2**self.longest - 1
+
+    def passes(self, number: Int[Tensor, "P"]) -> Passes:
+        is_masked = self._holds(number + 1)
+        return Passes(is_masked, torch.ones_like(is_masked).double(), number)
+
+    def _holds(self, sets: Int[Tensor, "P"]) -> Bool[Tensor, "P N"]:
+        """Whether each set, as bits, is one of the token's block and holds it."""
+        return ((sets[:, None] >> self.index) & 1).bool() & (sets[:, None] >> self.size == 0)
+
+    def finish(self, values: Float[Tensor, "S N"]) -> tuple[Float[Tensor, "N"], float]:
+        # A set of k is what is masked at some step of a random order with probability 1 / C(n, k), and each
+        # of its tokens is then decoded with probability 1 / k.
+        sets = torch.arange(1, len(values) + 1)
+        k = torch.tensor([number.bit_count() for number in sets.tolist()])[:, None]
+        upto = range(self.longest + 1)
+        comb = torch.tensor([[math.comb(n, k) for k in upto] for n in upto])
+        weight = self._holds(sets) / (k * comb[self.size, k]).clamp(min=1).double()
+        return (values * weight).sum(dim=0), 0.0
+
+    def mixture(self, values: Float[Tensor, "S N"]) -> float:
+        """-log p of the model that decodes in a uniformly random order, by dynamic programming over sets:
+        p(set) is the mean over its tokens of p(token | set masked) * p(set without it)."""
+        blocks = int(self.block.max()) + 1
+        nll = values.new_zeros(len(values), self.longest, blocks)
+        nll[:, self.index, self.block] = values
+        log_p = values.new_zeros(len(values) + 1, blocks)
+        for number in range(1, len(values) + 1):
+            members = [bit for bit in range(self.longest) if number >> bit & 1]
+            rest = log_p[[number ^ (1 << bit) for bit in members]]
+            ways = torch.logsumexp(rest - nll[number - 1, members], dim=0)
+            log_p[number] = ways - math.log(len(members))
+        # Shorter blocks have fewer sets: those beyond theirs are not read.
+        whole = torch.zeros(blocks, dtype=torch.long).index_copy(0, self.block, 2**self.size - 1)
+        return -log_p[whole, torch.arange(blocks)].sum().item()
+
+
+Plan = SampledSets | SampledChains | AllSets
+
+
+def plan_passes(
+    key: int, index: Int[Tensor, "N"], block: Int[Tensor, "N"], estimator: str, num_samples: int, eps: float
+) -> Plan:
+    """Draw the masks of one record: the passes that its estimator takes.
+
+    Args:
+        key: hash that all its randomness is a function of.
+        index: position within the record of each of its maskable tokens.
+        block: their blocks, from 0 without gaps.
+    """
+    size = block.bincount()[block]
+    longest = int(size.max())
+    forwards = num_samples * longest if estimator == "chain" else num_samples
+    if estimator != "continuous" and longest < 62 and 2**longest - 1 <= forwards:
+        return AllSets(block)
+    draw, seed = torch.arange(num_samples)[:, None], torch.tensor(key)
+    of_token = keyed_hash(seed, STREAM_MASK, draw, index)  # (S, N)
+    of_block = keyed_hash(seed, STREAM_TIME, draw, block)
+    stratum, strata = draw // 2, num_samples // 2
+    if estimator == "continuous":
+        t = eps + (1 - eps) * (stratum + _uniform(of_block)) / strata
+        return SampledSets(_uniform(of_token) < t, 1 / t)
+    group = draw * (int(block.max()) + 1) + block
+    rank = rank_in_group(of_token.flatten(), group.flatten())[0].view(of_token.shape)
+    if estimator == "chain":
+        return SampledChains(block, rank)
+    k = subset_size(size, of_block, stratum, strata)
+    return SampledSets(rank < k, size / k.double())
+
+
+def paired_stderr(draws: Float[Tensor, "S"]) -> float:
+    """Standard error of the mean of draws of which 2h and 2h + 1 are independent and of one stratum.
+
+    (a - b)^2 / 4 estimates the variance of a pair's mean without bias, whatever the stratum's mean is.
+    """
+    pairs = draws.reshape(-1, 2)
+    return ((pairs[:, 0] - pairs[:, 1]).square().sum().sqrt() / 2 / len(pairs)).item()
+
+
+def _uniform(hashed: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The low 53 bits of a hash as a float64 in [0, 1)."""
+    return (hashed & (2**53 - 1)).double() * 2.0**-53
+
+
+# All records: passes put together into batches.
+
+
+class _Record(NamedTuple):
+    """One record without its padding, N of its n tokens maskable."""
+
+    ids: Int[Tensor, "n"]
+    source: Bool[Tensor, "n"]
+    index: Int[Tensor, "N"]
+    plan: Plan
+
+
 @torch.no_grad()
 def estimate(
     masked_nll: MaskedNLL,
@@ -256,290 +482,68 @@ def estimate(
     Args:
         masked_nll: from (ids, is_masked, is_token, source), each (B, L), to -log p of each masked token
             (M,) in row-major order. It must mask the ids itself.
-        is_token: True = token, False = padding, which may stand anywhere.
+        is_token: True = token, False = padding, which may be anywhere.
         source: True = given, never masked.
         block: block of each token within its record, rising from left to right; all 0 for one block.
     """
-    keys = _record_keys(seed, input_ids, is_token, source)
-    records = [
-        _record(input_ids[row], is_token[row], source[row], block[row], int(keys[row]))
-        for row in range(len(input_ids))
-    ]
-    nll = torch.zeros(len(records), dtype=torch.float64)
+    each = keyed_hash(seed, STREAM_SCORE, row_layout(is_token).position, input_ids, source.long())
+    keys = keyed_hash(torch.where(is_token, each, 0).sum(dim=1), is_token.sum(dim=1))
+    nll = torch.zeros(len(keys), dtype=torch.float64)
     stderr, mixture = torch.zeros_like(nll), torch.zeros_like(nll)
     token_nll = torch.zeros(input_ids.shape, dtype=torch.float64)
-    num_forwards = 0
+    maskable = is_token & ~source
+    advance = advance or (lambda records: None)
 
-    def plans() -> Iterator[tuple[int, Plan]]:
+    def records() -> Iterator[tuple[int, _Record]]:
         # Rows of like length go together, for the least padding.
-        for index in sorted(range(len(records)), key=lambda index: len(records[index].ids)):
-            plan = _plan(records[index], estimator, num_samples, eps) if len(records[index].where) else None
-            if plan is not None and plan.num_passes:
-                yield index, plan
-            elif advance is not None:
+        for row in is_token.sum(dim=1).argsort(stable=True).tolist():
+            index = (~source[row, is_token[row]]).nonzero()[:, 0]
+            if not len(index):
+                advance(1.0)
+                continue
+            blocks = block[row, maskable[row]].unique(return_inverse=True)[1]
+            plan = plan_passes(int(keys[row]), index, blocks, estimator, num_samples, eps)
+            if plan.num_passes:
+                yield row, _Record(input_ids[row, is_token[row]], source[row, is_token[row]], index, plan)
+            else:
                 advance(1.0)
 
+    num_forwards = 0
     values: dict[int, Tensor] = {}  # of the records begun: (draws, N)
-    for rows in _batches(plans(), batch_size):
-        at_masked = masked_nll(*_collate([(records[index], passes) for index, _, passes in rows]))
-        parts = at_masked.double().cpu().split([int(passes.is_masked.sum()) for _, _, passes in rows])
-        for (index, plan, passes), part in zip(rows, parts, strict=True):
-            found = torch.zeros(passes.is_masked.shape, dtype=torch.float64)
-            found[passes.is_masked] = part
-            if index not in values:
-                values[index] = found.new_zeros(plan.num_draws, found.shape[1])
-            values[index].index_add_(0, passes.draw, found * passes.weight)
-            num_forwards += len(found)
-            if passes.last:
-                draws = values.pop(index)
-                per_token, stderr[index] = plan.finish(draws)
-                token_nll[index, records[index].columns] = per_token
-                nll[index] = per_token.sum()
-                if isinstance(plan, Chain | Subsets) and estimator == "chain":
-                    mixture[index] = plan.mixture(draws)
-            if advance is not None:
-                advance(len(found) / plan.num_passes)
-    return Likelihood(
-        nll,
-        stderr,
-        (is_token & ~source).sum(dim=1),
-        token_nll,
-        mixture if estimator == "chain" else None,
-        num_forwards,
-        keys,
-    )
+    for parts in _batches(records(), batch_size):
+        passes = [record.plan.passes(number) for _, record, number in parts]
+        found = masked_nll(*_collate([record for _, record, _ in parts], passes)).double().cpu()
+        of_part = found.split([int(p.is_masked.sum()) for p in passes])
+        for (row, record, number), part, at_masked in zip(parts, passes, of_part, strict=True):
+            weighted = torch.zeros(part.is_masked.shape, dtype=torch.float64)
+            weighted[part.is_masked] = at_masked * part.weight[part.is_masked]
+            plan = record.plan
+            values.setdefault(row, weighted.new_zeros(plan.num_draws, weighted.shape[1]))
+            values[row].index_add_(0, part.draw, weighted)
+            num_forwards += len(number)
+            if number[-1] == plan.num_passes - 1:
+                draws = values.pop(row)
+                per_token, stderr[row] = plan.finish(draws)
+                token_nll[row, maskable[row]] = per_token
+                nll[row] = per_token.sum()
+                if estimator == "chain" and not isinstance(plan, SampledSets):
+                    mixture[row] = plan.mixture(draws)
+            advance(len(number) / plan.num_passes)
+    mixture_nll = mixture if estimator == "chain" else None
+    return Likelihood(nll, stderr, maskable.sum(dim=1), token_nll, mixture_nll, num_forwards, keys)
 
 
-@dataclass(frozen=True)
-class Record:
-    """One record without its padding."""
-
-    ids: Int[Tensor, "n"]
-    source: Bool[Tensor, "n"]
-    where: Int[Tensor, "N"]
-    """Index of each maskable token among the record's tokens."""
-    columns: Int[Tensor, "N"]
-    """Its column in the batch that was given."""
-    block: Int[Tensor, "N"]
-    """Its block, numbered from 0 without gaps."""
-    key: int
-
-
-def _record_keys(seed: int, ids: Tensor, is_token: Tensor, source: Tensor) -> Int[Tensor, "R"]:
-    """A hash of the seed and the tokens of each record, with what is source among them."""
-    each = keyed_hash(seed, STREAM_SCORE, row_layout(is_token).position, ids, source.long())
-    return keyed_hash(torch.where(is_token, each, 0).sum(dim=1), is_token.sum(dim=1))
-
-
-def _record(ids: Tensor, is_token: Tensor, source: Tensor, block: Tensor, key: int) -> Record:
-    where = (~source[is_token]).nonzero().flatten()
-    columns = is_token.nonzero().flatten()[where]
-    return Record(
-        ids[is_token],
-        source[is_token],
-        where,
-        columns,
-        block[columns].unique(return_inverse=True)[1],
-        key,
-    )
-
-
-class Passes(NamedTuple):
-    """Some of a record's passes through the model."""
-
-    is_masked: Bool[Tensor, "P N"]
-    weight: Float[Tensor, "P N"]
-    """Factor of each masked token's nll."""
-    draw: Int[Tensor, "P"]
-    """The draw that the pass belongs to: its weighted nlls are added up there."""
-    last: bool
-    """Whether the record has no pass after these."""
-
-
-# How the passes of one record are made, and its draws (S, N) turned into nats per token and the standard
-# error of their sum. The randomness comes from outside, so that tests can put every outcome in its place.
-
-
-class ExactK:
-    """A set of `k` tokens of each block: one pass a draw."""
-
-    def __init__(self, size: Int[Tensor, "N"], k: Int[Tensor, "S N"], rank: Int[Tensor, "S N"]):
-        self.size, self.k, self.rank = size, k, rank
-        self.num_passes = self.num_draws = len(k)
-
-    def passes(self, start: int, stop: int) -> Passes:
-        k = self.k[start:stop]
-        draw = torch.arange(start, stop)
-        return Passes(self.rank[start:stop] < k, self.size / k.double(), draw, stop == self.num_passes)
-
-    def finish(self, values: Float[Tensor, "S N"]) -> tuple[Float[Tensor, "N"], float]:
-        return values.mean(dim=0), paired_stderr(values.sum(dim=1))
-
-
-class Continuous:
-    """Tokens whose uniform is below the `t` of their block: one pass a draw, none if no token is."""
-
-    def __init__(self, t: Float[Tensor, "S N"], uniform: Float[Tensor, "S N"]):
-        self.is_masked, self.t = uniform < t, t
-        self.draw = self.is_masked.any(dim=1).nonzero().flatten()
-        self.num_draws, self.num_passes = len(t), len(self.draw)
-
-    def passes(self, start: int, stop: int) -> Passes:
-        draw = self.draw[start:stop]
-        return Passes(self.is_masked[draw], 1 / self.t[draw], draw, stop == self.num_passes)
-
-    def finish(self, values: Float[Tensor, "S N"]) -> tuple[Float[Tensor, "N"], float]:
-        return values.mean(dim=0), paired_stderr(values.sum(dim=1))
-
-
-class Chain:
-    """The tokens of each block one at a time, in the order of `rank`: as many passes a draw as the longest
-    block has tokens."""
-
-    def __init__(self, block: Int[Tensor, "N"], rank: Int[Tensor, "S N"]):
-        self.block, self.rank = block, rank
-        self.steps = int(rank.max()) + 1
-        self.num_draws = len(rank)
-        self.num_passes = self.num_draws * self.steps
-
-    def passes(self, start: int, stop: int) -> Passes:
-        number = torch.arange(start, stop)
-        draw, step = number // self.steps, number % self.steps
-        rank = self.rank[draw]
-        decoded = rank == step[:, None]
-        return Passes(rank >= step[:, None], decoded.double(), draw, stop == self.num_passes)
-
-    def finish(self, values: Float[Tensor, "S N"]) -> tuple[Float[Tensor, "N"], float]:
-        return values.mean(dim=0), values.sum(dim=1).std().item() / math.sqrt(len(values))
-
-    def mixture(self, values: Float[Tensor, "S N"]) -> float:
-        """-log of the mean probability over the orders, block by block."""
-        blocks = values.new_zeros(len(values), int(self.block.max()) + 1).index_add_(1, self.block, values)
-        return (math.log(len(values)) - torch.logsumexp(-blocks, dim=0)).sum().item()
-
-
-class Subsets:
-    """Every non-empty set of tokens of each block, once: pass p masks the tokens at the bits of p + 1."""
-
-    def __init__(self, block: Int[Tensor, "N"]):
-        self.block, self.size = block, block_sizes(block)
-        self.place = _place_in_block(block)
-        self.longest = int(self.size.max())
-        self.num_passes = self.num_draws = 2**self.longest - 1
-
-    def passes(self, start: int, stop: int) -> Passes:
-        draw = torch.arange(start, stop)
-        is_masked = self._holds(draw + 1)
-        return Passes(is_masked, torch.ones_like(is_masked).double(), draw, stop == self.num_passes)
-
-    def _holds(self, sets: Int[Tensor, "P"]) -> Bool[Tensor, "P N"]:
-        """Whether each set, as bits, is one of the token's block and holds it."""
-        sets = sets[:, None]
-        return ((sets >> self.place) & 1).bool() & (sets >> self.size == 0)
-
-    def finish(self, values: Float[Tensor, "S N"]) -> tuple[Float[Tensor, "N"], float]:
-        # A set of k is what is masked at some step of a random order with probability 1 / C(n, k), and each
-        # of its tokens is then decoded with probability 1 / k.
-        sets = torch.arange(1, len(values) + 1)
-        k = torch.tensor([number.bit_count() for number in sets.tolist()])[:, None]
-        upto = range(self.longest + 1)
-        comb = torch.tensor([[math.comb(n, k) for k in upto] for n in upto])
-        weight = self._holds(sets) / (k * comb[self.size, k]).clamp(min=1).double()
-        return (values * weight).sum(dim=0), 0.0
-
-    def mixture(self, values: Float[Tensor, "S N"]) -> float:
-        """-log p of the model that decodes in a uniformly random order, by dynamic programming over sets:
-        p(set) is the mean over its tokens of p(token | set masked) * p(set without it)."""
-        blocks = int(self.block.max()) + 1
-        nll = values.new_zeros(len(values), self.longest, blocks)
-        nll[:, self.place, self.block] = values
-        log_p = values.new_zeros(len(values) + 1, blocks)
-        for number in range(1, len(values) + 1):
-            members = [place for place in range(self.longest) if number >> place & 1]
-            rest = log_p[[number ^ (1 << place) for place in members]]
-            ways = torch.logsumexp(rest - nll[number - 1, members], dim=0)
-            log_p[number] = ways - math.log(len(members))
-        # Shorter blocks have fewer sets: what stands beyond theirs is not read.
-        whole = torch.zeros(blocks, dtype=torch.long).index_copy(0, self.block, 2**self.size - 1)
-        return -log_p[whole, torch.arange(blocks)].sum().item()
-
-
-Plan = ExactK | Continuous | Chain | Subsets
-
-
-def _plan(record: Record, estimator: str, num_samples: int, eps: float) -> Plan:
-    """Draw the masks of one record."""
-    size = block_sizes(record.block)
-    longest = int(size.max())
-    forwards = num_samples * longest if estimator == "chain" else num_samples
-    if estimator != "continuous" and longest < 62 and 2**longest - 1 <= forwards:
-        return Subsets(record.block)
-    draw = torch.arange(num_samples)[:, None]
-    seed = torch.tensor(record.key)
-    of_token = keyed_hash(seed, STREAM_MASK, draw, record.where)  # (S, N)
-    of_block = keyed_hash(seed, STREAM_TIME, draw, record.block)
-    if estimator == "continuous":
-        t = eps + (1 - eps) * (draw // 2 + _uniform(of_block)) / (num_samples // 2)
-        return Continuous(t, _uniform(of_token))
-    rank = rank_in_block(of_token, record.block)
-    if estimator == "chain":
-        return Chain(record.block, rank)
-    k = stratified_size(size, draw // 2, num_samples // 2, of_block & (2**_SIZE_BITS - 1))
-    return ExactK(size, k, rank)
-
-
-def block_sizes(block: Int[Tensor, "N"]) -> Int[Tensor, "N"]:
-    """Count the tokens of each token's block."""
-    return block.bincount()[block]
-
-
-def stratified_size(
-    size: Int[Tensor, "N"], stratum: Int[Tensor, "S 1"], strata: int, bits: Int[Tensor, "S N"]
-) -> Int[Tensor, "S N"]:
-    """Compute k = 1 + floor(size * u) for u = (stratum + bits / 2^40) / strata, in integers alone.
-
-    Over all strata and uniform bits each k in 1..size is equally likely, to 2^-39. Rounding in floating
-    point would not do: half to even draws even counts more often than odd ones.
-    """
-    return 1 + (size * stratum + (size * bits >> _SIZE_BITS)) // strata
-
-
-def rank_in_block(number: Int[Tensor, "S N"], block: Int[Tensor, "N"]) -> Int[Tensor, "S N"]:
-    """Rank each token's number among those of its block, from 0. Blocks rise from left to right."""
-    by_number = number.argsort(dim=1)
-    by_block = block[by_number].argsort(dim=1, stable=True)
-    order = by_number.gather(1, by_block)
-    return torch.empty_like(order).scatter_(1, order, _place_in_block(block).expand_as(order))
-
-
-def _place_in_block(block: Int[Tensor, "N"]) -> Int[Tensor, "N"]:
-    """Index each token within its block, from 0."""
-    return torch.arange(len(block)) - torch.searchsorted(block, block)
-
-
-def paired_stderr(draws: Float[Tensor, "S"]) -> float:
-    """Standard error of the mean of draws of which 2h and 2h + 1 are independent and of one stratum.
-
-    (a - b)^2 / 4 estimates the variance of a pair's mean without bias, whatever the stratum's mean is.
-    """
-    pairs = draws.reshape(-1, 2)
-    return ((pairs[:, 0] - pairs[:, 1]).square().sum().sqrt() / 2 / len(pairs)).item()
-
-
-def _uniform(hashed: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """The low 53 bits of a hash as a float64 in [0, 1)."""
-    return (hashed & (2**53 - 1)).double() * 2.0**-53
-
-
-def _batches(plans: Iterable[tuple[int, Plan]], batch_size: int) -> Iterator[list[tuple[int, Plan, Passes]]]:
+def _batches(
+    records: Iterable[tuple[int, _Record]], batch_size: int
+) -> Iterator[list[tuple[int, _Record, Tensor]]]:
     """Cut the passes of all records into batches of `batch_size`, over the bounds of records."""
-    batch: list[tuple[int, Plan, Passes]] = []
+    batch: list[tuple[int, _Record, Tensor]] = []
     room = batch_size
-    for index, plan in plans:
+    for row, record in records:
         start = 0
-        while start < plan.num_passes:
-            stop = min(plan.num_passes, start + room)
-            batch.append((index, plan, plan.passes(start, stop)))
+        while start < record.plan.num_passes:
+            stop = min(record.plan.num_passes, start + room)
+            batch.append((row, record, torch.arange(start, stop)))
             room -= stop - start
             start = stop
             if room == 0:
@@ -549,17 +553,17 @@ def _batches(plans: Iterable[tuple[int, Plan]], batch_size: int) -> Iterator[lis
         yield batch
 
 
-def _collate(rows: list[tuple[Record, Passes]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _collate(records: list[_Record], passes: list[Passes]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Pad the passes of several records on the right: (ids, is_masked, is_token, source)."""
-    shape = (sum(len(passes.draw) for _, passes in rows), max(len(record.ids) for record, _ in rows))
+    shape = (sum(len(part.draw) for part in passes), max(len(record.ids) for record in records))
     ids = torch.zeros(shape, dtype=torch.long)
     is_masked, is_token, source = (torch.zeros(shape, dtype=torch.bool) for _ in range(3))
     start = 0
-    for record, passes in rows:
-        stop, width = start + len(passes.draw), len(record.ids)
-        ids[start:stop, :width] = record.ids
-        is_token[start:stop, :width] = True
-        source[start:stop, :width] = record.source
-        is_masked[start:stop, record.where] = passes.is_masked
-        start = stop
+    for record, part in zip(records, passes, strict=True):
+        rows, width = slice(start, start + len(part.draw)), len(record.ids)
+        ids[rows, :width] = record.ids
+        is_token[rows, :width] = True
+        source[rows, :width] = record.source
+        is_masked[rows, record.index] = part.is_masked
+        start = rows.stop
     return ids, is_masked, is_token, source

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from unmask.diffusion.attention import Layout, count_by_document
-from unmask.diffusion.noise import Drawn
+from unmask.diffusion.corrupt import Noised
 from unmask.diffusion.objective import Objective, Schedule
 
 CART_P = 0.1  # of the geometric distribution, as Dream was trained
@@ -35,9 +35,9 @@ CART_P = 0.1  # of the geometric distribution, as Dream was trained
 class Preset(NamedTuple):
     """One published convention of the loss."""
 
-    weight: Callable[[Drawn, Objective, torch.dtype], Float[Tensor, "B L"]]
+    weight: Callable[[Noised, Objective, torch.dtype], Float[Tensor, "B L"]]
     """Weight of the nll of each masked token; anything elsewhere."""
-    divisor: Callable[[Drawn], Tensor]
+    divisor: Callable[[Noised], Tensor]
     """What the weighted sum is divided by: this batch's share of it, a 0-dim tensor."""
     is_bound: bool
     """Whether its expectation is an upper bound of a negative log-likelihood."""
@@ -86,25 +86,25 @@ def context_weight(is_masked: Bool[Tensor, "B L"], layout: Layout, p: float = CA
     return weight.gather(1, index.clamp(min=0))
 
 
-def _by_time(drawn: Drawn, objective: Objective, dtype: torch.dtype) -> Tensor:
-    return time_weight(drawn.noised.t.to(dtype), objective.schedule)
+def _by_time(noised: Noised, objective: Objective, dtype: torch.dtype) -> Tensor:
+    return time_weight(noised.t.to(dtype), objective.schedule)
 
 
-def _by_time_per_document(drawn: Drawn, objective: Objective, dtype: torch.dtype) -> Tensor:
-    count = count_by_document(drawn.layout, drawn.maskable).gather(1, drawn.layout.document)
-    return _by_time(drawn, objective, dtype) / count.clamp(min=1)
+def _by_time_per_document(noised: Noised, objective: Objective, dtype: torch.dtype) -> Tensor:
+    count = count_by_document(noised.layout, noised.maskable).gather(1, noised.layout.document)
+    return _by_time(noised, objective, dtype) / count.clamp(min=1)
 
 
-def _by_nothing(drawn: Drawn, objective: Objective, dtype: torch.dtype) -> Tensor:
-    return torch.ones_like(drawn.noised.t, dtype=dtype)
+def _by_nothing(noised: Noised, objective: Objective, dtype: torch.dtype) -> Tensor:
+    return torch.ones_like(noised.t, dtype=dtype)
 
 
-def _by_context(drawn: Drawn, objective: Objective, dtype: torch.dtype) -> Tensor:
-    return context_weight(drawn.noised.is_masked, drawn.layout).to(dtype)
+def _by_context(noised: Noised, objective: Objective, dtype: torch.dtype) -> Tensor:
+    return context_weight(noised.is_masked, noised.layout).to(dtype)
 
 
-def _supervised(drawn: Drawn) -> Tensor:
-    return drawn.maskable.sum()
+def _supervised(noised: Noised) -> Tensor:
+    return noised.maskable.sum()
 
 
 PRESETS: dict[str, Preset] = {
@@ -116,19 +116,19 @@ PRESETS: dict[str, Preset] = {
     ),
     "llada": Preset(
         _by_time_per_document,
-        lambda drawn: (count_by_document(drawn.layout, drawn.maskable) > 0).sum(),
+        lambda noised: (count_by_document(noised.layout, noised.maskable) > 0).sum(),
         True,
         "the mean over samples of the negative ELBO per token: short responses count as much as long ones",
     ),
     "coda": Preset(
         _by_time,
-        lambda drawn: drawn.layout.is_token.sum(),
+        lambda noised: noised.layout.is_token.sum(),
         False,
         "the negative ELBO over the number of all tokens, prompts too: too small by the prompts' share",
     ),
     "diffullama": Preset(
         _by_time,
-        lambda drawn: drawn.noised.is_masked.sum(),
+        lambda noised: noised.is_masked.sum(),
         False,
         "1/t-weighted cross-entropy over the number of masked tokens: too large, about twice",
     ),
@@ -148,12 +148,21 @@ PRESETS: dict[str, Preset] = {
 
 
 def loss_weights(
-    drawn: Drawn, objective: Objective, dtype: torch.dtype = torch.float32
+    noised: Noised, objective: Objective, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "B L"]:
     """Compute the weight of each masked token under the objective's preset."""
-    return PRESETS[objective.loss].weight(drawn, objective, dtype)
+    return PRESETS[objective.loss].weight(noised, objective, dtype)
 
 
-def loss_divisor(drawn: Drawn, objective: Objective) -> Tensor:
+def loss_divisor(noised: Noised, objective: Objective) -> Tensor:
     """Compute what a batch adds to the divisor of the optimizer step under the objective's preset."""
-    return PRESETS[objective.loss].divisor(drawn)
+    return PRESETS[objective.loss].divisor(noised)
+
+
+def masked_weights(
+    noised: Noised, objective: Objective, dtype: torch.dtype, divisor: Tensor | float | None = None
+) -> Float[Tensor, "M"]:
+    """Compute weight / divisor of each masked token, in row-major order; by default the batch's own."""
+    divisor = loss_divisor(noised, objective) if divisor is None else divisor
+    divisor = torch.as_tensor(divisor, device=noised.x_t.device).clamp(min=1)
+    return loss_weights(noised, objective, dtype)[noised.is_masked] / divisor

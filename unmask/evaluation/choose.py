@@ -10,22 +10,20 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from unmask.data.collate import collate
-from unmask.data.encode import Encoder, Example
-from unmask.data.text import document_ids
+from unmask.data.encode import Encoder, Example, document_ids
 from unmask.diffusion.likelihood import likelihood
 from unmask.errors import UnmaskError
-from unmask.generation.prompts import Answer
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One of the answers, with a bound on its -log p given the prompt, and its share among them."""
+    """One of the answers, with a bound on its -log p given the prompt."""
 
     text: str
     nats: float
     stderr: float
     probability: float
-    """exp(-nats) over the sum of those of all choices."""
+    """exp(-nats) divided by its sum over all choices."""
 
 
 def choose(
@@ -41,18 +39,18 @@ def choose(
 ) -> list[Choice]:
     """Compare answers to a prompt by `unmask.likelihood`; the likeliest comes first.
 
-    The end token after an answer counts, so that the beginning of another answer has no advantage. After a
-    raw text, whose `src_mask` is all False, nothing is added.
+    The end token after an answer is scored too, so that the beginning of another answer has no advantage.
+    After a raw text, whose `src_mask` is all False, no end token is added.
 
     Args:
-        end_fill: end tokens fill an answer to a multiple of so many tokens: what `data.sft.end_fill` was in
+        end_fill: end tokens fill an answer to a multiple of so many tokens, like `data.sft.end_fill` in
             training.
         num_samples, seed, batch_size: see `unmask.likelihood`.
 
     Raises:
-        UnmaskError: fewer than two different choices, an empty one, or one that has no room.
+        UnmaskError: fewer than two different choices, an empty one, or one that is too long.
     """
-    if len(set(choices)) < 2 or len(set(choices)) < len(choices):
+    if len(choices) < 2 or len(set(choices)) < len(choices):
         raise UnmaskError("give two choices or more, all different.")
     if not all(choices):
         raise UnmaskError("a choice must not be empty.")
@@ -61,49 +59,38 @@ def choose(
     for text in choices:
         ids = document_ids(text, tokenizer) + ends
         ids += ends * (-len(ids) % end_fill)
-        whole = prompt.input_ids + ids
-        if len(whole) > model.config.max_position_embeddings:
+        sequence = prompt.input_ids + ids
+        if len(sequence) > model.config.max_position_embeddings:
             raise UnmaskError(
-                f"the prompt with the choice {text!r} has {len(whole)} tokens, more than the model's"
+                f"the prompt with the choice {text!r} has {len(sequence)} tokens, more than the model's"
                 f" {model.config.max_position_embeddings} positions."
             )
-        examples.append(Example(whole, [True] * len(prompt.input_ids) + [False] * len(ids)))
-    found = likelihood(
-        model,
-        collate(examples, pad_token_id=0),
-        num_samples=num_samples,
-        seed=seed,
-        batch_size=batch_size,
-    )
-    shares = torch.softmax(-found.nll, dim=0).tolist()
-    columns = zip(choices, found.nll.tolist(), found.stderr.tolist(), shares, strict=True)
+        examples.append(Example(sequence, [True] * len(prompt.input_ids) + [False] * len(ids)))
+    batch = collate(examples, pad_token_id=0)
+    bound = likelihood(model, batch, num_samples=num_samples, seed=seed, batch_size=batch_size)
+    shares = torch.softmax(-bound.nll, dim=0).tolist()
+    columns = zip(choices, bound.nll.tolist(), bound.stderr.tolist(), shares, strict=True)
     return sorted((Choice(*column) for column in columns), key=lambda choice: choice.nats)
 
 
-def chosen(model: Any, tokenizer: PreTrainedTokenizerBase, choices: Sequence[str], **settings: Any) -> Answer:
-    """Answer each prompt by one of the choices, see `choose`; a line says the nats and share of each."""
-
-    def answer(
-        examples: Sequence[Example], seeds: Sequence[int], advance: Callable[[int], None] | None
-    ) -> list[dict[str, Any]]:
-        lines = []
-        for example, seed in zip(examples, seeds, strict=True):
-            ranked = choose(model, tokenizer, example, choices, seed=seed, **settings)
-            lines.append(
-                {
-                    "response": ranked[0].text,
-                    "choices": {
-                        choice.text: {
-                            "nats": round(choice.nats, 4),
-                            "stderr": round(choice.stderr, 4),
-                            "probability": round(choice.probability, 4),
-                        }
-                        for choice in ranked
-                    },
-                }
-            )
-            if advance is not None:
-                advance(1)
-        return lines
-
-    return answer
+def choose_answers(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    choices: Sequence[str],
+    examples: Sequence[Example],
+    seeds: Sequence[int],
+    advance: Callable[[int], None] | None = None,
+    **settings: Any,
+) -> list[dict[str, Any]]:
+    """Answer each prompt with one of the choices, see `choose`; with the nats and share of each choice."""
+    lines = []
+    for example, seed in zip(examples, seeds, strict=True):
+        ranked = choose(model, tokenizer, example, choices, seed=seed, **settings)
+        figures = {
+            choice.text: {name: round(getattr(choice, name), 4) for name in ("nats", "stderr", "probability")}
+            for choice in ranked
+        }
+        lines.append({"response": ranked[0].text, "choices": figures})
+        if advance is not None:
+            advance(1)
+    return lines

@@ -1,34 +1,17 @@
-"""Exact match: the share of held-out prompts that are answered to the letter."""
+"""Exact match: the share of held-out prompts whose answer equals the expected one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
-from unmask.data.conversation import CustomFields, call_text, detect_format, to_conversation
-from unmask.data.encode import Encoder, Example
-from unmask.generation.complete import Completion
-
-
-@dataclass
-class Prompt:
-    """A prompt as the model reads it, its last user turn as a person does, and the answer expected."""
-
-    ids: list[int]
-    text: str
-    expected: str
-    src_mask: list[bool] = field(default_factory=list)
-    """False = an earlier response that training would mask; empty = all source."""
-
-    @property
-    def example(self) -> Example:
-        """What `complete` takes."""
-        return Example(self.ids, self.src_mask or [True] * len(self.ids))
+from unmask.data.encode import Encoder
+from unmask.data.records import CustomFields, call_text, detect_format, to_conversation
+from unmask.generation.text import Completion, Prompt
 
 
 def is_exact(completion: Completion, prompt: Prompt) -> bool:
-    """Whether the text is the expected one, blanks around it aside."""
+    """Whether the text equals the expected one, apart from surrounding white space."""
     return completion.text.strip() == prompt.expected.strip()
 
 
@@ -43,18 +26,18 @@ def make_prompts(
     format: str = "auto",
     custom_format: CustomFields | None = None,
 ) -> list[Prompt]:
-    """Turn records into prompts: everything before the last response, which is the answer expected.
+    """Turn records into prompts: everything before the last response, which is the expected answer.
 
     Raises:
         UnmaskError: a record cannot be used.
     """
     prompts = []
-    for record, where in records:
-        name = detect_format(record, where, custom_format) if format == "auto" else format
-        conversation = to_conversation(record, name, where=where, custom_format=custom_format)
+    for record, location in records:
+        name = detect_format(record, location, custom_format) if format == "auto" else format
+        conversation = to_conversation(record, name, where=location, custom_format=custom_format)
         turns = conversation.turns
         last = max(index for index, turn in enumerate(turns) if turn.role == "assistant")
         asked = next((turn for turn in reversed(turns[:last]) if turn.role == "user"), turns[0])
         example = encoder.prompt_example(turns[:last], conversation.tools)
-        prompts.append(Prompt(example.input_ids, asked.content, call_text(turns[last]), example.src_mask))
+        prompts.append(Prompt(example, asked.content, location, call_text(turns[last])))
     return prompts

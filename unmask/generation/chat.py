@@ -1,4 +1,4 @@
-"""A conversation in the terminal: tokens appear out of masks and settle as they are written."""
+"""A conversation in the terminal: tokens replace masks as they are committed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from unmask.data.conversation import Turn, check_text
-from unmask.data.preview import visible
+from unmask.data.inspect import visible
+from unmask.data.records import Turn, check_text
 from unmask.errors import UnmaskError
-from unmask.generation.complete import Completion, chat_example, complete
+from unmask.generation.text import Completion, chat_example, complete
 from unmask.generation.trace import MASK_GLYPH, token_texts
 
 HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer."
@@ -29,13 +29,13 @@ def chat(
     system: str | None = None,
     **settings: Any,
 ) -> list[Turn]:
-    """Talk until the user ends it; returns the turns of the conversation.
+    """Answer turn after turn until the user ends the conversation; returns its turns.
 
-    An answer that was stopped or could not be given is forgotten together with its question.
+    A question whose answer was stopped or failed is forgotten.
 
     Args:
         ask: returns what the user says; EOFError or KeyboardInterrupt end the conversation.
-        console: where answers are shown; on a terminal they are drawn as they appear.
+        console: where answers are shown; on a terminal they are drawn while they are generated.
         **settings: see `complete`.
     """
     opening = [] if system is None else [Turn("system", system)]
@@ -43,44 +43,43 @@ def chat(
     console.print(HELP, style="dim", highlight=False)
     while True:
         try:
-            said = ask()
+            text = ask()
         except (EOFError, KeyboardInterrupt):
             console.print()
             return turns
         except UnicodeDecodeError:
-            _say(console, "error: that was no UTF-8 text.")
+            _print_error(console, "error: the input is not UTF-8 text.")
             continue
-        command = said.strip()
+        command = text.strip()
         if command == "/quit":
             return turns
         if command == "/reset":
             turns = list(opening)
             console.print("The conversation starts anew.", style="dim")
         elif command.startswith("/") and " " not in command and "/" not in command[1:]:
-            _say(console, f"unknown command {command}. {HELP}")
+            _print_error(console, f"unknown command {command}. {HELP}")
         elif command:
-            asked = [*turns, Turn("user", said)]
+            question = [*turns, Turn("user", text)]
             try:
-                check_text(said, "your turn", "chat")
-                answer = show_answer(model, tokenizer, asked, console, **settings)
+                check_text(text, "your turn", "chat")
+                answer = show_answer(model, tokenizer, question, console, **settings)
             except KeyboardInterrupt:
-                _say(console, "Stopped; this question is forgotten.")
-                continue
+                _print_error(console, "Stopped; this question is forgotten.")
             except UnmaskError as error:
-                _say(console, f"error: {error} /reset makes room.")
-                continue
-            turns = [*asked, Turn("assistant", answer.text)]
+                _print_error(console, f"error: {error} /reset makes room.")
+            else:
+                turns = [*question, Turn("assistant", answer.text)]
 
 
 def show_answer(
     model: Any, tokenizer: PreTrainedTokenizerBase, turns: list[Turn], console: Console, **settings: Any
 ) -> Completion:
-    """Answer the turns, drawing the answer as it appears, and print it."""
+    """Answer the turns and print the answer, on a terminal also while it is generated."""
     prompt = chat_example(tokenizer, turns)
     if console.is_terminal:
         with Live(console=console, transient=True, auto_refresh=False) as live:
-            drawn = LiveDraft(live, tokenizer, model.generation_config.eos_token_ids)
-            [answer] = complete(model, tokenizer, [prompt], streamer=drawn, **settings)
+            streamer = LiveDraft(live, tokenizer, model.generation_config.eos_token_ids)
+            [answer] = complete(model, tokenizer, [prompt], streamer=streamer, **settings)
     else:
         [answer] = complete(model, tokenizer, [prompt], **settings)
     console.print(Text("\n".join(visible(line) for line in answer.text.split("\n"))))
@@ -89,7 +88,7 @@ def show_answer(
 
 
 class LiveDraft:
-    """A streamer that draws each draft: masks grey, what has just been committed in green.
+    """A streamer that draws each draft: masks grey, tokens of the last step in green.
 
     Args:
         live: where it is drawn.
@@ -98,33 +97,33 @@ class LiveDraft:
 
     def __init__(self, live: Live, tokenizer: PreTrainedTokenizerBase, ends: list[int]):
         self.live, self.tokenizer, self.ends = live, tokenizer, set(ends)
-        self.before: list[int] = []
+        self.previous: list[int] = []
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt, or the finished response: neither is a draft."""
+        """Ignore the prompt and the finished response."""
 
     def put_draft(self, value: Tensor) -> None:
         """Draw the canvas (1, C)."""
         ids = value[0].tolist()
         self.live.update(self.draw(ids), refresh=True)
-        self.before = ids
+        self.previous = ids
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Nothing to do."""
 
     def draw(self, ids: list[int]) -> Text:
         """Return the canvas as text."""
         line, mask = Text(), self.tokenizer.mask_token_id
-        before = self.before or [mask] * len(ids)
-        for one, old, text in zip(ids, before, token_texts(ids, self.tokenizer), strict=True):
-            if one in self.ends:
+        previous = self.previous or [mask] * len(ids)
+        for token, before, text in zip(ids, previous, token_texts(ids, self.tokenizer), strict=True):
+            if token in self.ends:
                 break
-            if one == mask:
+            if token == mask:
                 line.append(MASK_GLYPH, style="bright_black")
             else:
-                line.append(text.replace("⏎", "\n"), style="default" if one == old else "bold green")
+                line.append(text.replace("⏎", "\n"), style="default" if token == before else "bold green")
         return line
 
 
-def _say(console: Console, message: str) -> None:
+def _print_error(console: Console, message: str) -> None:
     console.print(Text(message, "red"), soft_wrap=True)

@@ -2,11 +2,11 @@ r"""Text with gaps -> the text with its gaps filled.
 
 A gap is written `[[gap:5]]`, of five tokens, or `[[gap:2-8]]`, of two to eight: every length is tried, and
 the likeliest text wins. `\[[gap` is the text `[[gap` itself, and anything else that starts with `[[gap` is
-refused, so that no text is taken for a gap without a word.
+refused.
 
-How likely a length is: log p(all from the first gap on | what stands before it), by the chain rule the sum of
-log p(what stands after the gaps | the gaps masked), in one forward, each token by itself; and of
-log p(the gaps | all else), each token as the model saw it when it wrote it.
+The score of a length is log p(all from the first gap on | the text before it), by the chain rule the sum of
+log p(the text after the gaps | the gaps masked), in one forward pass, each token independently; and of
+log p(the gaps | the rest), each token as the model saw it when it was committed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 from typing import Any
 
 import torch
@@ -22,12 +23,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from unmask.data.encode import Example
-from unmask.data.text import document_ids
+from unmask.data.encode import Example, document_ids
 from unmask.errors import UnmaskError
 
-TRIED = 256  # combinations of lengths at most
-_MARK = re.compile(r"(\\*)\[\[gap(?::\s*(\d+)\s*(?:-\s*(\d+)\s*)?\]\])?")
+MOST_COMBINATIONS = 256  # of lengths
+_GAP = re.compile(r"(\\*)\[\[gap(?::\s*(\d+)\s*(?:-\s*(\d+)\s*)?\]\])?")
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Infilled:
     """A text with its gaps filled."""
 
     parts: list[str]
-    """Texts and fillings in turn, as they were given."""
+    """Texts and filled gaps in turn, as they were given."""
     lengths: tuple[int, ...]
     """Tokens of each gap."""
     log_probability: float
-    """Of what was written, given all else, in nats; where lengths were tried, also of what comes after."""
-    forwards: int
-    """Of all lengths tried."""
+    """Of the gaps given the rest, in nats; where lengths were tried, also of the text after the first gap."""
+    num_forwards: int
+    """Forward passes, over all lengths tried."""
     tried: list[tuple[tuple[int, ...], float]]
     """Lengths and their log-probability, the best first."""
 
@@ -75,34 +75,32 @@ def parse_gaps(text: str) -> list[str | Gap]:
     ['a ', Gap(low=2, high=2), ' b ', Gap(low=1, high=3), ' [[gap:4]]']
     """
     parts: list[str | Gap] = []
-    before, done = "", 0
-    for found in _MARK.finditer(text):
-        slashes, low, high = found.groups()
-        before += text[done : found.start()] + "\\" * (len(slashes) // 2)
-        done = found.end()
+    before, end = "", 0
+    for match in _GAP.finditer(text):
+        slashes, low, high = match.groups()
+        before += text[end : match.start()] + "\\" * (len(slashes) // 2)
+        end = match.end()
         if len(slashes) % 2:
-            before += found.group()[len(slashes) :]
-            continue
-        if low is None:
-            line = text.count("\n", 0, found.start()) + 1
-            around = text[found.start() : found.start() + 20].split("\n")[0]
+            before += match.group()[len(slashes) :]
+        elif low is None:
+            line = text.count("\n", 0, match.start()) + 1
+            around = text[match.start() : match.start() + 20].split("\n")[0]
             raise UnmaskError(
-                f"line {line}: {around!r} is no gap; write [[gap:5]] or [[gap:2-8]], or \\[[gap for the text"
-                " itself."
+                f"line {line}: {around!r} is not a gap; write [[gap:5]] or [[gap:2-8]], or \\[[gap for the"
+                " text itself."
             )
-        parts += [before, Gap(int(low), int(high or low))]
-        before = ""
-    return [part for part in [*parts, before + text[done:]] if part != ""]
+        else:
+            parts += [before, Gap(int(low), int(high or low))]
+            before = ""
+    return [part for part in [*parts, before + text[end:]] if part != ""]
 
 
 def parse_length(text: str) -> Gap:
     """Read a length: "5", or "2-8"."""
-    found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", text)
-    if found is None:
-        raise UnmaskError(
-            f"a length is a number of tokens, such as 5, or a range, such as 2-8; got {text!r}."
-        )
-    return Gap(int(found[1]), int(found[2] or found[1]))
+    match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", text)
+    if match is None:
+        raise UnmaskError(f"length: a number of tokens, such as 5, or a range, such as 2-8; got {text!r}.")
+    return Gap(int(match[1]), int(match[2] or match[1]))
 
 
 def infill_text(
@@ -110,7 +108,7 @@ def infill_text(
     tokenizer: PreTrainedTokenizerBase,
     parts: Sequence[str | Gap],
     *,
-    before: Example | None = None,
+    prompt: Example | None = None,
     end: int | None = None,
     end_fill: int = 1,
     batch_size: int = 16,
@@ -118,97 +116,89 @@ def infill_text(
 ) -> Infilled:
     """Fill the gaps of a text.
 
-    Special-token strings in the text, the mask token's too, are plain text. Every combination of the
-    lengths of the gaps is filled, and the likeliest wins (see the head of this module), at a tie the
-    shorter.
+    Special-token strings in the text, that of the mask token too, are plain text. Every combination of the
+    lengths of the gaps is filled, and the likeliest text wins; at a tie the shortest.
 
     Args:
-        before: a prompt to which the text is the answer.
+        prompt: a prompt to which the text is the answer.
         end: end token after the text, repeated until the text has a multiple of `end_fill` tokens.
-        batch_size: combinations in one forward.
+        batch_size: combinations per forward pass.
         **settings: fields of `DiffusionGenerationConfig`.
 
     Raises:
-        UnmaskError: no gap, a length to be found with nothing after it that could tell, more than `TRIED`
-            combinations, a block-causal model, or as `model.infill`.
+        UnmaskError: no gap, a range of lengths for a gap with no text after it, more than
+            `MOST_COMBINATIONS` combinations, a block-causal model, or as `model.infill`.
     """
     gaps = [part for part in parts if isinstance(part, Gap)]
     if not gaps:
         raise UnmaskError("the text has no gap; write one as [[gap:5]], of five tokens, or [[gap:2-8]].")
     if gaps[-1].low < gaps[-1].high and parts[-1] is gaps[-1] and end is None:
-        raise UnmaskError("nothing stands after the last gap that could tell its length; give one length.")
-    count = 1
-    for gap in gaps:
-        count *= gap.high - gap.low + 1
-    if count > TRIED:
+        raise UnmaskError("there is no text after the last gap to find its length by; give one length.")
+    count = prod(gap.high - gap.low + 1 for gap in gaps)
+    if count > MOST_COMBINATIONS:
         raise UnmaskError(
-            f"the gaps have {count:,} combinations of lengths; at most {TRIED} are tried: narrow the ranges."
+            f"the gaps have {count:,} combinations of lengths; at most {MOST_COMBINATIONS} are tried: narrow"
+            " the ranges."
         )
-    choices = sorted(
-        product(*(range(gap.low, gap.high + 1) for gap in gaps)), key=lambda one: (sum(one), one)
+    combinations = sorted(
+        product(*(range(gap.low, gap.high + 1) for gap in gaps)), key=lambda lengths: (sum(lengths), lengths)
     )
-    given = [None if isinstance(part, Gap) else document_ids(part, tokenizer) for part in parts]
-    found: list[tuple[float, tuple[int, ...], list[list[int]]]] = []
-    forwards = 0
+    part_ids = [None if isinstance(part, Gap) else document_ids(part, tokenizer) for part in parts]
+    results: list[tuple[float, tuple[int, ...], list[list[int]]]] = []
+    num_forwards = 0
     for start in range(0, count, batch_size):
-        chosen = choices[start : start + batch_size]
-        rows = [_row(given, lengths, end, end_fill) for lengths in chosen]
-        if before is not None:
-            ahead = before.input_ids
-            rows = [(ahead + ids, [False] * len(ahead) + is_gap) for ids, is_gap in rows]
+        batch = combinations[start : start + batch_size]
+        rows = [_row(part_ids, lengths, end, end_fill, prompt) for lengths in batch]
         width = max(len(ids) for ids, _ in rows)
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        is_token, is_gap = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
-        for index, (row, gap) in enumerate(rows):
-            ids[index, : len(row)] = torch.tensor(row)
-            is_token[index, : len(row)] = True
-            is_gap[index, : len(row)] = torch.tensor(gap)
+        pads = [width - len(ids) for ids, _ in rows]
+        padded = [ids + [0] * pad for (ids, _), pad in zip(rows, pads, strict=True)]
+        gap_flags = [flags + [False] * pad for (_, flags), pad in zip(rows, pads, strict=True)]
+        ids, is_gap = (torch.tensor(x, device=model.device) for x in (padded, gap_flags))
+        columns = torch.arange(width, device=model.device)
+        is_token = columns < width - torch.tensor(pads, device=model.device)[:, None]
         output = model.infill(
-            ids.to(model.device),
-            is_gap.to(model.device),
-            is_token.to(model.device),
-            return_trace=True,
-            max_new_tokens=sum(chosen[-1]),
-            **settings,
+            ids, is_gap, is_token, return_trace=True, max_new_tokens=sum(batch[-1]), **settings
         )
-        after = _after(model, ids, is_gap, is_token) if count > 1 else [0.0] * len(rows)
-        for index, lengths in enumerate(chosen):
-            here = is_gap[index].to(model.device)
-            score = output.confidence[index][here].double().log().sum().item() + after[index]
-            written = output.sequences[index][here].split(list(lengths))
-            found.append((score, lengths, [ids.tolist() for ids in written]))
-        forwards += int(output.num_forwards.sum()) + (len(rows) if count > 1 else 0)
-    ranked = sorted(found, key=lambda one: -one[0])  # stable: the shorter first
-    score, lengths, written = ranked[0]
-    texts = iter(str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in written)
-    filled = [next(texts) if isinstance(part, Gap) else part for part in parts]
-    return Infilled(filled, lengths, score, forwards, [(lengths, score) for score, lengths, _ in ranked])
+        scores = _score_after_gap(model, ids, is_gap, is_token) if count > 1 else [0.0] * len(rows)
+        for row, lengths in enumerate(batch):
+            scores[row] += output.confidence[row][is_gap[row]].double().log().sum().item()
+            filled = output.sequences[row][is_gap[row]].split(list(lengths))
+            results.append((scores[row], lengths, [ids.tolist() for ids in filled]))
+        num_forwards += int(output.num_forwards.sum()) + (len(rows) if count > 1 else 0)
+    results.sort(key=lambda result: -result[0])  # stable: the shorter first
+    score, lengths, filled = results[0]
+    texts = iter(str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in filled)
+    whole = [next(texts) if isinstance(part, Gap) else part for part in parts]
+    return Infilled(whole, lengths, score, num_forwards, [(lengths, score) for score, lengths, _ in results])
 
 
-def _after(
+def _score_after_gap(
     model: Any, ids: Int[Tensor, "B L"], is_gap: Bool[Tensor, "B L"], is_token: Bool[Tensor, "B L"]
 ) -> list[float]:
-    """log p of what stands after each row's first gap, given what stands before it."""
+    """log p of the text after each row's first gap, given the text before it."""
     masked = (is_gap.long().cumsum(dim=1) > 0) & is_token
-    tensors = [tensor.to(model.device) for tensor in (ids, masked, is_token, is_token & ~masked)]
     with torch.no_grad():
-        nll = model.masked_nll(*tensors).double().cpu()
-    found = torch.zeros(ids.shape, dtype=torch.float64)
-    found[masked] = -nll
-    return found.masked_fill(is_gap, 0.0).sum(dim=1).tolist()
+        nll = model.masked_nll(ids, masked, is_token, is_token & ~masked).double()
+    log_p = torch.zeros(ids.shape, dtype=torch.float64, device=nll.device).masked_scatter(masked, -nll)
+    return log_p.masked_fill(is_gap, 0.0).sum(dim=1).tolist()
 
 
 def _row(
-    given: list[list[int] | None], lengths: tuple[int, ...], end: int | None, end_fill: int
+    part_ids: list[list[int] | None],
+    lengths: tuple[int, ...],
+    end: int | None,
+    end_fill: int,
+    prompt: Example | None,
 ) -> tuple[list[int], list[bool]]:
-    """Ids with gaps of these lengths, and where they are."""
+    """Ids of prompt and text with gaps of these lengths, and True at the gaps."""
     ids: list[int] = []
     is_gap: list[bool] = []
-    left = iter(lengths)
-    for part in given:
-        piece = [0] * next(left) if part is None else part
+    next_length = iter(lengths)
+    for part in part_ids:
+        piece = [0] * next(next_length) if part is None else part
         ids += piece
         is_gap += [part is None] * len(piece)
     if end is not None:
         ids += [end] * (1 + -(len(ids) + 1) % end_fill)
-    return ids, is_gap + [False] * (len(ids) - len(is_gap))
+    before = [] if prompt is None else prompt.input_ids
+    return before + ids, [False] * len(before) + is_gap + [False] * (len(ids) - len(is_gap))

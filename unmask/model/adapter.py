@@ -1,37 +1,35 @@
-"""Low-rank adapters: what is learnt beside frozen weights, saved alone, opened unmerged, or merged into them.
+"""LoRA adapters: added to a model, saved alone, loaded unmerged, or merged into the base's weights.
 
-A folder of one holds peft's own two files and the config of the diffusion model, since the base may be an
-autoregressive checkpoint that knows nothing of masks. peft is imported here at the top, so import this file
-only where an adapter is wanted.
+A folder of adapters has peft's own two files and the config of the diffusion model, since the base may be an
+autoregressive checkpoint without a mask token. peft is imported here at the top, which takes seconds.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.utils.other import TrainableTokensWrapper
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unmask.data.hub import first_line
 from unmask.data.tokenizer import load_tokenizer
 from unmask.errors import UnmaskError
 from unmask.generation.config import DiffusionGenerationConfig
+from unmask.io import atomic_dir
 from unmask.model.checkpoint import (
     ADAPTER_CONFIG,
     add_rows,
+    check_new,
     fingerprint,
     is_adapter,
     load_model,
     read_config,
+    read_json,
     save_checkpoint,
-    written_aside,
 )
 
 WEIGHTS = "adapter_model.safetensors"
@@ -41,44 +39,8 @@ _OWN = ("logit_shift", "attention", "block_length", "noise_eps", "mask_token_id"
 _TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id")
 
 
-class _LearntRow(TrainableTokensLayer):
-    """peft's layer for single rows of an embedding and the head tied to it, without a copy of all rows.
-
-    peft puts the rows that learn into a copy of the whole weight, whose gradient is as large again; here
-    what they yield is put into the output. The file they are saved in, and merging, are peft's.
-    """
-
-    def forward_adapters(self, x: Tensor, active_adapters: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters or self.merged or not active_adapters:
-            return super().forward_adapters(x, active_adapters, *args, **kwargs)
-        output = self.base_layer(x)
-        for name in active_adapters:
-            rows = cast(Tensor, self.trainable_tokens_delta[name])
-            for index, row in zip(self.token_indices[name], rows, strict=True):
-                if isinstance(self.base_layer, nn.Embedding):
-                    output = torch.where((x == index)[..., None], row.to(output.dtype), output)
-                else:
-                    output[..., index] = nn.functional.linear(x, row[None]).squeeze(-1)
-        return output
-
-
-class _AroundRow(TrainableTokensWrapper):
-    """peft's wrapper, whose `weight` is the frozen one and no copy: FSDP asks whether two are the same."""
-
-    def _getattr_wrapped(self, name: str, modules: Any) -> Any:
-        return modules["token_adapter"].base_layer.weight
-
-
 class DiffusionAdapter(PeftModel):
-    """A diffusion model with adapters in its linear layers; all else it has is the model's."""
-
-    def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any):
-        super().__init__(model, peft_config, *args, **kwargs)
-        for module in self.modules():
-            if type(module) is TrainableTokensLayer:
-                module.__class__ = _LearntRow
-            elif type(module) is TrainableTokensWrapper:
-                module.__class__ = _AroundRow
+    """A diffusion model with LoRA adapters in its linear layers; all else it has is the model's."""
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the adapter and the model's config; rows of the embedding are never written as a whole."""
@@ -89,7 +51,7 @@ class DiffusionAdapter(PeftModel):
             model.generation_config.save_pretrained(save_directory)
 
     def create_or_update_model_card(self, output_dir: str) -> None:
-        """Write none: the run's own card says more."""
+        """Write none: the run's own model card says more."""
 
 
 def add_adapter(
@@ -193,16 +155,12 @@ def load_adapter(
 
 
 def _base_of(folder: Path) -> str:
-    file = folder / ADAPTER_CONFIG
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        base = values["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UnmaskError(
-            f"{file}: cannot be read as the settings of an adapter: {first_line(error)}."
-        ) from error
+    values = read_json(folder / ADAPTER_CONFIG)
+    base = values.get("base_model_name_or_path")
     if not isinstance(base, str) or not base or values.get("peft_type") != "LORA":
-        raise UnmaskError(f"{file}: expected peft_type LORA and the base in base_model_name_or_path.")
+        raise UnmaskError(
+            f"{folder / ADAPTER_CONFIG}: expected peft_type LORA and the base in base_model_name_or_path."
+        )
     return base
 
 
@@ -218,16 +176,14 @@ def merge(adapter: str, out: str | Path) -> tuple[PreTrainedModel, PreTrainedTok
     Raises:
         UnmaskError: no adapter, one that cannot be loaded, or `out` holds something.
     """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UnmaskError(f"{out}: exists already; name a folder that does not.")
+    check_new(out)
     if not is_adapter(adapter):
-        raise UnmaskError(f"{adapter}: no folder of an adapter: it holds no {ADAPTER_CONFIG}.")
+        raise UnmaskError(f"{adapter}: not a folder of LoRA adapters: it has no {ADAPTER_CONFIG}.")
     saved = getattr(torch, str(read_config(adapter).get("dtype") or "float32"))
     wide = load_adapter(adapter, dtype=torch.promote_types(saved, torch.float32))
     tokenizer = load_tokenizer(adapter)
     model = cast(PreTrainedModel, cast(Any, wide).merge_and_unload()).to(saved)
     del cast(Any, model.config).base_fingerprint
-    with written_aside(out) as aside:
+    with atomic_dir(out) as aside:
         save_checkpoint(model, tokenizer, aside)
     return model, tokenizer

@@ -209,11 +209,12 @@ def attention(
     elif query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
         out = _varlen(query, key, value, inputs.ends, scaling, sliding_window)
     else:
+        # Split, not sliced: the gradient of each slice would be a tensor as large as the whole row.
+        sizes = [end - start for start, end in pairwise(inputs.ends)]
+        documents = zip(*(states.split(sizes, dim=2) for states in (query, key, value)), strict=True)
         parts = []
-        for start, end in pairwise(inputs.ends):
-            position = inputs.position[:, start:end]
+        for (q, k, v), position in zip(documents, inputs.position.split(sizes, dim=1), strict=True):
             mask = _within(None, position, position, sliding_window)
-            q, k, v = (states[:, :, start:end] for states in (query, key, value))
             parts.append(_attend(kernel, q, k, v, mask, scaling, dropout))
         out = torch.cat(parts, dim=2)
     return out.transpose(1, 2).contiguous(), None

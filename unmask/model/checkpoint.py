@@ -1,13 +1,9 @@
-"""Checkpoint folders: read with every mistake named, written whole or not at all."""
+"""Checkpoint folders: load with every mistake named, convert, and save. `unmask.model.adapter` has LoRA."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +14,9 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from unmask.data.hub import HUB_NAME, first_line, offline_hint, require_hub
+from unmask.data.tokenizer import add_mask_token, check_tokenizer, load_tokenizer
 from unmask.errors import UnmaskError
+from unmask.io import atomic_dir
 from unmask.model.config import PREFIX, diffusion_values
 from unmask.model.families import MODEL_CLASSES
 
@@ -29,7 +27,7 @@ SUPPORTED = tuple(name.removeprefix(PREFIX) for name in MODEL_CLASSES)
 def read_config(name: str, *, weights: bool = True) -> dict[str, Any]:
     """Read the `config.json` of a checkpoint folder or hub name and check that its weights are usable.
 
-    With `weights=False` a folder need not hold any.
+    With `weights=False` a folder need not have any.
 
     Raises:
         UnmaskError: not a checkpoint, of an unsupported family, quantised, or without safetensors weights.
@@ -66,28 +64,28 @@ def _read_folder(path: Path, weights: bool) -> dict[str, Any]:
     if not file.exists():
         final = path / "final"  # where a training run leaves it
         hint = f"did you mean {final}?" if (final / "config.json").exists() else "name a Hugging Face folder."
-        raise UnmaskError(f"{path}: this folder is no checkpoint: it holds no config.json; {hint}")
+        raise UnmaskError(f"{path}: this folder is not a checkpoint: it has no config.json; {hint}")
+    values = read_json(file)
+    if weights and not any(path.glob("*.safetensors")):
+        pickled = next(path.glob("*.bin"), None) or next(path.glob("*.pt"), None)
+        reason = f"; {pickled.name} is pickled, which can run code: save it as safetensors" if pickled else ""
+        raise UnmaskError(f"{path}: no weights in *.safetensors{reason}.")
+    return values
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object from a file of a checkpoint."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UnmaskError(f"{file}: not valid JSON ({first_line(error)}).") from error
     if not isinstance(values, dict):
         raise UnmaskError(f"{file}: expected a JSON object; got {type(values).__name__}.")
-    if weights and not any(path.glob("*.safetensors")):
-        pickled = next(path.glob("*.bin"), None) or next(path.glob("*.pt"), None)
-        raise UnmaskError(
-            f"{path}: no weights in *.safetensors"
-            + (
-                f"; {pickled.name} is pickled, which can run code: save it as safetensors."
-                if pickled
-                else "."
-            )
-        )
     return values
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a folder holds an adapter in place of whole weights."""
+    """Whether a folder has LoRA adapters in place of whole weights."""
     return (Path(name).expanduser() / ADAPTER_CONFIG).is_file()
 
 
@@ -104,17 +102,17 @@ def load_model(
     convert_base: bool = False,
     **overrides: Any,
 ) -> PreTrainedModel:
-    """Load a diffusion checkpoint, its class picked by its config, or the folder of an adapter with its base.
+    """Load a diffusion checkpoint, its class picked by its config, or LoRA adapters with their base.
 
     Args:
-        name: folder or hub name; an adapter only as a folder.
+        name: folder or hub name; adapters only as a folder.
         dtype: type of the weights; that of the checkpoint by default.
-        attn_implementation: attention kernel, as transformers names them.
+        attn_implementation: attention kernel, see `unmask.model.attention.KERNELS`.
         convert_base: also take an autoregressive checkpoint and convert it in memory.
         **overrides: fields of the config to replace, such as `logit_shift`.
 
     Raises:
-        UnmaskError: no checkpoint, an unsupported one, an autoregressive one without `convert_base`, or
+        UnmaskError: not a checkpoint, an unsupported one, an autoregressive one without `convert_base`, or
             weights that are damaged or incomplete.
     """
     if is_adapter(name):
@@ -130,9 +128,8 @@ def load_model(
                 f" `unmask convert {name} OUT`."
             )
         values = diffusion_values(values)
-    model_class = MODEL_CLASSES[values["model_type"]]
     try:
-        model, info = cast(Any, model_class).from_pretrained(
+        model, info = MODEL_CLASSES[values["model_type"]].from_pretrained(
             name,
             dtype=dtype or "auto",
             attn_implementation=attn_implementation,
@@ -162,8 +159,42 @@ def load_model(
     return model
 
 
+def convert(base: str, out: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Make a diffusion checkpoint of an autoregressive one: same weights, bidirectional and shifted.
+
+    The tokenizer gets a mask token. Where the embedding has a free row (Qwen3: id 151669) the size of the
+    model does not change; otherwise one row is added. The result has never seen a mask: train it.
+
+    Args:
+        base: folder or hub name of a Qwen3, Qwen2 or Llama checkpoint with its tokenizer.
+        out: folder to write; must not exist or be empty.
+
+    Raises:
+        UnmaskError: the base cannot be converted, or `out` is not empty.
+    """
+    check_new(out)
+    if is_diffusion(read_config(base)):
+        raise UnmaskError(f"{base}: this is a diffusion checkpoint already; nothing to convert.")
+    tokenizer = load_tokenizer(base)
+    add_mask_token(tokenizer)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is never attended, so any token will do
+    check_tokenizer(tokenizer, name=base)
+    model = load_model(base, convert_base=True)
+    fit_to_tokenizer(model, tokenizer)
+    with atomic_dir(out) as aside:
+        save_checkpoint(model, tokenizer, aside)
+    return model, tokenizer
+
+
+def check_new(out: str | Path) -> None:
+    """Refuse a folder to write that is not empty."""
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise UnmaskError(f"{out}: exists already; name a folder that does not.")
+
+
 def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make a model and a tokenizer with a mask token one: embedding rows, special tokens, forbidden ids.
+    """Fit a model to a tokenizer with a mask token: embedding rows, special tokens, suppressed ids.
 
     Rows are added only when the tokenizer has ids beyond the embedding, and start as the mean of the rest.
     """
@@ -203,40 +234,6 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def written_aside(folder: Path) -> Iterator[Path]:
-    """Yield a folder beside `folder`, moved onto it when everything is written and removed otherwise.
-
-    What `folder` held before is replaced as a whole, and only then.
-
-    Raises:
-        UnmaskError: the disk is full or the folder cannot be written; `folder` is as it was.
-    """
-    place = folder.absolute()  # `.` has no name of its own
-    aside = place.with_name(f".{place.name}.partial")
-    old = place.with_name(f".{place.name}.old")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        if place.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(place, old)
-        try:
-            os.replace(aside, place)
-        except OSError:
-            if old.exists():
-                os.replace(old, place)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise UnmaskError(
-            f"{folder}: could not be written: {first_line(error)}; nothing already there was changed."
-        ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
 def save_checkpoint(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -245,7 +242,7 @@ def save_checkpoint(
 ) -> None:
     """Write config, generation config, weights (safetensors) and tokenizer as a Hugging Face folder.
 
-    `weights` are those of a model that is divided over processes, gathered; by default the model's own.
+    `weights` are those of a model that is sharded over processes, gathered; by default the model's own.
     """
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)

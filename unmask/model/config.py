@@ -1,8 +1,8 @@
 """Configs of diffusion checkpoints: the stock config, its own `model_type`, and five fields.
 
 A checkpoint saved here says `"model_type": "unmask_qwen3"`, so stock `AutoModelForCausalLM` refuses it
-instead of reading it as an autoregressive model and producing noise; once `unmask` is imported the Auto
-classes know it. A plain Qwen3, Qwen2 or Llama config still loads, and is converted on the way.
+instead of reading it as an autoregressive model and producing noise; once `unmask.model` is imported
+the Auto classes know it. A plain Qwen3, Qwen2 or Llama config still loads, and is converted on the way.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
+from unmask.diffusion.corrupt import NO_MASK_TOKEN
 from unmask.errors import UnmaskError
 
 PREFIX = "unmask_"
@@ -112,6 +113,22 @@ def checkpoint_fields(
     if not str(values.get("model_type")).startswith(PREFIX):
         return {"logit_shift": True}
     return {key: value for key, value in values.items() if key in FIELDS}
+
+
+def mask_token_of(config: Any) -> int:
+    """Read the id of the mask token from a config.
+
+    Raises:
+        UnmaskError: it has none, or one outside the vocabulary.
+    """
+    if config.mask_token_id is None:
+        raise UnmaskError(NO_MASK_TOKEN)
+    if not 0 <= config.mask_token_id < config.vocab_size:
+        raise UnmaskError(
+            f"config.mask_token_id must be an id in [0, {config.vocab_size}); got {config.mask_token_id}:"
+            " call model.resize_token_embeddings, or use `unmask convert`."
+        )
+    return config.mask_token_id
 
 
 def block_length_of(config: Any, name: str = "config") -> int | None:

@@ -21,7 +21,7 @@ from unmask.diffusion.attention import (
 )
 from unmask.errors import UnmaskError, UnmaskWarning
 from unmask.generation.config import DiffusionGenerationConfig
-from unmask.generation.engine import DiffusionGenerationOutput, Engine, View, respond
+from unmask.generation.engine import DenoiserInput, DiffusionGenerationOutput, Engine, generate_canvas
 from unmask.model.attention import AttentionInputs, KVCache, run_backbone
 from unmask.model.config import block_length_of
 from unmask.model.head import chunk_rows
@@ -31,7 +31,7 @@ from unmask.model.inputs import check_inputs
 class GenerateMixin:
     """`generate` and `infill` for a masked-diffusion model."""
 
-    # Provided by the stock class beside it.
+    # Provided by the stock class.
     config: Any
     model: Any
     lm_head: Any
@@ -54,31 +54,31 @@ class GenerateMixin:
         """Fill a canvas of masks after each prompt.
 
         Args:
-            input_ids: prompts (B, P), padded on any side; P = 0 generates without a prompt. A mask token
-                in a prompt is text like any other.
+            input_ids: prompts (B, P), padded on any side; P = 0 generates without a prompt. A mask token in a
+                prompt is text like any other.
             attention_mask: (B, P), 1 = token, 0 = padding; all tokens by default.
             generation_config: settings; those of the checkpoint by default.
-            streamer: see `unmask.generation.engine.respond`.
-            logits_processor: one or a list of transformers' logits processors or functions, called with (ids
-                of the row, logits) of every position asked for; the tokens are drawn from what they return.
+            streamer: see `unmask.generation.engine.generate_canvas`.
+            logits_processor: one or a list of transformers' logits processors or functions of (ids of the
+                row, logits) of each position; tokens are drawn from what they return.
             stopping_criteria: one or a list of transformers' stopping criteria or functions of (ids, scores),
                 scores None; a response ends where one of them is met.
             src_mask: (B, P), False = a part of the prompt that training would mask, such as an earlier
-                response or the beginning of the text; True by default. It matters to block-causal models
-                alone, whose blocks start anew wherever it changes.
+                response; True by default. It matters to block-causal models alone, whose blocks start anew
+                wherever it changes.
             **settings: fields of `DiffusionGenerationConfig` that override the config's.
 
         Returns:
             `DiffusionGenerationOutput`, or its `sequences` with `return_dict_in_generate=False`.
 
         Raises:
-            UnmaskError: an unknown setting or one out of range, prompt and canvas longer than the
-                model's positions, fewer steps than blocks, or a setting that this model cannot follow.
-            ValueError: a prompt or a mask that `forward` refuses too.
+            UnmaskError: an unknown setting or one out of range, prompt and canvas longer than the model's
+                positions, fewer steps than blocks, or a setting that has no effect on this model.
+            ValueError: input_ids or a mask that `forward` refuses too.
 
         >>> model.generate(prompt_ids, max_new_tokens=32, steps=16).sequences  # doctest: +SKIP
         """
-        config, length = self._settings(generation_config, settings)
+        config, block_length = self._settings(generation_config, settings)
         mode = "pretrain" if src_mask is None else "sft"
         is_token, source = check_inputs(
             input_ids, None, attention_mask, src_mask, mode, self.config.vocab_size
@@ -92,18 +92,18 @@ class GenerateMixin:
                 f" the model's {self.config.max_position_embeddings} positions; shorten one of them."
             )
         block = None
-        if length is not None:
+        if block_length is not None:
             canvas = is_token.new_ones(len(input_ids), config.max_new_tokens)
             layout = row_layout(torch.cat([is_token, canvas], dim=1))
-            given = torch.zeros_like(is_token) if source is None else is_token & ~source
-            block = block_index(layout, torch.cat([given, canvas], dim=1), length)
-        output = respond(
+            maskable = torch.zeros_like(is_token) if source is None else is_token & ~source
+            block = block_index(layout, torch.cat([maskable, canvas], dim=1), block_length)
+        output = generate_canvas(
             self._denoiser(config, len(input_ids), input_ids.shape[1] + config.max_new_tokens),
             input_ids,
             is_token,
             config,
             block=block,
-            cached=length is not None and config.use_cache,
+            cached=block_length is not None and config.use_cache,
             streamer=streamer,
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
@@ -123,8 +123,8 @@ class GenerateMixin:
         """Fill gaps of a text, given everything around them.
 
         Args:
-            input_ids: text; what stands in a gap is not looked at.
-            is_gap: True = a position to fill. A gap has as many tokens as positions; no end token is written.
+            input_ids: text (B, L); ids inside a gap are ignored.
+            is_gap: (B, L), True = a position to fill. No end token is written.
             attention_mask, generation_config, logits_processor, **settings: as in `generate`;
                 `max_new_tokens` has no effect.
 
@@ -132,11 +132,11 @@ class GenerateMixin:
             `DiffusionGenerationOutput` with `sequences`, and the trace for all L positions.
 
         Raises:
-            UnmaskError: as `generate`; and a block-causal model, which does not see what comes after a gap.
-            ValueError: a gap where padding is, or masks of another shape.
+            UnmaskError: as `generate`; and a block-causal model, which does not see the text after a gap.
+            ValueError: a gap at padding, or masks of another shape.
         """
-        config, length = self._settings(generation_config, settings)
-        if length is not None:
+        config, block_length = self._settings(generation_config, settings)
+        if block_length is not None:
             raise UnmaskError(
                 "a block-causal model does not see the text after a gap: infill needs a bidirectional one."
             )
@@ -153,14 +153,8 @@ class GenerateMixin:
         config.suppress_tokens = sorted({*(config.suppress_tokens or []), *config.eos_token_ids})
         config.eos_token_id = []
         ids = torch.where(is_gap, cast(int, config.mask_token_id), input_ids)
-        engine = Engine(
-            self._denoiser(config, *ids.shape),
-            ids,
-            is_token,
-            is_gap,
-            config,
-            logits_processor=logits_processor,
-        )
+        denoiser = self._denoiser(config, *ids.shape)
+        engine = Engine(denoiser, ids, is_token, is_gap, config, logits_processor=logits_processor)
         for _ in engine.steps():
             pass
         return engine.output(engine.ids, is_gap, slice(None))
@@ -198,7 +192,7 @@ class GenerateMixin:
 
 
 class BackboneDenoiser:
-    """Answers the engine's views with a stock backbone and head, computing what is needed alone.
+    """Runs a stock backbone and head on the engine's inputs, computing only what is needed.
 
     Args:
         model: a masked-diffusion model.
@@ -208,57 +202,57 @@ class BackboneDenoiser:
     def __init__(self, model: Any, slots: int, columns: int):
         self.model, self.cache = model, KVCache(slots, columns)
 
-    def __call__(self, view: View) -> Iterator[Tensor]:
-        """Compute the logits of the positions asked for, in chunks."""
-        layout = row_layout(view.is_token)
-        columns = torch.arange(view.ids.shape[1], device=view.ids.device).expand(view.ids.shape)
-        source = predicting_column(layout) if self.model.config.logit_shift else columns
-        if view.compute is None:
-            hidden, place = self._whole(view, layout), columns
+    def __call__(self, inputs: DenoiserInput) -> Iterator[Tensor]:
+        """Compute the logits of the positions that need them, in chunks."""
+        layout = row_layout(inputs.is_token)
+        columns = torch.arange(inputs.ids.shape[1], device=inputs.ids.device).expand(inputs.ids.shape)
+        predicting = predicting_column(layout) if self.model.config.logit_shift else columns
+        if inputs.is_computed is None:
+            hidden, hidden_column = self._whole(inputs, layout), columns
         else:
-            predicting = torch.zeros_like(view.where, dtype=torch.long)
-            compute = view.compute | (predicting.scatter_add_(1, source, view.where.long()) > 0)
-            hidden = self._cached(view, layout, compute)
-            place = (compute.long().cumsum(dim=1) - 1).clamp(min=0)  # of the computed columns
-        if not view.where.any():
+            is_predicting = (
+                torch.zeros_like(columns).scatter_add(1, predicting, inputs.needs_logits.long()) > 0
+            )
+            computed = inputs.is_computed | is_predicting
+            hidden = self._cached(inputs, layout, computed)
+            hidden_column = (computed.long().cumsum(dim=1) - 1).clamp(min=0)
+        if not inputs.needs_logits.any():
             return iter(())
-        row, column = view.where.nonzero(as_tuple=True)
-        hidden = hidden[row, place.gather(1, source)[row, column]]
+        row, column = inputs.needs_logits.nonzero(as_tuple=True)
+        hidden = hidden[row, hidden_column.gather(1, predicting)[row, column]]
         head = self.model.lm_head
         size = chunk_rows(len(hidden), self.model.config.vocab_size, hidden.dtype, hidden.device).rows
         return (head(part) for part in hidden.split(size))
 
-    def _whole(self, view: View, layout: Layout) -> Tensor:
+    def _whole(self, inputs: DenoiserInput, layout: Layout) -> Tensor:
         """Run the backbone on all columns."""
         attend, position = None, layout.position
-        if view.block is not None:
-            attend = attend_block_causal(layout, view.block)[:, None]
-        elif not view.is_token.all():
+        if inputs.block is not None:
+            attend = attend_block_causal(layout, inputs.block)[:, None]
+        elif not inputs.is_token.all():
             attend = attend_tokens(layout)[:, None]
         else:
             position = position[:1]
-        return run_backbone(self.model.model, view.ids, attend, AttentionInputs(position))
+        return run_backbone(self.model.model, inputs.ids, attend, AttentionInputs(position))
 
-    def _cached(self, view: View, layout: Layout, compute: Tensor) -> Tensor:
-        """Run the backbone on the columns to compute, against the keys and values kept of the others."""
-        columns, valid = _columns_of(compute, view.ids.shape[1])
-        read = columns.clamp(max=view.ids.shape[1] - 1)
-        attend = view.is_token[:, None, :]
-        if view.block is not None:
-            attend = attend & (view.block[:, None, :] <= view.block.gather(1, read)[:, :, None])
-        attend = attend | (~valid[:, :, None] & view.is_token[:, None, :])  # no softmax over nothing
-        inputs = AttentionInputs(
-            layout.position.gather(1, read), cached=self.cache.at(view.rows, columns, layout.position)
-        )
+    def _cached(self, inputs: DenoiserInput, layout: Layout, computed: Tensor) -> Tensor:
+        """Run the backbone on the computed columns, with cached keys and values of the others."""
+        columns, valid = _columns_of(computed, inputs.ids.shape[1])
+        read = columns.clamp(max=inputs.ids.shape[1] - 1)
+        attend = inputs.is_token[:, None, :]
+        if inputs.block is not None:
+            attend = attend & (inputs.block[:, None, :] <= inputs.block.gather(1, read)[:, :, None])
+        attend = attend | (~valid[:, :, None] & inputs.is_token[:, None, :])  # no softmax over nothing
+        cached = self.cache.at(inputs.slots, columns, layout.position)
         mask = None if attend.all() else attend[:, None]
-        return run_backbone(self.model.model, view.ids.gather(1, read), mask, inputs)
+        attention_inputs = AttentionInputs(layout.position.gather(1, read), cached=cached)
+        return run_backbone(self.model.model, inputs.ids.gather(1, read), mask, attention_inputs)
 
 
 def _columns_of(flag: Bool[Tensor, "R S"], other: int) -> tuple[Int[Tensor, "R K"], Bool[Tensor, "R K"]]:
     """List the flagged columns of each row in order, K the most of a row; `other` fills up, not valid."""
     count = flag.sum(dim=1)
-    order = flag.long().argsort(dim=1, descending=True, stable=True)[
-        :, : int(count.max()) if len(flag) else 0
-    ]
-    valid = torch.arange(order.shape[1], device=flag.device) < count[:, None]
+    longest = int(count.max()) if len(flag) else 0
+    order = flag.long().argsort(dim=1, descending=True, stable=True)[:, :longest]
+    valid = torch.arange(longest, device=flag.device) < count[:, None]
     return torch.where(valid, order, other), valid

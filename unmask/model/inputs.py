@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 from transformers.utils import logging
-
-from unmask.diffusion.attention import Layout, block_index
 
 logger = logging.get_logger(__name__)
 
 TRAINING_MODES = ("pretrain", "sft")
 IGNORED = -100  # label of a position that is never masked and never counted
-
-
-class Given(NamedTuple):
-    """A batch as `forward` was given it."""
-
-    input_ids: Int[Tensor, "B L"]
-    layout: Layout
-    maskable: Bool[Tensor, "B L"]
-    source: Bool[Tensor, "B L"] | None  # source tokens, which a progressive source mask may open
-    block_length: int | None  # of a block-causal model
-    padded: bool
-    packed: bool
-
-    @property
-    def block(self) -> Int[Tensor, "B L"] | None:
-        """Block of each token, in a block-causal model; a training step has that of its draw instead."""
-        return (
-            None if self.block_length is None else block_index(self.layout, self.maskable, self.block_length)
-        )
 
 
 def check_inputs(
@@ -60,14 +37,14 @@ def check_inputs(
     shape = tuple(input_ids.shape)
     if len(shape) != 2:
         raise ValueError(f"input_ids must have shape (batch, seq); got {shape}.")
-    for name, given in (
+    for name, mask in (
         ("labels", labels),
         ("attention_mask", attention_mask),
         ("src_mask", src_mask),
         ("segment_ids", segment_ids),
     ):
-        if given is not None and tuple(given.shape) != shape:
-            raise ValueError(f"{name} must have shape (batch, seq) = {shape}; got {tuple(given.shape)}.")
+        if mask is not None and tuple(mask.shape) != shape:
+            raise ValueError(f"{name} must have shape (batch, seq) = {shape}; got {tuple(mask.shape)}.")
     if training_mode == "pretrain" and src_mask is not None:
         logger.warning_once("src_mask has no effect in training_mode='pretrain': any token can be masked.")
         src_mask = None

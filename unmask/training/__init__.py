@@ -1,1 +1,1 @@
-"""From a recipe to a trained checkpoint, on transformers.Trainer."""
+"""Training: one explicit loop on torch's own parts."""

@@ -6,9 +6,9 @@ import warnings
 
 import torch
 
+from unmask.config import Recipe
 from unmask.errors import UnmaskWarning
 from unmask.model.bf16 import gains_by_bf16, slowdown
-from unmask.recipe import Recipe
 
 
 def with_precision(

@@ -1,36 +1,28 @@
-"""Which checkpoint a run goes on from, and whether it is one of this run."""
+"""Which checkpoint a run resumes from, and whether it belongs to this run."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import torch
-from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
-
-from unmask.data.hub import first_line
-from unmask.data.manifest import fingerprint
+from unmask.config import Recipe, load_recipe, recipe_fields
 from unmask.errors import UnmaskError
-from unmask.recipe import Recipe, load_recipe, recipe_fields
-from unmask.training.checkpoints import (
+from unmask.training.checkpoint import (
+    FINAL,
     RECIPE,
     STATE,
+    RunState,
     checkpoints,
+    damage,
     newest_whole,
-    read_manifest,
+    read_state,
     step_of,
-    verify,
 )
-from unmask.training.precision import with_precision
 
-FINAL = "final"  # the checkpoint a finished run leaves, inside checkpoint_save_dir
-
-# What a resumed run may always change: none of it decides what is learnt, beyond rounding. A group stands
-# for all its keys.
+# What a resumed run may always change: it does not change what is trained, beyond rounding. A group stands for
+# all its keys.
 HARMLESS = (
     *("max_steps", "micro_batch_size", "gradient_checkpointing", "on_non_finite", "data.num_workers"),
     *("log_steps", "eval_steps", "save_steps", "save_total_limit", "report_to", "evaluation"),
@@ -38,83 +30,46 @@ HARMLESS = (
     *("torch_compile", "distributed", "model.attn_implementation"),
     *("checkpoint_save_dir", "resume_from_checkpoint", "resume"),
 )
-# What no checkpoint can be loaded into once it has changed.
-_FIXED = ("optimizer.type", "lora", "model.freeze_embeddings")
-# Of a model's config: what decides the shapes of its weights, and what they are read as.
+_FIXED = ("optimizer.type", "lora", "model.freeze_embeddings")  # a checkpoint cannot be loaded into another
+# Of a model's config: the shapes of its weights, and what they are read as.
 _ARCHITECTURE = (
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
     *("num_attention_heads", "num_key_value_heads", "tie_word_embeddings", "mask_token_id"),
 )
 
 
-class Resumed(NamedTuple):
-    """Where and how a run starts."""
+class ResumePoint(NamedTuple):
+    """Where a run starts: the checkpoint to resume from, None for a new run."""
 
-    checkpoint: str | None
-    """The one to resume from; None for a new run."""
-    recipe: Recipe
-    """The run's, its precision decided."""
+    checkpoint: Path | None
+    state: RunState
+    recipe: Recipe | None
+    """That of the checkpoint."""
     notes: list[str]
     """What to say about it."""
 
 
-def on_main(find: Callable[[], Resumed], main: bool, processes: int) -> Resumed:
-    """Look on one process, since checksums take a while, and have all go on from the same checkpoint.
-
-    Raises:
-        UnmaskError: the one that the main process found, on all of them.
-    """
-    found: list[Any] = [None]
-    if main:
-        try:
-            found = [find()]
-        except UnmaskError as error:
-            found = [error]
-    if processes > 1:
-        broadcast_object_list(found)
-    if isinstance(found[0], UnmaskError):
-        raise found[0]
-    return found[0]
-
-
-def resume_point(recipe: Recipe, out: Path, device: torch.device) -> Resumed:
-    """Find the checkpoint to go on from, and decide the precision.
+def resume_point(recipe: Recipe, out: Path) -> ResumePoint:
+    """Find the checkpoint to resume from.
 
     Raises:
         UnmaskError: the folder holds a run already, the checkpoint is damaged, or of another recipe.
     """
-    start, notes = _find(recipe, out)
-    if start is None:
-        recipe, said = with_precision(recipe, device)
-        return Resumed(None, recipe, notes + said)
-    try:
-        started = load_recipe(start / RECIPE)
-    except UnmaskError as error:
-        recipe, said = with_precision(recipe, device)
-        said.append(f"resume: the recipe cannot be compared with that of the checkpoint: {error}")
-    else:
-        recipe, said = with_precision(recipe, device, started)
-        said += _compare(recipe, started, start)
-    return Resumed(str(start), recipe, [*notes, f"going on from {start}", *said])
-
-
-def _find(recipe: Recipe, out: Path) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, if any, and what to say about the others."""
     wanted, there = recipe.resume_from_checkpoint, checkpoints(out)
     if wanted is None:
         if there or (out / FINAL).exists():
             raise UnmaskError(
-                f"checkpoint_save_dir: {out} holds a run already; set resume_from_checkpoint=auto to go on"
-                " with it, or name another folder."
+                f"checkpoint_save_dir: {out} holds a run already; set resume_from_checkpoint=auto to resume it,"
+                " or name another folder."
             )
-        return None, []
+        return ResumePoint(None, RunState(), None, [])
     notes = []
     if wanted == "auto":
         start, wrong = newest_whole(out)
-        if (out / FINAL).exists() and (start is None or steps_done(start) >= recipe.max_steps):
+        if (out / FINAL).exists() and (start is None or step_of(start) >= recipe.max_steps):
             raise UnmaskError(
                 f"resume_from_checkpoint: {out / FINAL} is a finished run, with no checkpoint before"
-                f" max_steps = {recipe.max_steps} to go on from; name another checkpoint_save_dir."
+                f" max_steps = {recipe.max_steps} to resume from; name another checkpoint_save_dir."
             )
         if start is None:
             if wrong:
@@ -122,22 +77,26 @@ def _find(recipe: Recipe, out: Path) -> tuple[Path | None, list[str]]:
                     f"resume_from_checkpoint: no checkpoint in {out} is whole: {'; '.join(wrong)}; move them"
                     " away to start anew."
                 )
-            return None, [f"{out} holds no checkpoint yet: a new run"]
-        notes = [f"warning: {found}; going on from the one before" for found in wrong]
+            return ResumePoint(None, RunState(), None, [f"{out} has no checkpoint yet: a new run"])
+        notes = [f"warning: {found}; resuming from the one before" for found in wrong]
     else:
         start = Path(wanted)
         if not (start / STATE).exists():
             raise UnmaskError(
-                f"resume_from_checkpoint: {wanted} is no training checkpoint: it has no {STATE};"
-                " name a checkpoint-N folder, or auto."
+                f"resume_from_checkpoint: {wanted} is not a training checkpoint: it has no {STATE}; name a"
+                " checkpoint-N folder, or auto."
             )
-        verify(start)
+        if (found := damage(start)) is not None:
+            raise UnmaskError(
+                f"resume_from_checkpoint: {start}: {found}; name an earlier checkpoint, or auto."
+            )
         _check_newest(start, there)
-    return start, notes
+    saved, changed = _compare(recipe, start)
+    return ResumePoint(start, read_state(start), saved, [*notes, f"resuming from {start}", *changed])
 
 
 def _check_newest(start: Path, there: list[Path]) -> None:
-    """Refuse to leave checkpoints of another course in the folder, which `auto` would take later."""
+    """Refuse to leave newer checkpoints in the folder, which `auto` would take later."""
     here = [folder for folder in there if folder.resolve() == start.resolve()]
     if here and there[0] != here[0]:
         newer = ", ".join(folder.name for folder in there if step_of(folder) > step_of(here[0]))
@@ -147,45 +106,56 @@ def _check_newest(start: Path, there: list[Path]) -> None:
         )
 
 
-def _compare(recipe: Recipe, started: Recipe, checkpoint: Path) -> list[str]:
-    """Refuse another recipe than the checkpoint's, `started`; say which of the keys differ that may."""
+def _compare(recipe: Recipe, checkpoint: Path) -> tuple[Recipe | None, list[str]]:
+    """Refuse another recipe than the checkpoint's; say which of the keys differ that may."""
+    try:
+        saved = load_recipe(checkpoint / RECIPE)
+    except UnmaskError as error:
+        return None, [f"resume: the recipe cannot be compared with that of the checkpoint: {error}"]
     keys = [field.key for field in recipe_fields() if "[]" not in field.key]
-    changed = [key for key in keys if _value(recipe, key) != _value(started, key)]
-    told = [key for key in changed if not _within(key, ("resume", "resume_from_checkpoint"))]
-    fixed = [key for key in told if _within(key, _FIXED)]
-    refused = fixed or [key for key in told if not _within(key, (*HARMLESS, *recipe.resume.allow))]
+    changed = [key for key in keys if _value(recipe, key) != _value(saved, key)]
+    changed = [key for key in changed if not _within(key, ("resume", "resume_from_checkpoint"))]
+    if recipe.precision == "auto":  # it is what that run computed in
+        changed = [key for key in changed if key != "precision"]
+    fixed = [key for key in changed if _within(key, _FIXED)]
+    refused = fixed or [key for key in changed if not _within(key, (*HARMLESS, *recipe.resume.allow))]
     if refused:
         differ = ", ".join(
-            f"{key} was {_show(_value(started, key))} and is now {_show(_value(recipe, key))}"
+            f"{key} was {_show(_value(saved, key))} and is now {_show(_value(recipe, key))}"
             for key in refused
         )
         remedy = (
-            "what was learnt cannot be loaded into that: start a new run"
+            "the checkpoint is incompatible with that: start a new run"
             if fixed
             else f"set it back, or allow it with resume.allow=[{','.join(refused)}]"
         )
         raise UnmaskError(
             f"resume_from_checkpoint: {checkpoint} is of a run with another recipe: {differ}; {remedy}."
         )
-    return [f"resume: the recipe differs from that of the checkpoint in {', '.join(told)}"] if told else []
+    notes = [f"resume: the recipe differs from that of the checkpoint in {', '.join(changed)}"]
+    return saved, notes if changed else []
 
 
-def check_fits(checkpoint: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_fits(point: ResumePoint, config: Any, tokenizer: str) -> None:
     """Refuse a checkpoint of another architecture or tokenizer.
+
+    Args:
+        config: of the model.
+        tokenizer: its fingerprint.
 
     Raises:
         UnmaskError: with what differs.
     """
-    manifest = read_manifest(Path(checkpoint))
-    if manifest.tokenizer_sha256 not in (None, fingerprint(tokenizer)):
+    assert point.checkpoint is not None
+    if point.state.tokenizer != tokenizer:
         raise UnmaskError(
-            f"resume_from_checkpoint: {checkpoint} is of a run with another tokenizer; set model.tokenizer"
-            " as it was."
+            f"resume_from_checkpoint: {point.checkpoint} is of a run with another tokenizer; set"
+            " model.tokenizer as it was."
         )
-    file = Path(checkpoint) / "config.json"
+    file = point.checkpoint / "config.json"
     if not file.exists():
         return
-    saved, here = json.loads(file.read_text(encoding="utf-8")), model.config.to_dict()
+    saved, here = json.loads(file.read_text(encoding="utf-8")), config.to_dict()
     differ = [
         f"{name} {saved.get(name)}, here {here.get(name)}"
         for name in _ARCHITECTURE
@@ -193,8 +163,8 @@ def check_fits(checkpoint: str, model: PreTrainedModel, tokenizer: PreTrainedTok
     ]
     if differ:
         raise UnmaskError(
-            f"resume_from_checkpoint: {checkpoint} is of another architecture: {'; '.join(differ)}; set the"
-            " model as it was, or start a new run."
+            f"resume_from_checkpoint: {point.checkpoint} is of another architecture: {'; '.join(differ)}; set"
+            " the model as it was, or start a new run."
         )
 
 
@@ -209,27 +179,3 @@ def _value(recipe: Recipe, key: str) -> Any:
 def _show(value: Any) -> str:
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def steps_done(checkpoint: str | Path) -> int:
-    file = Path(checkpoint) / STATE
-    try:
-        return TrainerState.load_from_json(str(file)).global_step
-    except (OSError, ValueError, TypeError) as error:
-        raise UnmaskError(
-            f"resume_from_checkpoint: {file} cannot be read: {first_line(error)}; name an earlier checkpoint."
-        ) from error
-
-
-class RecipeFile:
-    """Puts the recipe into each checkpoint; see `AlsoSaved`."""
-
-    def __init__(self, recipe: Recipe, main: bool):
-        self.recipe, self.main = recipe, main
-
-    def save(self, folder: Path) -> None:
-        if self.main:
-            (folder / RECIPE).write_text(self.recipe.to_yaml(), encoding="utf-8")
-
-    def load(self, folder: Path) -> None:
-        """Nothing: it was compared before the run."""

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import random_ids, tiny_model
+from transformers import GenerationConfig
+
+from unmask import DiffusionGenerationConfig, Qwen3ForCausalLM
+from unmask.errors import UnmaskError
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "others"),
+    [
+        ("max_new_tokens", [0, None, 2.0, True], {}),
+        ("min_new_tokens", [-1, 200, 1.5], {}),
+        ("steps", [0, 5, 2.5], {"max_new_tokens": 4}),
+        ("block_length", [0, 1.5], {}),
+        ("canvas", ["big"], {}),
+        ("policy", ["best", "entropi", 3], {}),
+        ("alg_temp", [-1.0], {}),
+        ("alg_temp", [0.5], {"policy": "random"}),  # has no effect
+        ("threshold", [0.0, 1.5, "high"], {}),
+        ("threshold", [0.5], {"policy": "entropy"}),
+        ("entropy_bound", [0.9], {"threshold": 0.9}),
+        ("eta", [2.0, 0.0], {}),
+        ("factor", [0.0, INF], {}),
+        ("temperature", [-1.0, NAN, INF, "warm"], {}),
+        ("top_k", [3], {}),  # at temperature 0
+        ("top_k", [0], {"temperature": 1.0}),
+        ("top_p", [0.0], {"temperature": 1.0}),
+        ("guidance_scale", [-1], {}),
+        ("seed", [None, 2**63, [1, 2**70]], {}),
+        ("approximate_cache", ["full"], {}),
+        ("refresh_interval", [2], {}),  # without approximate_cache
+        ("check_cache", ["yes"], {"approximate_cache": "dual"}),
+        ("top_q", [0.9], {}),
+        ("max_length", [9], {}),
+        ("num_return_sequences", [2], {}),
+        ("stop_strings", [["a"]], {}),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(name: str, values: list[Any], others: dict[str, Any]) -> None:
+    for value in values:
+        with pytest.raises(UnmaskError, match=name if value != "entropi" else "entropy") as caught:
+            DiffusionGenerationConfig(**others, **{name: value})
+        assert "\n" not in str(caught.value)
+        with pytest.raises(UnmaskError, match=name if value != "entropi" else "entropy"):
+            DiffusionGenerationConfig().set(**others, **{name: value})
+
+
+def test_the_nearest_setting_or_the_one_used_instead_is_said() -> None:
+    for name, hint in (("max_new_token", "max_new_tokens"), ("do_sample", "temperature")):
+        with pytest.raises(UnmaskError, match=hint):
+            tiny_model().generate(random_ids(1, 3), **{name: True})
+
+
+def test_the_settings_imply_the_policy() -> None:
+    for settings, name in (
+        ({}, "maskgit_plus"),
+        ({"threshold": 0.9}, "threshold"),
+        ({"entropy_bound": 0.9}, "entropy_bound"),
+        ({"eta": 0.1}, "remdm_cap"),
+        ({"policy": lambda proposal: proposal.candidates}, "a function"),
+    ):
+        assert DiffusionGenerationConfig(**settings).policy_name == name
+    random = [{"temperature": 0.1}, {"alg_temp": 0.1}, {"policy": "origin"}, {"eta": 0.1}]
+    assert all(DiffusionGenerationConfig(**settings).is_random for settings in random)
+    assert not DiffusionGenerationConfig(threshold=0.5).is_random
+
+
+def test_the_models_config_is_the_default_and_stays_as_it_is() -> None:
+    model = tiny_model()
+    model.generation_config = DiffusionGenerationConfig(max_new_tokens=5, steps=2, eos_token_id=[])
+    before = model.generation_config.to_dict()
+    out = model.generate(random_ids(1, 3))
+    assert out.sequences.shape == (1, 8) and out.num_forwards.item() == 2
+    other = DiffusionGenerationConfig(max_new_tokens=3)
+    assert model.generate(random_ids(1, 3), generation_config=other, steps=2).sequences.shape == (1, 6)
+    assert (other.steps, other.mask_token_id) == (None, None)
+    assert model.generation_config.to_dict() == before
+
+
+def test_generation_config_survives_saving(tmp_path: Path) -> None:
+    settings = {
+        "max_new_tokens": 7,
+        "steps": 3,
+        "temperature": 0.5,
+        "seed": 4,
+        "mask_token_id": 31,
+        "eos_token_id": [1, 2],
+        "pad_token_id": 0,
+        "suppress_tokens": [5, 6],
+    }
+    model = tiny_model()
+    model.generation_config = DiffusionGenerationConfig(**settings)
+    model.save_pretrained(tmp_path)
+    loaded = Qwen3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert type(loaded.generation_config) is DiffusionGenerationConfig
+    read = loaded.generation_config.to_dict()
+    assert {name: read[name] for name in settings} == settings
+    prompt = random_ids(1, 4)
+    assert torch.equal(model.generate(prompt).sequences, loaded.generate(prompt).sequences)
+
+    written = json.loads((tmp_path / "generation_config.json").read_text())
+    assert not {"top_p", "top_k", "num_beams"} & set(written)
+    DiffusionGenerationConfig.from_pretrained(tmp_path)  # by its own reader
+    GenerationConfig.from_pretrained(tmp_path)  # and by the stock one, neither of which warns
+    with pytest.raises(UnmaskError, match="policy"):
+        DiffusionGenerationConfig(policy=lambda proposal: proposal.candidates).to_diff_dict()
+
+
+def test_from_an_autoregressive_config_only_the_special_tokens_are_taken() -> None:
+    stock = GenerationConfig(temperature=0.6, top_p=0.9, do_sample=True, eos_token_id=[1, 2], pad_token_id=0)
+    read = DiffusionGenerationConfig.from_generic(stock)
+    assert (read.temperature, read.eos_token_ids, read.pad_token_id) == (0.0, [1, 2], 0)
+    assert read.top_p is None

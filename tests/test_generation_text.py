@@ -1,0 +1,318 @@
+"""Prompts -> texts: completions, stop strings, files of prompts and of answers."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import byte_model
+from transformers import PreTrainedTokenizerBase
+
+from unmask.data.encode import Encoder
+from unmask.data.records import Conversation, Turn
+from unmask.data.tokenizer import byte_tokenizer
+from unmask.errors import UnmaskError
+from unmask.generation.text import (
+    StopStrings,
+    answer_file,
+    chat_example,
+    chat_turns,
+    check_lengths,
+    check_out,
+    complete,
+    generate_answers,
+    prompt_example,
+    prompt_turns,
+    read_prompts,
+    with_prefix,
+)
+
+PROMPTS = [list(text) for text in (b"a longer prompt", b"ab", b"", b"xyz", b"ab", b"another one")]
+SETTINGS = {"max_new_tokens": 8, "eos_token_id": list(range(0, 250, 7))}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return byte_model().double().eval()
+
+
+# Completions.
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_completions_come_in_order_and_do_not_depend_on_the_batch(
+    model: Any, tokenizer: PreTrainedTokenizerBase, temperature: float
+) -> None:
+    settings = {"temperature": temperature, **SETTINGS}
+    alone = [complete(model, tokenizer, [ids], **settings)[0] for ids in PROMPTS]
+    assert len({tuple(done.ids) for done in alone}) > 3
+    for batch_size in (2, 4, 64):
+        assert complete(model, tokenizer, PROMPTS, batch_size=batch_size, **settings) == alone
+    assert complete(model, tokenizer, []) == []
+
+
+def test_a_completion_is_what_generate_returns(tokenizer: PreTrainedTokenizerBase) -> None:
+    for fields in ({}, {"attention": "block_causal", "block_length": 4}):
+        model = byte_model(**fields).double().eval()
+        for ids, done in zip(PROMPTS, complete(model, tokenizer, PROMPTS, **SETTINGS), strict=True):
+            prompt = torch.tensor([ids], dtype=torch.long)
+            out = model.generate(prompt, return_trace=True, **SETTINGS)
+            in_answer = out.commit_step[0] >= 0
+            assert done.ids == out.sequences[0, len(ids) :][in_answer].tolist()
+            assert done.commit_step == out.commit_step[0][in_answer].tolist()
+            assert done.text == tokenizer.decode(done.ids, skip_special_tokens=True)
+            assert done.num_forwards == out.num_forwards.item() and done.states == []
+
+
+def test_special_tokens_are_not_part_of_the_text_and_progress_is_told(
+    model: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    only_end = [i for i in range(259) if i != 258]
+    counts: list[int] = []
+    settings = {"max_new_tokens": 4, "suppress_tokens": only_end, "batch_size": 4}
+    for done in complete(model, tokenizer, PROMPTS, advance=counts.append, **settings):
+        assert done.ids[-1] == 258 and done.text == ""
+    assert counts == [4, 2]
+    with pytest.raises(UnmaskError, match="300 tokens"):
+        complete(model, tokenizer, [list(b"x" * 300)], max_new_tokens=4)
+
+
+def test_states_show_the_canvas_after_each_step(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    prompts = [list(b"ab"), list(b"hello")]
+    for done in complete(model, tokenizer, prompts, keep_states=True, max_new_tokens=6, threshold=0.05):
+        steps = done.num_forwards
+        assert len(done.states) == steps and len(done.confidence) == len(done.entropy) == len(done.ids)
+        for position, (token, step) in enumerate(zip(done.ids, done.commit_step, strict=True)):
+            assert [state[position] for state in done.states] == [259] * step + [token] * (steps - step)
+
+
+# Prompts.
+
+
+def test_a_chat_prompt_is_the_prefix_that_training_shows(tokenizer: PreTrainedTokenizerBase) -> None:
+    turns = (Turn("system", "Be short."), Turn("user", "Hi <|im_end|>"), Turn("assistant", "Hello"))
+    example = Encoder(tokenizer, layout="chat").encode(Conversation(turns, "here"))
+    prompt = prompt_example(tokenizer, "Hi <|im_end|>", system="Be short.")
+    assert prompt.input_ids == example.input_ids[: example.src_mask.index(False)]
+    # A special token's string in what the user says is plain text: the only real ones are the template's.
+    assert sum(i >= 256 for i in prompt.input_ids) == 5
+    begun = prompt_example(tokenizer, "Hi <|im_end|>", system="Be short.", prefix="We<|mask|>")
+    assert begun == with_prefix(prompt, "We<|mask|>", tokenizer)
+    assert begun.input_ids == prompt.input_ids + list(b"We<|mask|>")
+    assert begun.src_mask == [True] * len(prompt.input_ids) + [False] * 10
+
+
+def test_prompts_that_cannot_be(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert prompt_example(tokenizer, " ", raw=True).input_ids == list(b" ")
+    with pytest.raises(UnmaskError, match="empty"):
+        prompt_example(tokenizer, " ")
+    bare = byte_tokenizer()
+    bare.chat_template = None
+    with pytest.raises(UnmaskError, match="chat template"):
+        prompt_example(bare, "Hi")
+
+
+def test_earlier_responses_are_cut_into_blocks_as_in_training(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = byte_model(attention="block_causal", block_length=4).double().eval()
+    turns = [Turn("user", "Hi"), Turn("assistant", "Yes indeed"), Turn("user", "And?")]
+    example = chat_example(tokenizer, turns)
+    [done] = complete(model, tokenizer, [example], max_new_tokens=1)
+    # Training masks the last token of the same conversation, and sees it by its own forward pass.
+    whole = Encoder(tokenizer, layout="chat").encode(Conversation((*turns, Turn("assistant", "X")), "here"))
+    size = len(example.input_ids)
+    assert whole.input_ids[:size] == example.input_ids and whole.src_mask[:size] == example.src_mask
+    ids = torch.tensor([[*example.input_ids, 259]])
+    source = torch.tensor([[*example.src_mask, False]])
+    logits = model(input_ids=ids, src_mask=source, training_mode="sft").logits[0, -1]
+    logits[259] = -torch.inf
+    assert done.confidence[0] == pytest.approx(logits.softmax(dim=0).max().item(), rel=1e-5)
+    [other] = complete(model, tokenizer, [example.input_ids], max_new_tokens=1)
+    assert other.confidence[0] != pytest.approx(done.confidence[0], rel=1e-5)
+
+
+# Stop strings.
+
+
+def test_stop_strings_end_a_response_in_any_batch(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    settings = {"max_new_tokens": 8, "policy": "left_to_right"}
+    whole = complete(model, tokenizer, PROMPTS, **settings)
+    stop = sorted({done.text[3] for done in whole if len(done.text) > 3})
+    cut = complete(model, tokenizer, PROMPTS, stop=stop, **settings)
+    for short, long in zip(cut, whole, strict=True):
+        end = min((long.text.find(string) for string in stop if string in long.text), default=len(long.text))
+        assert short.text == long.text[:end] and short.ids == long.ids[: len(short.ids)]
+    assert any(len(short.ids) < len(long.ids) for short, long in zip(cut, whole, strict=True))
+
+
+@pytest.mark.parametrize("text", ["", "ab", "xy.", "..x", "x\n\né", "é"])
+def test_a_response_ends_with_the_token_that_completes_a_stop_string(
+    tokenizer: PreTrainedTokenizerBase, text: str
+) -> None:
+    stop, prompt = StopStrings(tokenizer, ["é", ".x"]), "é .x."  # none of the prompt counts
+    ids = list((prompt + text).encode())
+    start = len(prompt.encode())
+    for end in range(start, len(ids) + 1):
+        answer = bytes(ids[start:end]).decode(errors="replace")
+        met = stop(torch.tensor([ids[:end]]), None, prompt_length=start)
+        assert bool(met) == ("é" in answer or ".x" in answer)
+
+
+def test_text_is_cut_before_the_first_stop_string(tokenizer: PreTrainedTokenizerBase) -> None:
+    stop = StopStrings(tokenizer, ["c", "bc"])
+    assert (stop.cut("abcd"), stop.cut("xyz"), stop.cut("c")) == ("a", "xyz", "")
+    with pytest.raises(UnmaskError, match="stop"):
+        StopStrings(tokenizer, ["a", ""])
+
+
+# Files of prompts.
+
+USER = {"role": "user", "content": "Hi"}
+SAID = {"role": "assistant", "content": "Yes?"}
+
+
+def written(tmp_path: Path, name: str, data: bytes | str) -> Path:
+    file = tmp_path / name
+    file.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return file
+
+
+@pytest.mark.parametrize(
+    ("record", "turns"),
+    [
+        ({"messages": [USER]}, ["Hi"]),
+        ({"messages": [USER, SAID]}, ["Hi"]),
+        ({"messages": [USER, SAID, USER]}, ["Hi", "Yes?", "Hi"]),
+        ({"conversations": [{"from": "human", "value": "Hi"}]}, ["Hi"]),
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "a"}]}, ["Hi"]),
+        ({"prompt": "Hi"}, ["Hi"]),
+        ({"prompt": "Hi", "completion": ""}, ["Hi"]),
+        ({"prompt": [USER, SAID, USER]}, ["Hi", "Yes?", "Hi"]),
+        ({"prompt": "Hi", "completion": "a"}, ["Hi"]),
+        ({"instruction": "Hi", "input": "2"}, ["Hi\n2"]),
+        ({"instruction": "Hi", "output": "a", "history": [["x", "y"]]}, ["x", "y", "Hi"]),
+        ({"instruction": "Hi", "response": "a"}, ["Hi"]),
+    ],
+)
+def test_everything_before_the_last_response_is_the_prompt(record: dict[str, Any], turns: list[str]) -> None:
+    assert [turn.content for turn in prompt_turns(record, "x line 1")[0]] == turns
+
+
+def test_a_history_is_cut_as_training_cuts_it(tokenizer: PreTrainedTokenizerBase) -> None:
+    turns, _ = prompt_turns({"messages": [USER, SAID, USER]}, "x")
+    example = chat_example(tokenizer, turns)
+    assert example.input_ids == Encoder(tokenizer, layout="chat").encode_prompt(turns)
+    maskable = [i for i, source in zip(example.input_ids, example.src_mask, strict=True) if not source]
+    assert maskable == [*b"Yes?", 258]
+
+
+def test_a_text_file_has_a_prompt_a_line(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    file = written(tmp_path, "p.txt", "\ufeffone\r\n\n two\n")
+    one, two = read_prompts(file, tokenizer, system="Be short.", prefix="We")
+    assert (one.text, one.location, two.text, two.location) == ("one", "p.txt line 1", " two", "p.txt line 3")
+    assert one.example == prompt_example(tokenizer, "one", system="Be short.", prefix="We")
+    raw = read_prompts(file, tokenizer, raw=True)[1].example
+    assert (raw.input_ids, raw.src_mask) == (list(b" two"), [False] * 4)
+    check_lengths([one], 6, len(one.example.input_ids) + 6)
+    with pytest.raises(UnmaskError, match=r"p.txt line 1: .*max_new_tokens"):
+        check_lengths([one], 7, len(one.example.input_ids) + 6)
+
+
+def test_a_system_prompt_is_for_those_that_have_none(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    lines = [{"prompt": "a"}, {"messages": [{"role": "system", "content": "own"}, USER]}]
+    file = written(tmp_path, "p.jsonl", "\n".join(map(json.dumps, lines)))
+    one, two = read_prompts(file, tokenizer, system="Be short.")
+    assert one.example == chat_example(tokenizer, chat_turns("a", "Be short."))
+    assert two.example == chat_example(tokenizer, chat_turns("Hi", "own"))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("p.txt", b"a\nb\xff\n", r"p.txt line 2: .*byte 2"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}', "p.jsonl line 2: "),
+        ("p.txt", b"\n \n", "no prompt"),
+        ("p.jsonl", b'{"prompt": " "}', "p.jsonl line 1: .*empty"),
+        ("p.jsonl", b'{"question": "a"}', "line 1: .*question"),
+        ("p.jsonl", b'{"messages": [{"role": "king", "content": "a"}]}', "'king'"),
+    ],
+)
+def test_bad_prompts_are_named(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, name: str, data: bytes, message: str
+) -> None:
+    with pytest.raises(UnmaskError, match=message):
+        read_prompts(written(tmp_path, name, data), tokenizer)
+
+
+# Files of answers.
+
+
+def test_a_killed_run_resumes(tmp_path: Path, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    prompts = read_prompts(written(tmp_path, "p.txt", "a long one\nb\n<|mask|>\nd"), tokenizer, raw=True)
+    settings = {"max_new_tokens": 4, "temperature": 1.0, "batch_size": 2}
+    answer = partial(generate_answers, model, tokenizer, **settings)
+    counts: list[int] = []
+    run: dict[str, Any] = {"samples": 2, "seed": 5, "settings": {"steps": 4}, "flush_every": 3}
+    whole = tmp_path / "whole.jsonl"
+    totals = answer_file(answer, prompts, whole, advance=counts.append, **run)
+    lines = [json.loads(line) for line in whole.read_text().splitlines()]
+    assert [(line["index"], line["sample"], line["seed"]) for line in lines] == [
+        (index, sample, 5 + sample) for index in range(4) for sample in range(2)
+    ]
+    assert lines[4]["prompt"] == "<|mask|>" and lines[0]["response"] != lines[1]["response"]
+    assert totals == {
+        "answers": sum(counts),
+        "tokens": sum(line["tokens"] for line in lines),
+        "forwards": sum(line["forwards"] for line in lines),
+    }
+    data = whole.read_bytes()
+    for size in (0, 10, len(data) // 2, len(data) - 1, len(data)):
+        part = written(tmp_path, "part.jsonl", data[:size])
+        assert answer_file(answer, prompts, part, resume=True, **run) == totals
+        assert part.read_bytes() == data
+    for other, message in (
+        ({**run, "settings": {"steps": 3}}, "line 1: steps is 4, now it would be 3"),
+        ({**run, "settings": {}}, "line 1: steps is 4, now it would be None"),
+        ({**run, "seed": 6}, "line 1: seed is 5, now it would be 6"),
+        ({**run, "samples": 1}, "8 answers"),
+    ):
+        with pytest.raises(UnmaskError, match=message):
+            answer_file(answer, prompts, whole, resume=True, **other)
+    with pytest.raises(UnmaskError, match="line 1"):
+        answer_file(answer, prompts, written(tmp_path, "x.jsonl", "what\n"), resume=True, **run)
+    assert whole.read_bytes() == data
+
+
+def test_a_run_that_is_killed_twice_leaves_whole_lines(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    prompts = read_prompts(written(tmp_path, "p.txt", "a\nb"), tokenizer, raw=True)
+
+    def killed(*_: Any) -> list[dict[str, Any]]:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "a.jsonl"
+    answer_file(lambda *_: [{"response": "x"}], prompts, out, flush_every=1)
+    data = out.read_bytes()
+    first = data.index(b"\n") + 1
+    out.write_bytes(data[: first + 20])
+    with pytest.raises(KeyboardInterrupt):
+        answer_file(killed, prompts, out, resume=True)
+    assert out.read_bytes() == data[:first]
+
+
+def test_an_output_file_is_checked_first(tmp_path: Path) -> None:
+    there = written(tmp_path, "a.jsonl", "")
+    check_out(there, resume=True)
+    for out, message in (
+        (there, "--resume"),
+        (tmp_path, "folder"),
+        (tmp_path / "no" / "a.jsonl", "no folder"),
+    ):
+        with pytest.raises(UnmaskError, match=f"--out: .*{message}"):
+            check_out(out, resume=False)

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from tiny import byte_model
+from transformers import PreTrainedTokenizerBase
+
+from unmask.errors import UnmaskError
+from unmask.generation.infill import Gap, infill_text, parse_gaps, parse_length
+from unmask.generation.text import raw_example
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return byte_model().double().eval()
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("no gap", ["no gap"]),
+        ("", []),
+        ("[[gap:5]]", [Gap(5, 5)]),
+        ("a [[gap: 2 - 8 ]]b", ["a ", Gap(2, 8), "b"]),
+        ("[[gap:1]][[gap:2]]", [Gap(1, 1), Gap(2, 2)]),
+        ("x[[0]] = [[1, 2]]; [[Gap:5]] [gap:5]", ["x[[0]] = [[1, 2]]; [[Gap:5]] [gap:5]"]),
+        (r"\[[gap:5]]", ["[[gap:5]]"]),
+        (r"\[[gapped", ["[[gapped"]),
+        (r"\\[[gap:5]]", ["\\", Gap(5, 5)]),
+        (r"\\\[[gap:5]]", [r"\[[gap:5]]"]),
+        (r"a\b \[[ c", [r"a\b \[[ c"]),
+    ],
+)
+def test_gaps_are_found_and_nothing_else_is_changed(text: str, parts: list[Any]) -> None:
+    assert parse_gaps(text) == parts
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("one\ntwo [[gap]]", r"line 2: '\[\[gap\]\]'"),
+        ("[[gap:x]]", "line 1"),
+        ("[[gap:1-2-3]]", "line 1"),
+        ("[[gap:0]]", "0 to 0"),
+        ("[[gap:8-2]]", "8 to 2"),
+    ],
+)
+def test_what_looks_like_a_gap_and_is_none_is_refused(text: str, message: str) -> None:
+    with pytest.raises(UnmaskError, match=message):
+        parse_gaps(text)
+
+
+def test_a_length_is_a_number_or_a_range() -> None:
+    assert (parse_length("5"), parse_length(" 2-8 ")) == (Gap(5, 5), Gap(2, 8))
+    with pytest.raises(UnmaskError, match="length"):
+        parse_length("five")
+
+
+def plain(model: Any, row: list[int | None], **settings: Any) -> tuple[list[int], float]:
+    """Fill one row by `model.infill`: its ids, and the log-probability of what was written."""
+    ids = torch.tensor([[0 if one is None else one for one in row]])
+    is_gap = torch.tensor([[one is None for one in row]])
+    out = model.infill(ids, is_gap, return_trace=True, **settings)
+    return out.sequences[0].tolist(), out.confidence[is_gap].double().log().sum().item()
+
+
+def test_known_lengths_are_filled_as_model_infill_does(
+    model: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    done = infill_text(model, tokenizer, ["ab", Gap(2, 2), "c<|mask|>", Gap(1, 1)])
+    row: list[int | None] = [*b"ab", None, None, *b"c<|mask|>", None]
+    ids, score = plain(model, row)
+    assert done.text == tokenizer.decode(ids) and done.lengths == (2, 1)
+    assert done.log_probability == pytest.approx(score)
+    assert done.parts[0] == "ab" and done.parts[2] == "c<|mask|>"  # kept as text
+    assert done.num_forwards == 3
+
+
+def after(model: Any, row: list[int | None]) -> float:
+    """log p of what stands after the first gap, all of it masked, by the model's own forward."""
+    first = row.index(None)
+    masked = [259 if one is None or place >= first else one for place, one in enumerate(row)]
+    with torch.no_grad():
+        log_p = model(input_ids=torch.tensor([masked])).logits[0].log_softmax(dim=-1)
+    return sum(log_p[place, one].item() for place, one in enumerate(row) if place > first and one is not None)
+
+
+def test_of_the_lengths_the_likeliest_text_wins(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    parts = ["ab", Gap(1, 3), "c", Gap(2, 3), "d"]
+    scores = {}
+    for first, second in product((1, 2, 3), (2, 3)):
+        row: list[int | None] = [*b"ab", *[None] * first, *b"c", *[None] * second, *b"d"]
+        scores[first, second] = plain(model, row)[1] + after(model, row)
+    assert len(set(scores.values())) == 6
+    for batch_size in (1, 4, 16):
+        done = infill_text(model, tokenizer, parts, batch_size=batch_size)
+        assert done.lengths == max(scores, key=lambda one: scores[one])
+        assert dict(done.tried) == pytest.approx(scores)
+        assert done.tried == sorted(done.tried, key=lambda one: -one[1])
+
+
+def test_an_answer_stands_between_its_prompt_and_its_end_tokens(
+    model: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    prompt = raw_example(tokenizer, "Q")
+    done = infill_text(model, tokenizer, ["a", Gap(2, 2)], prompt=prompt, end=258, end_fill=4)
+    ids, score = plain(model, [*b"Qa", None, None, 258])
+    assert done.text == tokenizer.decode(ids[1:4]) and done.log_probability == pytest.approx(score)
+    filled = infill_text(model, tokenizer, ["ab", Gap(2, 2)], prompt=prompt, end=258, end_fill=4)
+    _, score = plain(model, [*b"Qab", None, None, 258, 258, 258, 258])
+    assert filled.log_probability == pytest.approx(score)
+
+
+def test_what_cannot_be_filled_is_said(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    cases: list[tuple[list[str | Gap], dict[str, Any], str]] = [
+        (["ab"], {}, "no gap"),
+        (["a", Gap(1, 2)], {}, "after the last gap"),
+        ([Gap(1, 100), Gap(1, 100), "a"], {}, "10,000 combinations"),
+        ([Gap(300, 300)], {}, "256 positions"),
+        (["a", Gap(2, 2)], {"steps": 3}, "steps"),
+    ]
+    for parts, settings, message in cases:
+        with pytest.raises(UnmaskError, match=message):
+            infill_text(model, tokenizer, parts, **settings)

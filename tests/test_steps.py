@@ -1,0 +1,131 @@
+"""The batch of a step is a pure function of (seed, step); data encoded ahead of time give the same batches."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from tiny import run_recipe
+
+from unmask import byte_tokenizer
+from unmask.config import Recipe
+from unmask.data.dataset import Unit, load_data, prepare
+from unmask.data.encode import Example
+from unmask.errors import UnmaskError
+
+
+def steps(recipe: Recipe, count: int, rank: int = 0, ranks: int = 1) -> list[list[tuple[int, int, int]]]:
+    """(sample id, epoch, place) of the units of the first steps."""
+    source = load_data(recipe, byte_tokenizer()).steps(rank, ranks)
+    found = []
+    for step in range(count):
+        units = source.at(step)
+        if units is None:
+            break
+        found.append([described(unit) for unit in units])
+    return found
+
+
+def described(unit: Unit) -> tuple[int, int, int]:
+    examples = getattr(unit.row, "examples", [unit.row])
+    return hash(tuple(example.sample_id for example in examples)), unit.epoch, unit.place
+
+
+def mixture(folder: Path, **changes: Any) -> Recipe:
+    sources = []
+    for name, count, weight in (("a", 30, 3.0), ("b", 10, 1.0)):
+        lines = [{"prompt": f"{name}{n}", "completion": name * (n % 7 + 1)} for n in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        sources.append({"dataset_name": str(folder / f"{name}.jsonl"), "weight": weight})
+    data = {"sources": sources, "block_size": 64, **changes.pop("data", {})}
+    return run_recipe(folder, data=data, global_batch_size=8, **changes)
+
+
+@pytest.mark.parametrize("kind", ["records", "packed", "mixture"])
+def test_a_batch_depends_on_seed_and_step_alone(kind: str, tmp_path: Path) -> None:
+    if kind == "mixture":
+        recipe = mixture(tmp_path)
+    else:
+        recipe = run_recipe(tmp_path, global_batch_size=8, data__packing=kind == "packed")
+    whole = steps(recipe, 9)
+    assert whole == steps(recipe, 9)
+    source = load_data(recipe, byte_tokenizer()).steps()
+    assert [[described(u) for u in source.at(n) or []] for n in (7, 2)] == [
+        whole[7],
+        whole[2],
+    ]  # in any order
+    assert source.state_dict() == {}
+    for ranks in (2, 4):
+        parts = [steps(recipe, 9, rank, ranks) for rank in range(ranks)]
+        for step, units in enumerate(whole):
+            together = sorted((u for part in parts for u in part[step]), key=lambda unit: unit[2])
+            assert together == units
+    other = recipe.model_copy(update={"seed": recipe.seed + 1})
+    assert steps(other, 9) != whole
+
+
+def test_every_record_once_an_epoch_and_every_batch_full(tmp_path: Path) -> None:
+    recipe = run_recipe(tmp_path, global_batch_size=5)  # 18 of 24 records are trained on
+    units = [unit for step in steps(recipe, 18) for unit in step]
+    assert len(units) == 90
+    seen = Counter((sample, epoch) for sample, epoch, _ in units)
+    assert set(seen.values()) == {1} and Counter(epoch for _, epoch in seen) == dict.fromkeys(range(5), 18)
+    first, second = ([s for s, e, _ in units if e == epoch] for epoch in (0, 1))
+    assert sorted(first) == sorted(second) and first != second
+
+
+def test_shares_of_a_mixture_are_exact(tmp_path: Path) -> None:
+    recipe = mixture(tmp_path)
+    source = load_data(recipe, byte_tokenizer()).steps()
+    rows = [unit.row for step in range(125) for unit in source.at(step) or []]
+    assert Counter(cast(Example, row).source for row in rows) == {0: 750, 1: 250}
+    assert [examples for examples, _ in source.counts()] == [750, 250]
+
+
+def test_sources_end_as_they_are_told(tmp_path: Path) -> None:
+    ended = mixture(tmp_path, data={"on_source_end": "stop"})
+    assert len(steps(ended, 100)) == 100  # all sources start again
+    limited = ended.model_dump()
+    for source in limited["data"]["sources"]:
+        source["epochs"] = 2
+    limited["data"]["on_source_end"] = "repeat"
+    recipe = Recipe.model_validate(limited)
+    units = [unit for step in steps(recipe, 100) for unit in step]
+    assert len(units) == 80 and set(Counter(unit[:2] for unit in units).values()) == {1}
+
+
+def test_prepared_data_give_the_same_batches_and_refuse_another_recipe(tmp_path: Path) -> None:
+    recipe = run_recipe(tmp_path, data__eval_size=0)
+    out = tmp_path / "prepared"
+    prepare(recipe, out)
+    tree = recipe.model_dump()
+    tree["data"]["dataset_name"] = str(out)
+    ready = Recipe.model_validate(tree)
+    first, second = (load_data(one, byte_tokenizer()) for one in (recipe, ready))
+    assert [e.input_ids for e in first.train] == [e.input_ids for e in second.train]
+    assert steps(recipe, 9) == steps(ready, 9)
+    tree["data"]["block_size"] = 32
+    with pytest.raises(UnmaskError, match="block_size"):
+        load_data(Recipe.model_validate(tree), byte_tokenizer())
+
+
+def test_what_is_prepared_is_not_encoded_again(tmp_path: Path) -> None:
+    recipe, out = run_recipe(tmp_path, data__eval_size=0), tmp_path / "prepared"
+    first = prepare(recipe, out, shard_records=5)
+    stamps = {file.name: file.stat().st_mtime_ns for file in out.iterdir()}
+    assert len([name for name in stamps if name.startswith("shard-")]) >= 4
+    assert prepare(recipe, out, shard_records=5) == first
+    assert {file.name: file.stat().st_mtime_ns for file in out.iterdir()} == stamps
+
+
+@pytest.mark.parametrize("streaming", [True])
+def test_a_stream_gives_every_process_its_own_records(streaming: bool, tmp_path: Path) -> None:
+    recipe = run_recipe(tmp_path, data={"dataset_name": str(tmp_path / "data.jsonl"), "block_size": 64,
+                                        "streaming": streaming, "shuffle_buffer": 4})  # fmt: skip
+    whole = {unit[0] for step in steps(recipe, 6) for unit in step}
+    parts = [{unit[0] for step in steps(recipe, 6, rank, 2) for unit in step} for rank in (0, 1)]
+    assert len(whole) == 24
+    assert not parts[0] & parts[1] and parts[0] | parts[1] == whole

@@ -1,0 +1,286 @@
+"""What a run measures on the way: the held-out loss by source and noise level, and generated answers.
+
+The held-out loss is the bound on -log p per token with noise that never changes and a low variance: of the n
+maskable tokens of a sample (of each block, in a block-causal model) exactly k are masked, k uniform on 1..n
+(Nie et al., LLaDA, arXiv:2502.09992, eq. 6; see `unmask.diffusion.likelihood.exact_masks`). It depends on the
+seed and the sample ids alone: not on batches, packing, processes or training settings.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from torch import Tensor
+
+from unmask.config import Recipe
+from unmask.data.collate import collate
+from unmask.data.dataset import custom_fields
+from unmask.data.files import read_records
+from unmask.diffusion.corrupt import Noised, corrupt, example_seeds
+from unmask.diffusion.likelihood import Masks, exact_masks
+from unmask.diffusion.objective import Objective
+from unmask.evaluation.exact_match import Prompt, exact_share, is_exact, make_prompts
+from unmask.generation.text import Completion, complete
+from unmask.generation.trace import trace_lines
+from unmask.io import atomic_write
+from unmask.training.parallel import Processes, SharedModel
+
+T = TypeVar("T")
+BINS = 10  # of the noise level
+EPOCH = -1  # evaluation noise is that of an epoch that training never reaches
+SAMPLES = "samples.jsonl"
+
+
+@torch.no_grad()
+def held_out_loss(
+    shared: SharedModel,
+    rows: Sequence[Any],
+    sources: Sequence[str],
+    recipe: Recipe,
+    pad_token_id: int,
+    micro_batch: int,
+    group: Processes,
+) -> dict[str, float]:
+    """Compute the held-out loss over all rows: one sum over one count, whatever the batch size.
+
+    Called on every process, each of which takes every `ranks`-th row.
+
+    Args:
+        rows: examples, or packed rows of them.
+        sources: names of the sources, by their number in the examples; empty if there is one.
+
+    Returns:
+        `eval_loss`, nats per token; `eval_loss_stderr`, its standard error, mostly that of the choice of
+        samples; `eval_loss_SOURCE` where there are several; `eval_by_t/0.05` and so on, mean nll of masked
+        tokens by noise level.
+    """
+    model = shared.model
+    was_training = model.training
+    model.eval()
+    objective = Objective(eps=model.config.noise_eps)
+    sums = HeldOutSums(sources, group.device)
+    mine = range(group.rank, len(rows), group.ranks)
+    most = -(-len(rows) // group.ranks)  # rows of the process with the most
+    for start in range(0, most, micro_batch):
+        batch = [rows[index] for index in mine[start : start + micro_batch]]
+        if not batch and not shared.sharded:
+            break
+        # Under FSDP every process takes part in every forward pass.
+        tensors = to_device(collate(batch or [rows[0]], pad_token_id=pad_token_id), group.device)
+        ids = tensors.pop("sample_ids")
+        inputs = model.prepare(**_sft(tensors, recipe))
+        noised = corrupt(inputs, objective, example_seeds(recipe.seed, ids, EPOCH))
+        masks = exact_masks(noised, ids, recipe.seed)
+        with shared.autocast():
+            nll = model.masked_nll(
+                tensors["input_ids"],
+                masks.is_masked,
+                tensors["attention_mask"],
+                tensors["src_mask"] if recipe.training_mode == "sft" else None,
+                tensors.get("segment_ids"),
+            )
+        if batch:
+            sums.add(masks, nll, noised, [example for row in batch for example in examples_of(row)])
+    shared.reshard()
+    model.train(was_training)
+    return sums.metrics(group)
+
+
+def _sft(tensors: dict[str, Tensor], recipe: Recipe) -> dict[str, Any]:
+    """Arguments of `prepare` from a collated batch."""
+    sft = recipe.training_mode == "sft"
+    return {
+        "input_ids": tensors["input_ids"],
+        "attention_mask": tensors["attention_mask"],
+        "src_mask": tensors["src_mask"] if sft else None,
+        "training_mode": recipe.training_mode,
+        "segment_ids": tensors.get("segment_ids"),
+    }
+
+
+def to_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Move a batch to a device."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+
+
+def examples_of(row: Any) -> list[Any]:
+    """The examples of a packed row, or the one that a row is."""
+    return list(getattr(row, "examples", [row]))
+
+
+class HeldOutSums:
+    """Adds up batches of an evaluation, by source and by noise level.
+
+    Shapes: B batch, L sequence, M masked tokens.
+    """
+
+    def __init__(self, sources: Sequence[str], device: torch.device):
+        self.sources = list(sources) or [""]
+        # Of each source: sums over its samples of their bound, their tokens, squares and products, and 1.
+        self.samples = torch.zeros(len(self.sources), 6, dtype=torch.float64, device=device)
+        # Of each level: nll of the masked tokens, and their number.
+        self.levels = torch.zeros(BINS, 2, dtype=torch.float64, device=device)
+
+    def add(self, masks: Masks, nll: Float[Tensor, "M"], noised: Noised, examples: Sequence[Any]) -> None:
+        """Add a batch.
+
+        Args:
+            nll: -log p of each masked token, in row-major order, in nats.
+            examples: those of the batch, row by row.
+        """
+        is_masked, document = masks.is_masked, noised.layout.document
+        nll = nll.double()
+        size, k = masks.size[is_masked], masks.k[is_masked]
+        bound = torch.zeros(is_masked.shape, dtype=torch.float64, device=nll.device)
+        bound[is_masked] = nll * size / k
+        # One column a document, as many as a row has columns.
+        per_sample = torch.zeros_like(bound).scatter_add_(1, document, bound)
+        tokens = torch.zeros_like(bound).scatter_add_(1, document, noised.maskable.double())
+        row, place = tokens.nonzero(as_tuple=True)
+        n, b = tokens[row, place], per_sample[row, place]
+        source = self._source(noised, examples)[row, place]
+        self.samples.index_add_(0, source, torch.stack([b, n, b * b, b * n, n * n, n / n], dim=1))
+        # Shares in ((i, i + 1] / BINS), in integers.
+        level = (k * BINS + size - 1) // size - 1
+        self.levels.index_add_(0, level, torch.stack([nll, torch.ones_like(nll)], dim=1))
+
+    def _source(self, noised: Noised, examples: Sequence[Any]) -> Int[Tensor, "B L"]:
+        """Number of the source of each document of each row."""
+        last = len(self.sources) - 1
+        table = torch.zeros_like(noised.layout.document)
+        documents = noised.layout.document.amax(dim=1).tolist()
+        numbers = iter(examples)
+        for row, most in enumerate(documents):
+            for place in range(most + 1):
+                table[row, place] = min(next(numbers).source, last)
+        return table
+
+    def metrics(self, group: Processes) -> dict[str, float]:
+        """Return the losses over all processes."""
+        both = group.sum(torch.cat([self.samples.flatten(), self.levels.flatten()])).cpu()
+        samples = both[: self.samples.numel()].view(self.samples.shape)
+        levels = both[self.samples.numel() :].view(self.levels.shape)
+        loss, stderr = _ratio(samples.sum(dim=0).tolist())
+        metrics = {"eval_loss": loss, "eval_loss_stderr": stderr}
+        if len(self.sources) > 1:
+            for name, sums in zip(self.sources, samples.tolist(), strict=True):
+                if sums[1]:
+                    metrics[f"eval_loss_{name}"] = _ratio(sums)[0]
+        for level, (nll, count) in enumerate(levels.tolist()):
+            if count:
+                metrics[f"eval_by_t/{(level + 0.5) / BINS:.2f}"] = nll / count
+        return metrics
+
+
+def _ratio(sums: list[float]) -> tuple[float, float]:
+    """Nats per token, and the standard error of a ratio of sums; 0 of one sample."""
+    bound, tokens, bb, bn, nn, samples = sums
+    ratio = bound / max(tokens, 1)
+    squares = bb - 2 * ratio * bn + ratio * ratio * nn
+    few = samples < 2 or tokens == 0
+    return ratio, 0.0 if few else math.sqrt(max(0.0, squares) * samples / (samples - 1)) / tokens
+
+
+def load_prompts(recipe: Recipe, encoder: Any) -> list[Prompt]:
+    """Read the held-out prompts of a recipe, with the answers that are expected."""
+    if recipe.evaluation.prompts is None:
+        return []
+    records = read_records(recipe.evaluation.prompts, limit=recipe.evaluation.limit)
+    return make_prompts(records, encoder, recipe.data.sft.format, custom_fields(recipe))
+
+
+class Answers:
+    """Answers held-out prompts: all of them before and after training, a few at each evaluation.
+
+    Args:
+        prompts: [] = nothing is generated.
+    """
+
+    def __init__(
+        self, prompts: list[Prompt], shared: SharedModel, tokenizer: Any, recipe: Recipe, console: Console
+    ):
+        self.prompts, self.shared, self.tokenizer = prompts, shared, tokenizer
+        self.recipe, self.console = recipe, console
+        self.few = spread(prompts, recipe.evaluation.show)
+
+    def measure(self, when: str) -> list[Completion] | None:
+        """Answer all prompts, print the share that is exact, and return the answers on the main process."""
+        if not self.prompts or not (self.shared.group.main or self.shared.sharded):
+            return None
+        with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
+            task = progress.add_task(f"answering {when}", total=len(self.prompts))
+            completions = self._answer(self.prompts, partial(progress.advance, task))
+        share = exact_share(completions, self.prompts)
+        self.console.print(f"exact match {when}: {share:.1%} of {len(self.prompts)} held-out prompts")
+        return completions
+
+    def sample(self, step: int, file: Path) -> list[tuple[str, str]]:
+        """Answer the few prompts, append them to `samples.jsonl`; (prompt, answer) of each."""
+        if not self.few or not (self.shared.group.main or self.shared.sharded):
+            return []
+        completions = self._answer(self.few)
+        if not self.shared.group.main:
+            return []
+        lines = [line for line in sample_lines(file) if json.loads(line)["step"] < step]
+        for prompt, completion in zip(self.few, completions, strict=True):
+            line = {
+                "step": step,
+                "prompt": prompt.text,
+                "completion": completion.text,
+                "expected": prompt.expected,
+            }
+            lines.append(json.dumps(line, ensure_ascii=False))
+        atomic_write(file, "".join(f"{line}\n" for line in lines))
+        return [(prompt.text, done.text) for prompt, done in zip(self.few, completions, strict=True)]
+
+    def show(self, completions: list[Completion]) -> None:
+        """Print a few answers, spread over the file, with their tokens appearing out of masks."""
+        for prompt, completion in spread(
+            list(zip(self.prompts, completions, strict=True)), self.recipe.evaluation.show
+        ):
+            exact = is_exact(completion, prompt)
+            mark = "[green]correct[/]" if exact else f"[red]expected {escape(repr(prompt.expected))}[/]"
+            self.console.print(f"\n[bold]{escape(prompt.text.strip())}[/]  {mark}")
+            for line in trace_lines(completion.ids, completion.commit_step, self.tokenizer):
+                self.console.print(line)
+        self.console.print()
+
+    def _answer(self, prompts: Sequence[Prompt], advance: Any = None) -> list[Completion]:
+        settings, model = self.recipe.evaluation, self.shared.model
+        was_training = model.training
+        model.eval()
+        completions = complete(
+            model,
+            self.tokenizer,
+            [prompt.example for prompt in prompts],
+            batch_size=settings.batch_size,
+            advance=advance,
+            max_new_tokens=settings.max_new_tokens,
+            steps=settings.steps,
+        )
+        self.shared.reshard()
+        model.train(was_training)
+        return completions
+
+
+def sample_lines(file: Path) -> list[str]:
+    """The whole lines of `samples.jsonl`."""
+    if not file.exists():
+        return []
+    return [line for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """Choose a few items, spread over all."""
+    few = min(count, len(items))
+    return [items[(2 * place + 1) * len(items) // (2 * count)] for place in range(few)]
