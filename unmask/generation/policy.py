@@ -23,36 +23,26 @@ from unmask.errors import UnmaskError
 
 
 class Proposal(NamedTuple):
-    """What the model would write at each position, and the progress of each row."""
+    """What the model would write at each candidate, and the progress of each row."""
 
-    candidates: Bool[Tensor, "R L"]
-    """True = a masked position of the current block, which may be committed. The other fields have a meaning
-    there alone, except `confidence`."""
+    candidates: Bool[Tensor, "R L"]  # True = a masked position of the current block: may be committed
     token: Int[Tensor, "R L"]
-    confidence: Float[Tensor, "R L"]
-    """The model's probability of the token; at committed positions what it was when committed."""
-    margin: Float[Tensor, "R L"]
-    entropy: Float[Tensor, "R L"]
-    """Nats."""
-    committed: Bool[Tensor, "R L"]
-    """True = a position of the current block that has a token of the model."""
-    quota: Int[Tensor, "R"]
-    """Tokens to commit now so that the block ends in time; 1 or more."""
-    step: Int[Tensor, "R"]
-    """Step of the row within the block, from 0."""
-    steps: Int[Tensor, "R"]
-    """Steps of the block."""
+    confidence: Float[Tensor, "R L"]  # the model's probability of the token; if committed, as it was then
+    margin: Float[Tensor, "R L"]  # that probability minus the next
+    entropy: Float[Tensor, "R L"]  # nats
+    committed: Bool[Tensor, "R L"]  # True = a position of the current block that has a token of the model
+    quota: Int[Tensor, "R"]  # tokens to commit now so that the block ends in time; 1 or more
+    step: Int[Tensor, "R"]  # of the row within the block, from 0
+    steps: Int[Tensor, "R"]  # of the block
     seed: Int[Tensor, "R"]
-    position: Int[Tensor, "R L"]
-    """Index of each token in its row without padding: the key of its noise."""
+    position: Int[Tensor, "R L"]  # index of each token in its row without padding: the key of its noise
 
 
 class Decision(NamedTuple):
-    """What a policy decides; True = do it."""
+    """What a policy decides; True = do it. `remask`: committed positions to mask again."""
 
     commit: Bool[Tensor, "R L"]
     remask: Bool[Tensor, "R L"] | None = None
-    """Committed positions to mask again."""
 
 
 Policy = Callable[[Proposal], "Bool[Tensor, 'R L'] | Decision"]
@@ -62,10 +52,7 @@ Policy = Callable[[Proposal], "Bool[Tensor, 'R L'] | Decision"]
 def most_confident(
     score: Float[Tensor, "R L"], candidates: Bool[Tensor, "R L"], count: Int[Tensor, "R"] | int
 ) -> Bool[Tensor, "R L"]:
-    """Select the `count` candidates of each row with the highest score (fewer where there are fewer).
-
-    Ties go to the leftmost position.
-    """
+    """Select the `count` candidates of each row with the highest score; ties go to the leftmost."""
     limit = torch.as_tensor(count, device=score.device).reshape(-1, 1)
     return (_rank(score, candidates) < limit) & candidates
 
@@ -81,10 +68,8 @@ def _rank(score: Tensor, candidates: Tensor) -> Int[Tensor, "R L"]:
 class Ranked:
     """Commit as many tokens as the schedule asks for, the highest score first.
 
-    Attributes:
-        score: of every position; the highest is committed first.
-        alg_temp: 0 = in strict order; above 0 the order is drawn without replacement from
-            softmax(score / alg_temp) (Dream, arXiv:2508.15487, and MaskGIT's annealed choice, 2202.04200).
+    With `alg_temp` above 0 the order is drawn without replacement from softmax(score / alg_temp) (Dream,
+    arXiv:2508.15487, and MaskGIT's annealed choice, 2202.04200), by Gumbel's trick.
     """
 
     score: Callable[[Proposal], Float[Tensor, "R L"]]
@@ -97,11 +82,6 @@ class Ranked:
             gumbel = -torch.log(-torch.log(keyed_uniform(*key).clamp(min=1e-30)))
             score = score / self.alg_temp + gumbel
         return most_confident(score, proposal.candidates, proposal.quota)
-
-
-def random_order(proposal: Proposal) -> Float[Tensor, "R L"]:
-    """Score positions by a random number that depends on seed and position alone."""
-    return keyed_uniform(proposal.seed[:, None], STREAM_COMMIT, proposal.position)
 
 
 def ancestral(proposal: Proposal) -> Bool[Tensor, "R L"]:
@@ -130,10 +110,10 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Factor:
-    """Commit the n most confident tokens, n the largest with (n + 1)(1 - c_n) < factor, c_n the n-th highest
-    probability.
+    """Commit the n most confident tokens, n the largest with (n + 1)(1 - c_n) < factor.
 
-    Fast-dLLM, arXiv:2505.22618, sec. 3.3: the more tokens at once, the more confident each has to be.
+    c_n is the n-th highest probability: the more tokens at once, the more confident each has to be
+    (Fast-dLLM, arXiv:2505.22618, sec. 3.3).
     """
 
     factor: float
@@ -147,13 +127,10 @@ class Factor:
 
 @dataclass(frozen=True)
 class EntropyBound:
-    """Commit the k tokens of least entropy, k the largest whose entropies but the largest sum to `bound`.
+    """Commit the most tokens of least entropy whose entropies but the largest sum to `bound` nats at most.
 
     That sum bounds the mutual information of the tokens committed together, the error of drawing them
     independently (Ben-Hamu et al., EB-Sampler, arXiv:2505.24857, sec. 4).
-
-    Attributes:
-        bound: nats.
     """
 
     bound: float
@@ -175,11 +152,8 @@ class Remask:
     probability sigma and a masked one committed with (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), which
     leaves the expected share of masked tokens unchanged. alpha is the share committed, step / steps.
 
-    Attributes:
-        kind: "cap" = sigma is at most `eta`; "rescale" = `eta` times the largest possible sigma;
-            "confidence" = as "rescale" in the mean over the row's committed tokens, with sigma of each in
-            proportion to softmax(-confidence).
-        eta: strength, in (0, 1].
+    Kinds: "cap" = sigma is at most `eta`; "rescale" = `eta` times the largest possible sigma; "confidence" =
+    as "rescale" in the mean over the row's committed tokens, each in proportion to softmax(-confidence).
     """
 
     kind: str
@@ -216,7 +190,7 @@ RANKED: dict[str, Callable[[Proposal], Float[Tensor, "R L"]]] = {
     "topk_margin": lambda proposal: proposal.margin,
     "entropy": lambda proposal: -proposal.entropy,
     "left_to_right": lambda proposal: -proposal.position.to(proposal.confidence.dtype),
-    "random": random_order,
+    "random": lambda proposal: keyed_uniform(proposal.seed[:, None], STREAM_COMMIT, proposal.position),
 }
 """Scores of the ranked policies, under the names that Dream gave them (arXiv:2508.15487)."""
 ADAPTIVE = {"threshold": Threshold, "factor": Factor, "entropy_bound": EntropyBound}

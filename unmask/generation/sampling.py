@@ -22,12 +22,9 @@ class Sampled(NamedTuple):
     """A token for each position, with the model's own figures: before temperature and filters."""
 
     token: Int[Tensor, "M"]
-    confidence: Float[Tensor, "M"]
-    """Probability of the token, in [0, 1]."""
-    margin: Float[Tensor, "M"]
-    """Probability of the most likely token minus that of the second, in [0, 1]."""
-    entropy: Float[Tensor, "M"]
-    """Nats."""
+    confidence: Float[Tensor, "M"]  # probability of the token
+    margin: Float[Tensor, "M"]  # probability of the most likely token minus that of the second
+    entropy: Float[Tensor, "M"]  # nats
 
 
 def sample(
@@ -106,10 +103,9 @@ def as_processor(processors: Any) -> Callable[[Int[Tensor, "M L"], Float[Tensor,
         UnmaskError: something that cannot be called; when called, a result that is not logits of the same
             shape with a possible token in every row.
     """
-    functions = _as_functions(processors, "logits_processor", "(ids, logits)")
-    if not functions:
+    process: Any = LogitsProcessorList(_as_list(processors, "logits_processor", "(ids, logits)"))
+    if not process:
         return None
-    process: Any = LogitsProcessorList(functions)
 
     def processed(ids: Tensor, logits: Tensor) -> Tensor:
         changed = process(ids, logits)
@@ -136,24 +132,22 @@ def as_criterion(criteria: Any) -> Callable[[Int[Tensor, "1 L"], int], bool] | N
         UnmaskError: something that cannot be called.
     """
     tests: list[tuple[Any, bool]] = []
-    for function in _as_functions(criteria, "stopping_criteria", "(ids, scores)"):
+    for function in _as_list(criteria, "stopping_criteria", "(ids, scores)"):
         parameters = inspect.signature(function).parameters.values()
-        takes = any(p.name == "prompt_length" or p.kind is p.VAR_KEYWORD for p in parameters)
-        tests.append((function, takes))
-    if not tests:
-        return None
+        tests.append(
+            (function, any(p.name == "prompt_length" or p.kind is p.VAR_KEYWORD for p in parameters))
+        )
 
     def is_met(ids: Tensor, prompt_length: int) -> bool:
         answers = (f(ids, None, **({"prompt_length": prompt_length} if takes else {})) for f, takes in tests)
         return any(bool(torch.as_tensor(answer).all()) for answer in answers)
 
-    return is_met
+    return is_met if tests else None
 
 
-def _as_functions(functions: Any, setting: str, arguments: str) -> list[Any]:
-    if functions is None:
-        return []
+def _as_list(functions: Any, setting: str, arguments: str) -> list[Any]:
     listed = list(functions) if isinstance(functions, list | tuple) else [functions]
+    listed = [] if functions is None else listed
     for function in listed:
         if not callable(function):
             raise UnmaskError(f"{setting} must be functions of {arguments}; got {type(function).__name__}.")
