@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unmask.data.records import Turn
 from unmask.generation.chat import LiveDraft, chat
-from unmask.generation.text import chat_example, complete
+from unmask.generation.text import chat_encoder, complete
 
 MASK, END = 259, 258
 
@@ -47,7 +47,7 @@ def test_an_answer_knows_what_was_said_before(model: Any, tokenizer: PreTrainedT
     turns, shown = talk(model, tokenizer, "Hi", "", "And?", system="Be short.")
     assert [turn.role for turn in turns] == ["system", "user", "assistant", "user", "assistant"]
     for index in (2, 4):
-        prompt = chat_example(tokenizer, turns[:index])
+        prompt = chat_encoder(tokenizer).prompt_example(turns[:index])
         [expected] = complete(model, tokenizer, [prompt], max_new_tokens=4)
         assert turns[index].content == expected.text and expected.figures in shown
 

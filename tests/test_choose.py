@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from unmask.diffusion.likelihood import likelihood
 from unmask.errors import UnmaskError
 from unmask.evaluation.choose import choose, choose_answers
-from unmask.generation.text import chat_example, chat_turns, raw_example
+from unmask.generation.text import prompt_example, raw_example
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def bound(model: Any, prompt: list[int], answer: list[int]) -> float:
 def test_the_likeliest_answer_with_its_end_comes_first(
     model: Any, tokenizer: PreTrainedTokenizerBase, end_fill: int
 ) -> None:
-    prompt = chat_example(tokenizer, chat_turns("Which?"))
+    prompt = prompt_example(tokenizer, "Which?")
     ranked = choose(model, tokenizer, prompt, ["a", "ab", "<|mask|>"[:3]], end_fill=end_fill)
     assert sorted(choice.text for choice in ranked) == ["<|m", "a", "ab"]
     assert [choice.nats for choice in ranked] == sorted(choice.nats for choice in ranked)

@@ -19,14 +19,12 @@ from unmask.errors import UnmaskError
 from unmask.generation.text import (
     StopStrings,
     answer_file,
-    chat_example,
-    chat_turns,
+    chat_encoder,
     check_lengths,
-    check_out,
     complete,
     generate_answers,
     prompt_example,
-    prompt_turns,
+    prompt_of,
     read_prompts,
     with_prefix,
 )
@@ -119,7 +117,7 @@ def test_prompts_that_cannot_be(tokenizer: PreTrainedTokenizerBase) -> None:
 def test_earlier_responses_are_cut_into_blocks_as_in_training(tokenizer: PreTrainedTokenizerBase) -> None:
     model = byte_model(attention="block_causal", block_length=4).double().eval()
     turns = [Turn("user", "Hi"), Turn("assistant", "Yes indeed"), Turn("user", "And?")]
-    example = chat_example(tokenizer, turns)
+    example = chat_encoder(tokenizer).prompt_example(turns)
     [done] = complete(model, tokenizer, [example], max_new_tokens=1)
     # Training masks the last token of the same conversation, and sees it by its own forward pass.
     whole = Encoder(tokenizer, layout="chat").encode(Conversation((*turns, Turn("assistant", "X")), "here"))
@@ -198,12 +196,12 @@ def written(tmp_path: Path, name: str, data: bytes | str) -> Path:
     ],
 )
 def test_everything_before_the_last_response_is_the_prompt(record: dict[str, Any], turns: list[str]) -> None:
-    assert [turn.content for turn in prompt_turns(record, "x line 1")[0]] == turns
+    assert [turn.content for turn in prompt_of(record, "x line 1").turns] == turns
 
 
 def test_a_history_is_cut_as_training_cuts_it(tokenizer: PreTrainedTokenizerBase) -> None:
-    turns, _ = prompt_turns({"messages": [USER, SAID, USER]}, "x")
-    example = chat_example(tokenizer, turns)
+    turns = prompt_of({"messages": [USER, SAID, USER]}, "x").turns
+    example = chat_encoder(tokenizer).prompt_example(turns)
     assert example.input_ids == Encoder(tokenizer, layout="chat").encode_prompt(turns)
     maskable = [i for i, source in zip(example.input_ids, example.src_mask, strict=True) if not source]
     assert maskable == [*b"Yes?", 258]
@@ -227,14 +225,14 @@ def test_a_system_prompt_is_for_those_that_have_none(
     lines = [{"prompt": "a"}, {"messages": [{"role": "system", "content": "own"}, USER]}]
     file = written(tmp_path, "p.jsonl", "\n".join(map(json.dumps, lines)))
     one, two = read_prompts(file, tokenizer, system="Be short.")
-    assert one.example == chat_example(tokenizer, chat_turns("a", "Be short."))
-    assert two.example == chat_example(tokenizer, chat_turns("Hi", "own"))
+    assert one.example == prompt_example(tokenizer, "a", system="Be short.")
+    assert two.example == prompt_example(tokenizer, "Hi", system="own")
 
 
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("p.txt", b"a\nb\xff\n", r"p.txt line 2: .*byte 2"),
+        ("p.txt", b"a\nb\xff\n", r"p.txt line 2: .*UTF-8"),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}', "p.jsonl line 2: "),
         ("p.txt", b"\n \n", "no prompt"),
         ("p.jsonl", b'{"prompt": " "}', "p.jsonl line 1: .*empty"),
@@ -276,8 +274,8 @@ def test_a_killed_run_resumes(tmp_path: Path, model: Any, tokenizer: PreTrainedT
         assert answer_file(answer, prompts, part, resume=True, **run) == totals
         assert part.read_bytes() == data
     for other, message in (
-        ({**run, "settings": {"steps": 3}}, "line 1: steps is 4, now it would be 3"),
-        ({**run, "settings": {}}, "line 1: steps is 4, now it would be None"),
+        ({**run, "settings": {"steps": 3}}, "line 1: settings is .*4.*3"),
+        ({**run, "settings": {}}, "line 1: settings is "),
         ({**run, "seed": 6}, "line 1: seed is 5, now it would be 6"),
         ({**run, "samples": 1}, "8 answers"),
     ):
@@ -304,15 +302,3 @@ def test_a_run_that_is_killed_twice_leaves_whole_lines(
     with pytest.raises(KeyboardInterrupt):
         answer_file(killed, prompts, out, resume=True)
     assert out.read_bytes() == data[:first]
-
-
-def test_an_output_file_is_checked_first(tmp_path: Path) -> None:
-    there = written(tmp_path, "a.jsonl", "")
-    check_out(there, resume=True)
-    for out, message in (
-        (there, "--resume"),
-        (tmp_path, "folder"),
-        (tmp_path / "no" / "a.jsonl", "no folder"),
-    ):
-        with pytest.raises(UnmaskError, match=f"--out: .*{message}"):
-            check_out(out, resume=False)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -74,23 +75,19 @@ def generate(
             if not has_effect and value:
                 raise UnmaskError(f"--{name.replace('_', '-')} {message}.")
     _check_texts(prompt=prompt, system=system, prefix=prefix, stop=stop, choice=choice)
-    _check_trace(trace)
-    hide_progress_bars()
     from unmask.evaluation.choose import choose_answers
-    from unmask.generation.text import (
-        answer_file,
-        check_lengths,
-        check_out,
-        complete,
-        generate_answers,
-        prompt_example,
-        read_prompts,
-    )
+    from unmask.generation.text import check_lengths, complete, generate_answers, prompt_example, read_prompts
+    from unmask.io import check_output_file
 
+    if trace not in (None, IN_TERMINAL):
+        if not trace.lower().endswith((".html", ".png")):
+            raise UnmaskError(f"--trace: expected a file .html or .png, or nothing; got {trace!r}.")
+        check_output_file(Path(trace), "--trace")
     if out is not None:
-        check_out(out, resume)
-    denoiser, tokenizer = _load(model)
-    config = _settings(denoiser, decoding)
+        check_output_file(out, "--out")
+        if out.exists() and not resume:
+            raise UnmaskError(f"--out: {out} exists already; --resume continues it, or remove it.")
+    denoiser, tokenizer, config = _load(model, decoding)
     seed = decoding.pop("seed", config.seed)
     if samples > 1 and not config.is_random:
         raise UnmaskError("--samples: without randomness all are the same; set --temperature above 0.")
@@ -108,8 +105,7 @@ def generate(
         told |= {"end_fill": end_fill, "stop": stop}
         settings = {name: value for name, value in told.items() if value} | decoding
         how = {"samples": samples, "seed": seed, "resume": resume, "flush_every": 4 * batch_size}
-        run = partial(answer_file, answer, listed, out, settings=settings, **how)
-        _answer_file(run, out, len(listed), samples)
+        _answer_file(answer, listed, out, settings=settings, **how)
         return
     text = read_stdin() if prompt == "-" else prompt or ""
     example = prompt_example(tokenizer, text, raw=raw, system=system, prefix=prefix)
@@ -121,8 +117,7 @@ def generate(
         return
     seeds = [seed + sample for sample in range(samples)]
     keep = trace not in (None, IN_TERMINAL)
-    copies = [example] * samples
-    answers = complete(denoiser, tokenizer, copies, keep_states=keep, seed=seeds, **generation)
+    answers = complete(denoiser, tokenizer, [example] * samples, keep_states=keep, seed=seeds, **generation)
     if trace is not None:
         shown = text + ("\n" if prefix and not raw else "") + prefix
         names = [f"seed {number}" for number in seeds]
@@ -140,18 +135,14 @@ def chat(model: Model, system: System = None, *, decoding: dict[str, Any]) -> No
     /reset forgets the conversation, /quit ends it, Ctrl-C stops an answer.
     """
     _check_texts(system=system)
-    hide_progress_bars()
     from unmask.generation.chat import chat as run
 
-    denoiser, tokenizer = _load(model)
-    _settings(denoiser, decoding)
+    denoiser, tokenizer, _ = _load(model, decoding)
     interactive = sys.stdin.isatty()
     if interactive:
         import readline  # noqa: F401  gives the prompt its history and line editing
 
-    def ask() -> str:
-        return input("> " if interactive else "")
-
+    ask = partial(input, "> " if interactive else "")
     run(denoiser, tokenizer, ask=ask, console=Console(), system=system, **decoding)
 
 
@@ -186,19 +177,19 @@ def infill(
     if end_fill is not None and prompt is None:
         raise UnmaskError("--end-fill has an effect with --prompt alone.")
     _check_texts(text=text, prefix=prefix, suffix=suffix, prompt=prompt)
-    hide_progress_bars()
     from unmask.generation.infill import infill_text, parse_gaps, parse_length
-    from unmask.generation.text import end_token_id, prompt_example
+    from unmask.generation.text import chat_encoder, prompt_example
 
     if text is not None:
         parts = parse_gaps(read_stdin() if text == "-" else text)
     else:
         pieces = [prefix or "", parse_length(length or ""), suffix or ""]
         parts = [piece for piece in pieces if piece != ""]
-    denoiser, tokenizer = _load(model)
+    denoiser, tokenizer, _ = _load(model, decoding)
     answer_to: dict[str, Any] = {}
     if prompt is not None:
-        answer_to = {"prompt": prompt_example(tokenizer, prompt), "end": end_token_id(tokenizer)}
+        end = chat_encoder(tokenizer).end_token_id
+        answer_to = {"prompt": prompt_example(tokenizer, prompt), "end": end}
     sizes = {"end_fill": end_fill or 1, "batch_size": batch_size}
     done = infill_text(denoiser, tokenizer, parts, **answer_to, **sizes, **decoding)
     print(
@@ -229,24 +220,18 @@ def hide_progress_bars() -> None:
     logging.disable_progress_bar()
 
 
-def _load(name: str) -> tuple[Any, Any]:
-    """The model, on the accelerator if there is one, and its tokenizer."""
+def _load(name: str, decoding: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """The model, on the accelerator if there is one; its tokenizer; its settings with those given, checked."""
+    hide_progress_bars()
     from unmask.data.tokenizer import load_tokenizer
     from unmask.model.bf16 import place_for_inference
     from unmask.model.checkpoint import load_model
 
-    model = load_model(name)
+    model: Any = load_model(name)
     place_for_inference(model)
-    return model, load_tokenizer(name)
-
-
-def _settings(model: Any, decoding: dict[str, Any]) -> Any:
-    """The model's settings with those given, checked before the work."""
-    import copy
-
     config = copy.deepcopy(model.generation_config)
     config.set(**decoding)
-    return config
+    return model, load_tokenizer(name), config
 
 
 def _check_texts(**options: str | list[str] | None) -> None:
@@ -257,15 +242,6 @@ def _check_texts(**options: str | list[str] | None) -> None:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise UnmaskError(f"--{name}: not UTF-8 text (character {error.start + 1}).") from error
-
-
-def _check_trace(trace: str | None) -> None:
-    from unmask.io import check_output_file
-
-    if trace is not None and trace != IN_TERMINAL:
-        if not trace.lower().endswith((".html", ".png")):
-            raise UnmaskError(f"--trace: expected a file .html or .png, or nothing; got {trace!r}.")
-        check_output_file(Path(trace), "--trace")
 
 
 def read_stdin() -> str:
@@ -296,19 +272,21 @@ def _show_trace(
                 console.print(line)
 
 
-def _answer_file(run: Callable[..., dict[str, int]], out: Path, prompts: int, samples: int) -> None:
+def _answer_file(answer: Any, prompts: list[Any], out: Path, *, samples: int, **options: Any) -> None:
     """Answer a file with a progress bar, and print the totals."""
+    from unmask.generation.text import answer_file
+
     console = Console(stderr=True)
     columns = (TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("answering", total=prompts * samples)
+        advance = partial(progress.advance, progress.add_task("", total=len(prompts) * samples))
         try:
-            totals = run(advance=lambda count: progress.advance(task, count))
+            totals = answer_file(answer, prompts, out, samples=samples, advance=advance, **options)
         except KeyboardInterrupt:
             progress.stop()
             print(f"interrupted; --resume continues {out}", file=sys.stderr)
             raise typer.Exit(130) from None
-    line = f"{out}: {totals['answers']:,} answers to {prompts:,} prompts"
+    line = f"{out}: {totals['answers']:,} answers to {len(prompts):,} prompts"
     if totals["forwards"]:
         share = totals["tokens"] / totals["forwards"]
         steps = f"{totals['forwards']:,} denoising steps ({share:.2f} per step)"

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from unmask.data.inspect import visible
 from unmask.data.records import Turn, check_text
 from unmask.errors import UnmaskError
-from unmask.generation.text import Completion, chat_example, complete
+from unmask.generation.text import Completion, chat_encoder, complete
 from unmask.generation.trace import MASK_GLYPH, token_texts
 
 HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer."
@@ -39,7 +39,11 @@ def chat(
         **settings: see `complete`.
     """
     opening = [] if system is None else [Turn("system", system)]
-    turns = list(opening)
+    turns, encoder = list(opening), chat_encoder(tokenizer)
+
+    def error(message: str) -> None:
+        console.print(Text(message, "red"), soft_wrap=True)
+
     console.print(HELP, style="dim", highlight=False)
     while True:
         try:
@@ -48,7 +52,7 @@ def chat(
             console.print()
             return turns
         except UnicodeDecodeError:
-            _print_error(console, "error: the input is not UTF-8 text.")
+            error("error: the input is not UTF-8 text.")
             continue
         command = text.strip()
         if command == "/quit":
@@ -57,43 +61,34 @@ def chat(
             turns = list(opening)
             console.print("The conversation starts anew.", style="dim")
         elif command.startswith("/") and " " not in command and "/" not in command[1:]:
-            _print_error(console, f"unknown command {command}. {HELP}")
+            error(f"unknown command {command}. {HELP}")
         elif command:
-            question = [*turns, Turn("user", text)]
             try:
-                check_text(text, "your turn", "chat")
-                answer = show_answer(model, tokenizer, question, console, **settings)
+                question = [*turns, Turn("user", check_text(text, "your turn", "chat"))]
+                answer = _answer(model, tokenizer, encoder.prompt_example(question), console, settings)
             except KeyboardInterrupt:
-                _print_error(console, "Stopped; this question is forgotten.")
-            except UnmaskError as error:
-                _print_error(console, f"error: {error} /reset makes room.")
+                error("Stopped; this question is forgotten.")
+            except UnmaskError as failure:
+                error(f"error: {failure} /reset makes room.")
             else:
                 turns = [*question, Turn("assistant", answer.text)]
+                console.print(Text("\n".join(map(visible, answer.text.split("\n")))))
+                console.print(Text(answer.figures, "dim"), highlight=False)
 
 
-def show_answer(
-    model: Any, tokenizer: PreTrainedTokenizerBase, turns: list[Turn], console: Console, **settings: Any
+def _answer(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Any, console: Console, settings: dict[str, Any]
 ) -> Completion:
-    """Answer the turns and print the answer, on a terminal also while it is generated."""
-    prompt = chat_example(tokenizer, turns)
-    if console.is_terminal:
-        with Live(console=console, transient=True, auto_refresh=False) as live:
-            streamer = LiveDraft(live, tokenizer, model.generation_config.eos_token_ids)
-            [answer] = complete(model, tokenizer, [prompt], streamer=streamer, **settings)
-    else:
-        [answer] = complete(model, tokenizer, [prompt], **settings)
-    console.print(Text("\n".join(visible(line) for line in answer.text.split("\n"))))
-    console.print(Text(answer.figures, "dim"), highlight=False)
-    return answer
+    """Answer a prompt, on a terminal with a drawing of the drafts."""
+    if not console.is_terminal:
+        return complete(model, tokenizer, [prompt], **settings)[0]
+    with Live(console=console, transient=True, auto_refresh=False) as live:
+        streamer = LiveDraft(live, tokenizer, model.generation_config.eos_token_ids)
+        return complete(model, tokenizer, [prompt], streamer=streamer, **settings)[0]
 
 
 class LiveDraft:
-    """A streamer that draws each draft: masks grey, tokens of the last step in green.
-
-    Args:
-        live: where it is drawn.
-        ends: the end tokens; what follows one is not drawn.
-    """
+    """A streamer that draws each draft in `live`, up to an end token: masks grey, tokens of the last step green."""
 
     def __init__(self, live: Live, tokenizer: PreTrainedTokenizerBase, ends: list[int]):
         self.live, self.tokenizer, self.ends = live, tokenizer, set(ends)
@@ -123,7 +118,3 @@ class LiveDraft:
             else:
                 line.append(text.replace("⏎", "\n"), style="default" if token == before else "bold green")
         return line
-
-
-def _print_error(console: Console, message: str) -> None:
-    console.print(Text(message, "red"), soft_wrap=True)

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import ConfigDict, Field, ValidationError, create_model
 from transformers import GenerationConfig
@@ -146,7 +146,7 @@ class DiffusionGenerationConfig(GenerationConfig):
     def make_policy(self) -> Policy:
         """Make the policy's function."""
         if callable(self.policy):
-            return self.policy
+            return cast(Policy, self.policy)
         name = self.policy_name
         value = {key: getattr(self, key) for key in _OF_POLICY if getattr(self, key) is not None}
         value = {key: default for key, (_, default) in _OF_POLICY.items()} | value

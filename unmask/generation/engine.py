@@ -34,16 +34,14 @@ class DenoiserInput(NamedTuple):
     """What the network is given in one forward pass."""
 
     ids: Int[Tensor, "R S"]
-    is_token: Bool[Tensor, "R S"]
-    """True = a token that may be attended to; False = padding, and masks of later blocks."""
+    is_token: Bool[Tensor, "R S"]  # True = may be attended to; False = padding, and masks of later blocks
     needs_logits: Bool[Tensor, "R S"]
-    slots: Int[Tensor, "R"]
-    """The row of each row in the caches."""
+    slots: Int[Tensor, "R"]  # the row of each row in the caches
+    # Blocks of a block-causal model: a token attends to its own and earlier ones. None = to every token.
     block: Int[Tensor, "R S"] | None = None
-    """Blocks of a block-causal model: a token attends to its own and earlier ones. None = to every token."""
+    # True = compute this position and cache its keys and values; the others are read from the cache. None =
+    # compute all and cache nothing.
     is_computed: Bool[Tensor, "R S"] | None = None
-    """True = compute this position and cache its keys and values; the others are read from the cache. None =
-    compute all and cache nothing."""
 
 
 Denoiser = Callable[[DenoiserInput], Iterable[Tensor]]
@@ -52,28 +50,22 @@ Denoiser = Callable[[DenoiserInput], Iterable[Tensor]]
 
 @dataclass
 class DiffusionGenerationOutput(ModelOutput):
-    """What `generate` returns.
+    """What `generate` returns; a denoising step that only fills a cache is not counted."""
 
-    Attributes:
-        sequences: prompt and response (B, P + C); padding after the first end token of a response.
-        tokens_per_forward: response tokens, the end token included, per denoising step of the row (B,).
-        num_forwards: denoising steps of each row (B,); passes that only fill a cache are not counted.
-        commit_step: step, from 0, that committed each canvas token (B, C); -1 after the end of a response.
-            This and the next three only with `return_trace`.
-        confidence: the model's probability of each token when it was committed (B, C).
-        entropy: the model's entropy at that step, in nats (B, C).
-        states: the canvas after each step of a row (B, steps, C); rows with fewer steps repeat their last.
-        disagreement: share of the positions asked for at which the approximate cache gave another token
-            than the exact forward pass (B,); only with `check_cache`.
-    """
-
+    # Prompt and response (B, P + C); padding after the first end token of a response.
     sequences: Int[Tensor, "B L"] | None = None
+    # Response tokens, the end token included, per denoising step of the row.
     tokens_per_forward: Float[Tensor, "B"] | None = None
-    num_forwards: Int[Tensor, "B"] | None = None
+    num_forwards: Int[Tensor, "B"] | None = None  # denoising steps of each row
+    # With `return_trace`: the step, from 0, that committed each canvas token, -1 after the end of a response;
+    # the model's probability of the token and its entropy (nats) at that step; and the canvas after each step
+    # of a row, of which rows with fewer steps repeat their last.
     commit_step: Int[Tensor, "B C"] | None = None
     confidence: Float[Tensor, "B C"] | None = None
     entropy: Float[Tensor, "B C"] | None = None
     states: Int[Tensor, "B F C"] | None = None
+    # With `check_cache`: share of the positions asked for at which the approximate cache gave another token
+    # than the exact forward pass.
     disagreement: Float[Tensor, "B"] | None = None
 
 
@@ -83,45 +75,28 @@ def generate_canvas(
     is_token: Bool[Tensor, "B P"],
     config: DiffusionGenerationConfig,
     *,
-    block: Int[Tensor, "B L"] | None = None,
-    cached: bool = False,
     streamer: Any | None = None,
-    logits_processor: Any | None = None,
-    stopping_criteria: Any | None = None,
+    **options: Any,
 ) -> DiffusionGenerationOutput:
     """Fill a canvas of `config.max_new_tokens` masks after each prompt.
 
     Args:
-        denoiser: the model, see `Denoiser`.
         input_ids: prompts, padded on any side.
         is_token: True = token, False = padding.
         config: settings, `mask_token_id` filled in.
-        block: blocks of prompt and canvas as a block-causal model was trained on (B, P + C).
-        cached: whether the denoiser caches keys and values of completed blocks.
         streamer: receives the prompt by `put`, each draft by `put_draft` if it has that method, and the
             response by `put`, like transformers' diffusion streamers; for a batch of one.
-        logits_processor: see `unmask.generation.sampling.as_processor`.
-        stopping_criteria: see `unmask.generation.sampling.as_criterion`; asked about a row's ids up to its
-            first mask.
+        **options: see `Engine`.
 
     Raises:
         UnmaskError: fewer steps than blocks, a policy that commits nothing, or logits that are NaN.
     """
     length = input_ids.shape[1]
     masks = input_ids.new_full((len(input_ids), config.max_new_tokens), config.mask_token_id or 0)
-    canvas = torch.cat([torch.zeros_like(is_token), torch.ones_like(masks, dtype=torch.bool)], dim=1)
     ids = torch.cat([input_ids, masks], dim=1)
-    engine = Engine(
-        denoiser,
-        ids,
-        torch.cat([is_token, canvas[:, length:]], dim=1),
-        canvas,
-        config,
-        block=block,
-        cached=cached,
-        logits_processor=logits_processor,
-        stopping_criteria=stopping_criteria,
-    )
+    is_token = torch.cat([is_token, torch.ones_like(masks, dtype=torch.bool)], dim=1)
+    canvas = (torch.arange(ids.shape[1], device=ids.device) >= length).expand(ids.shape)
+    engine = Engine(denoiser, ids, is_token, canvas, config, **options)
     if streamer is not None:
         streamer.put(input_ids.cpu())
     for _ in engine.steps():
@@ -140,8 +115,14 @@ class Engine:
     """Replaces the masks of a canvas; `steps` does the work and yields after each step.
 
     Args:
+        denoiser: the model, see `Denoiser`.
+        is_token: True = token, False = padding.
         canvas: True = a position to fill; its id must be the mask token.
-        Others as in `generate_canvas`.
+        block: blocks of the tokens as a block-causal model was trained on.
+        cached: whether the denoiser caches keys and values of completed blocks.
+        logits_processor: see `unmask.generation.sampling.as_processor`.
+        stopping_criteria: see `unmask.generation.sampling.as_criterion`; asked about a row's ids up to each
+            token that is final, as are all before it.
     """
 
     def __init__(
@@ -164,6 +145,7 @@ class Engine:
         self.model_block, self.cached = block, cached
         self.policy = config.make_policy()
         self.remasks = isinstance(self.policy, Remask)
+        self.drafts = False  # whether what is committed may be masked again while its block is not complete
         batch, device = len(ids), ids.device
         self.canvas_index = (canvas.long().cumsum(dim=1) - 1).clamp(min=0)
         if block is None:
@@ -194,7 +176,7 @@ class Engine:
         self.commit_step = torch.full_like(ids, -1)
         self.confidence = torch.zeros(ids.shape, device=device)
         self.entropy = torch.zeros_like(self.confidence)
-        self.states: list[tuple[Tensor, Tensor]] = []
+        self.states: list[Tensor] = []
         self.differing = torch.zeros(batch, 2, device=device)  # other tokens, tokens compared
 
     def steps(self) -> Iterable[None]:
@@ -205,9 +187,7 @@ class Engine:
             for group, whole in self._groups(rows):
                 self._advance(group, whole)
             if self.config.return_trace:
-                self.states.append((rows, self.ids[rows]))
-            if self.criterion is not None:
-                self._apply_criterion(rows)
+                self.states.append(self.ids.clone())
             yield
 
     def in_answer(self) -> Bool[Tensor, "B L"]:
@@ -225,7 +205,7 @@ class Engine:
             commit_step=torch.where(in_answer, self.commit_step[:, columns], -1) if trace else None,
             confidence=torch.where(in_answer, self.confidence[:, columns], 0.0) if trace else None,
             entropy=torch.where(in_answer, self.entropy[:, columns], 0.0) if trace else None,
-            states=self._states(columns) if trace else None,
+            states=torch.stack(self.states or [self.ids], dim=1)[:, :, columns] if trace else None,
             disagreement=different / compared.clamp(min=1) if self.config.check_cache else None,
         )
 
@@ -248,11 +228,11 @@ class Engine:
         return ended.cumsum(dim=1) - ended.long() == 0
 
     def _unfinished_rows(self) -> Int[Tensor, "R"]:
-        """Find the rows that are not done, and start the next block of those whose block is."""
-        if self.remasks:  # a committed token may be masked again: only the steps end a block
+        """Find the rows that are not done, and start the next block of those whose block is complete."""
+        if self.remasks:  # a committed token may be masked again: only the steps complete a block
             over = self.step >= self.steps_of.gather(1, self._block_index())[:, 0]
             self.block, self.step = self.block + over.long(), torch.where(over, 0, self.step)
-            unfinished = (self.block_of >= self.block[:, None]).any(dim=1)
+            unfinished = ((self.block_of >= self.block[:, None]) & self._before_end()).any(dim=1)
         else:
             self.open = self.masked & self._before_end()
             current = torch.where(self.open, self.block_of, _LAST).amin(dim=1)
@@ -260,6 +240,11 @@ class Engine:
             moved = unfinished & (current != self.block)
             self.step = torch.where(moved, 0, self.step)
             self.block = torch.where(unfinished, current, self.block)
+        if self.criterion is not None:
+            final = ~self.masked
+            if self.drafts:
+                final &= (self.block_of < self.block[:, None]) | ~unfinished[:, None]
+            self._apply_criterion(final)
         return (unfinished & (self.limit == _LAST)).nonzero()[:, 0]
 
     def _block_index(self) -> Int[Tensor, "B 1"]:
@@ -353,7 +338,9 @@ class Engine:
             position=self.positions[rows],
         )
         decision = self.policy(proposal)
-        if not isinstance(decision, Decision):
+        if isinstance(decision, Decision):
+            self.drafts = True
+        else:
             decision = Decision(decision)
         commit = decision.commit & candidates
         if not self.remasks and not commit.any(dim=1).all():
@@ -411,29 +398,17 @@ class Engine:
             start = stop
         return Sampled(*(torch.cat(field) for field in zip(*chunks, strict=True)))
 
-    def _apply_criterion(self, rows: Tensor) -> None:
-        """Ask the stopping criteria about every new token that has no mask before it."""
+    def _apply_criterion(self, final: Bool[Tensor, "B L"]) -> None:
+        """Ask the stopping criteria about every new token that is final, as are all before it."""
         assert self.criterion is not None
-        for row in rows.tolist():
+        for row in (self.limit == _LAST).nonzero()[:, 0].tolist():
             columns = self.canvas[row].nonzero()[:, 0]
-            masked = self.masked[row, columns].nonzero()[:, 0]
-            prefix = int(masked[0]) if len(masked) else len(columns)
+            length = int(final[row, columns].long().cumprod(dim=0).sum())
             is_token = self.is_token[row]
-            for length in range(int(self.tested[row]) + 1, prefix + 1):
-                end = torch.arange(len(is_token), device=is_token.device) <= columns[length - 1]
-                ids, prompt_length = self.ids[row, is_token & end][None], int(is_token[: columns[0]].sum())
+            for count in range(int(self.tested[row]) + 1, length + 1):
+                before = torch.arange(len(is_token), device=is_token.device) <= columns[count - 1]
+                ids, prompt_length = self.ids[row, is_token & before][None], int(is_token[: columns[0]].sum())
                 if self.criterion(ids, prompt_length):
-                    self.limit[row] = length
+                    self.limit[row] = count
                     break
-            self.tested[row] = prefix
-
-    def _states(self, columns: slice) -> Int[Tensor, "B F C"]:
-        """The canvas after each step; what a row has after its last step is repeated."""
-        steps = max(1, len(self.states))
-        states = self.ids[:, None, columns].repeat(1, steps, 1)
-        taken = [0] * len(self.ids)
-        for rows, ids in self.states:
-            for row, state in zip(rows.tolist(), ids, strict=True):
-                states[row, taken[row]] = state[columns]
-                taken[row] += 1
-        return states[:, : max(1, *taken) if taken else 1]
+            self.tested[row] = length

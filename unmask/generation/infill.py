@@ -23,6 +23,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from unmask.data.collate import collate
 from unmask.data.encode import Example, document_ids
 from unmask.errors import UnmaskError
 
@@ -48,16 +49,13 @@ class Gap:
 class Infilled:
     """A text with its gaps filled."""
 
-    parts: list[str]
-    """Texts and filled gaps in turn, as they were given."""
-    lengths: tuple[int, ...]
-    """Tokens of each gap."""
-    log_probability: float
-    """Of the gaps given the rest, in nats; where lengths were tried, also of the text after the first gap."""
-    num_forwards: int
-    """Forward passes, over all lengths tried."""
-    tried: list[tuple[tuple[int, ...], float]]
-    """Lengths and their log-probability, the best first."""
+    parts: list[str]  # texts and filled gaps in turn, as they were given
+    lengths: tuple[int, ...]  # tokens of each gap
+    log_probability: (
+        float  # nats, of the gaps given the rest; of all from the first gap if lengths were tried
+    )
+    num_forwards: int  # forward passes, over all lengths tried
+    tried: list[tuple[tuple[int, ...], float]]  # lengths and their log-probability, the best first
 
     @property
     def text(self) -> str:
@@ -140,31 +138,25 @@ def infill_text(
             f"the gaps have {count:,} combinations of lengths; at most {MOST_COMBINATIONS} are tried: narrow"
             " the ranges."
         )
-    combinations = sorted(
-        product(*(range(gap.low, gap.high + 1) for gap in gaps)), key=lambda lengths: (sum(lengths), lengths)
-    )
+    ranges = [range(gap.low, gap.high + 1) for gap in gaps]
+    combinations = sorted(product(*ranges), key=lambda lengths: (sum(lengths), lengths))
     part_ids = [None if isinstance(part, Gap) else document_ids(part, tokenizer) for part in parts]
     results: list[tuple[float, tuple[int, ...], list[list[int]]]] = []
     num_forwards = 0
     for start in range(0, count, batch_size):
-        batch = combinations[start : start + batch_size]
-        rows = [_row(part_ids, lengths, end, end_fill, prompt) for lengths in batch]
-        width = max(len(ids) for ids, _ in rows)
-        pads = [width - len(ids) for ids, _ in rows]
-        padded = [ids + [0] * pad for (ids, _), pad in zip(rows, pads, strict=True)]
-        gap_flags = [flags + [False] * pad for (_, flags), pad in zip(rows, pads, strict=True)]
-        ids, is_gap = (torch.tensor(x, device=model.device) for x in (padded, gap_flags))
-        columns = torch.arange(width, device=model.device)
-        is_token = columns < width - torch.tensor(pads, device=model.device)[:, None]
+        tried = combinations[start : start + batch_size]
+        batch = collate([_row(part_ids, lengths, end, end_fill, prompt) for lengths in tried], pad_token_id=0)
+        ids, is_token = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device).bool()
+        is_gap = ~batch["src_mask"].to(model.device)
         output = model.infill(
-            ids, is_gap, is_token, return_trace=True, max_new_tokens=sum(batch[-1]), **settings
+            ids, is_gap, is_token, return_trace=True, max_new_tokens=sum(tried[-1]), **settings
         )
-        scores = _score_after_gap(model, ids, is_gap, is_token) if count > 1 else [0.0] * len(rows)
-        for row, lengths in enumerate(batch):
+        scores = _score_after_gap(model, ids, is_gap, is_token) if count > 1 else [0.0] * len(tried)
+        for row, lengths in enumerate(tried):
             scores[row] += output.confidence[row][is_gap[row]].double().log().sum().item()
             filled = output.sequences[row][is_gap[row]].split(list(lengths))
             results.append((scores[row], lengths, [ids.tolist() for ids in filled]))
-        num_forwards += int(output.num_forwards.sum()) + (len(rows) if count > 1 else 0)
+        num_forwards += int(output.num_forwards.sum()) + (len(tried) if count > 1 else 0)
     results.sort(key=lambda result: -result[0])  # stable: the shorter first
     score, lengths, filled = results[0]
     texts = iter(str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in filled)
@@ -189,16 +181,16 @@ def _row(
     end: int | None,
     end_fill: int,
     prompt: Example | None,
-) -> tuple[list[int], list[bool]]:
-    """Ids of prompt and text with gaps of these lengths, and True at the gaps."""
-    ids: list[int] = []
-    is_gap: list[bool] = []
+) -> Example:
+    """Prompt and text with gaps of these lengths; `src_mask` False = a gap."""
+    row = Example([], [])
     next_length = iter(lengths)
     for part in part_ids:
         piece = [0] * next(next_length) if part is None else part
-        ids += piece
-        is_gap += [part is None] * len(piece)
+        row.input_ids += piece
+        row.src_mask += [part is not None] * len(piece)
     if end is not None:
-        ids += [end] * (1 + -(len(ids) + 1) % end_fill)
+        ends = 1 + -(len(row.input_ids) + 1) % end_fill
+        row = Example(row.input_ids + [end] * ends, row.src_mask + [True] * ends)
     before = [] if prompt is None else prompt.input_ids
-    return before + ids, [False] * len(before) + is_gap + [False] * (len(ids) - len(is_gap))
+    return Example(before + row.input_ids, [True] * len(before) + row.src_mask)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,14 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StoppingCriteria
 
+from unmask.data.collate import collate
 from unmask.data.encode import Encoder, Example, document_ids
 from unmask.data.files import read_records
-from unmask.data.records import ROLES, RecordError, Turn, detect_format, to_conversation
-from unmask.errors import UnmaskError
-from unmask.io import check_output_file
+from unmask.data.records import ROLES, Conversation, Turn, to_conversation
+from unmask.errors import UnmaskError, UnmaskWarning
 
 MISSING = "?"  # takes the place of a missing answer, so that a record without one is read like any other
-_ANSWER_FIELDS = {"prompt": "completion", "instruction": "output"}
 
 
 @dataclass
@@ -47,23 +48,11 @@ class Completion:
         return len(self.ids) / max(1, self.num_forwards)
 
 
-def chat_turns(user: str, system: str | None = None) -> list[Turn]:
-    """Make the turns of a question."""
-    turns = [Turn("user", user)]
-    return turns if system is None else [Turn("system", system), *turns]
-
-
-def chat_example(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], tools: Sequence[Any] = ()
-) -> Example:
-    """Render turns with the checkpoint's chat template, up to where the next answer starts.
-
-    Raises:
-        UnmaskError: the tokenizer has no chat template, or the template refuses the turns.
-    """
+def chat_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    """Make the encoder of chat prompts; raises an `UnmaskError` for a tokenizer without a chat template."""
     if not tokenizer.chat_template:
         raise UnmaskError("the tokenizer has no chat template; give the prompt as plain text (--raw).")
-    return Encoder(tokenizer, layout="chat").prompt_example(turns, tools)
+    return Encoder(tokenizer, layout="chat")
 
 
 def raw_example(tokenizer: PreTrainedTokenizerBase, text: str) -> Example:
@@ -91,15 +80,12 @@ def prompt_example(
     Raises:
         UnmaskError: an empty prompt, or a tokenizer without a chat template, unless `raw`.
     """
-    if not text.strip() and not raw:
+    if raw:
+        return with_prefix(raw_example(tokenizer, text), prefix, tokenizer)
+    if not text.strip():
         raise UnmaskError("the prompt is empty; say something, or generate from nothing with --raw.")
-    example = raw_example(tokenizer, text) if raw else chat_example(tokenizer, chat_turns(text, system))
-    return with_prefix(example, prefix, tokenizer)
-
-
-def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends a response under the tokenizer's chat template."""
-    return Encoder(tokenizer, layout="chat").end_token_id
+    turns = [Turn("user", text)] if system is None else [Turn("system", system), Turn("user", text)]
+    return with_prefix(chat_encoder(tokenizer).prompt_example(turns), prefix, tokenizer)
 
 
 class StopStrings(StoppingCriteria):
@@ -168,11 +154,16 @@ def complete(
         indices = order[start : start + batch_size]
         if seeds is not None:
             settings["seed"] = [seeds[i] for i in indices] if isinstance(seeds, Sequence) else seeds
-        input_ids, attention_mask, src_mask = _left_padded([examples[i] for i in indices], model.device)
-        output = model.generate(input_ids, attention_mask, src_mask=src_mask, return_trace=True, **settings)
+        batch = collate([examples[i] for i in indices], pad_token_id=0, padding_side="left")
+        inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask", "src_mask")}
+        inputs["src_mask"] &= inputs["attention_mask"].bool()
+        output = model.generate(**inputs, return_trace=True, **settings)
         for row, index in enumerate(indices):
             in_answer = output.commit_step[row] >= 0
-            ids = output.sequences[row, input_ids.shape[1] :][in_answer].tolist()
+            ids = output.sequences[row, inputs["input_ids"].shape[1] :][in_answer].tolist()
+            states = output.states[row].tolist() if keep_states else []
+            while len(states) > 1 and states[-1] == states[-2]:  # fewer steps than others of the batch
+                states.pop()
             completions[index] = Completion(
                 stop_strings.cut(str(tokenizer.decode(ids, skip_special_tokens=True))),
                 ids,
@@ -180,30 +171,11 @@ def complete(
                 output.confidence[row, in_answer].tolist(),
                 output.entropy[row, in_answer].tolist(),
                 int(output.num_forwards[row]),
-                _without_repeats(output.states[row].tolist()) if keep_states else [],
+                states,
             )
         if advance is not None:
             advance(len(indices))
     return [completions[index] for index in range(len(prompts))]
-
-
-def _without_repeats(states: list[list[int]]) -> list[list[int]]:
-    """Without the repeated last state of a row that took fewer steps than others of its batch."""
-    count = len(states)
-    while count > 1 and states[count - 1] == states[count - 2]:
-        count -= 1
-    return states[:count]
-
-
-def _left_padded(rows: list[Example], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, attention mask and source mask of prompts, padded on the left."""
-    width = max(len(row.input_ids) for row in rows)
-    pads = [width - len(row.input_ids) for row in rows]
-    ids = [[0] * pad + row.input_ids for pad, row in zip(pads, rows, strict=True)]
-    source = [[False] * pad + row.src_mask for pad, row in zip(pads, rows, strict=True)]
-    is_token = torch.arange(width, device=device) >= torch.tensor(pads, device=device)[:, None]
-    input_ids = torch.tensor(ids, dtype=torch.long, device=device)
-    return input_ids, is_token, torch.tensor(source, dtype=torch.bool, device=device)
 
 
 # Files of prompts.
@@ -227,10 +199,10 @@ def read_prompts(
     system: str | None = None,
     prefix: str = "",
 ) -> list[Prompt]:
-    """Read prompts: records of any known format, or a `.txt` file with one prompt a line.
+    """Read prompts: records of any known format, or a `.txt` file with one prompt a line, blank ones skipped.
 
-    Everything before the last response of a record is its prompt; a record may lack that response. Blank
-    lines of a text file are skipped.
+    Everything before the last response of a record is its prompt; a record may lack that response. Warns of
+    fields that no prompt was made of.
 
     Args:
         raw: texts to continue without the chat template: lines, or the field "prompt" or "text".
@@ -241,65 +213,57 @@ def read_prompts(
         UnmaskError: the file or a record cannot be used, a prompt is empty, or there is none.
     """
     path, prompts = Path(file).expanduser(), []
+    unused: Counter[str] = Counter()
+    encoder = None if raw else chat_encoder(tokenizer)
     is_text = path.suffix.lower() == ".txt" and path.is_file()
     for record, location in _lines(path) if is_text else read_records(file):
-        tools: Sequence[Any] = ()
-        if raw:
+        if encoder is None:
             text = record.get("prompt", record.get("text"))
             if not isinstance(text, str):
                 raise UnmaskError(
                     f"{location}: with --raw a text is read from the field 'prompt' or 'text'; fields here:"
                     f" {', '.join(map(str, record))}."
                 )
+            example = raw_example(tokenizer, text)
         else:
-            turns, tools = prompt_turns(record, location)
+            asked = prompt_of(record, location)
+            unused.update(asked.unused)
+            turns = list(asked.turns)
             text = next(turn.content for turn in reversed(turns) if turn.role == "user")
             if system is not None and turns[0].role != "system":
-                turns = [Turn("system", system), *turns]
+                turns.insert(0, Turn("system", system))
+            example = encoder.prompt_example(turns, asked.tools)
         if not (text if raw else text.strip()):
             raise UnmaskError(f"{location}: the prompt is empty.")
-        example = raw_example(tokenizer, text) if raw else chat_example(tokenizer, turns, tools)
         prompts.append(Prompt(with_prefix(example, prefix, tokenizer), text, location))
     if not prompts:
         raise UnmaskError(f"{file}: there is no prompt in it.")
+    if unused:
+        names = ", ".join(f"{name} ({count:,})" for name, count in unused.items())
+        warnings.warn(f"{file}: fields not used: {names}.", UnmaskWarning, stacklevel=2)
     return prompts
 
 
-def prompt_turns(
-    record: Mapping[str, Any], location: str
-) -> tuple[list[Turn], tuple[Mapping[str, Any], ...]]:
-    """Read the turns of a record up to its last response, which it may lack, and its tools.
-
-    Raises:
-        UnmaskError: no known format fits, or a field cannot be used.
-    """
+def prompt_of(record: Mapping[str, Any], location: str) -> Conversation:
+    """Read a record up to its last response, which it may lack; raises an `UnmaskError` as `to_conversation`."""
     answer = {"role": "assistant", "content": MISSING}
-    lists = [name for name in ("messages", "conversations") if isinstance(record.get(name), list)]
-    for name in lists[:1]:
-        turns = record[name]
-        if not turns or _role(turns[-1]) != "assistant":
-            record = {**record, name: [*turns, answer]}
-    for name, answer_field in () if lists else _ANSWER_FIELDS.items():
-        if record.get(name) is not None and not (record.get(answer_field) or record.get("response")):
-            record = {**record, answer_field: [answer] if isinstance(record[name], list) else MISSING}
+    there = {name: value for name, value in record.items() if value is not None}
+    for name in ("messages", "conversations"):
+        if isinstance(turns := there.get(name), list):
+            if not turns or _role(turns[-1]) != "assistant":
+                there[name] = [*turns, answer]
             break
-    try:
-        format = detect_format(record, location)
-    except RecordError as error:
-        raise UnmaskError(
-            f"{location}: no known format has these fields: {', '.join(map(str, record))}; a prompt is read"
-            " from instruction, prompt, messages or conversations; rename the field that has it."
-        ) from error
-    conversation = to_conversation(record, format, where=location)
-    return list(conversation.turns[:-1]), conversation.tools
+    else:
+        for name, response in {"prompt": "completion", "instruction": "output"}.items():
+            if name in there and not (there.get(response) or there.get("response")):
+                there[response] = [answer] if isinstance(there[name], list) else MISSING
+                break
+    conversation = to_conversation(there, where=location)
+    return Conversation(conversation.turns[:-1], location, conversation.tools, conversation.unused)
 
 
 def check_lengths(prompts: Sequence[Prompt], max_new_tokens: int, positions: int) -> None:
-    """Check that every prompt leaves room for its answer.
-
-    Raises:
-        UnmaskError: names the first prompt that does not.
-    """
+    """Check that every prompt leaves room for its answer; an `UnmaskError` names the first that does not."""
     for prompt in prompts:
         size = len(prompt.example.input_ids)
         if size + max_new_tokens > positions:
@@ -311,16 +275,14 @@ def check_lengths(prompts: Sequence[Prompt], max_new_tokens: int, positions: int
 
 def _lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     """The lines of a text file that are not blank, as records, with their locations."""
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        location = f"{path.name} line {number}"
-        try:
-            text = line.removesuffix(b"\r").decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UnmaskError(
-                f"{location}: not UTF-8 text (byte {error.start + 1} of the line); save the file as UTF-8."
-            ) from error
-        if text.strip():
-            yield {"prompt": text}, location
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        line = bytes(error.object).count(b"\n", 0, error.start) + 1
+        raise UnmaskError(f"{path.name} line {line}: not UTF-8 text; save the file as UTF-8.") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield {"prompt": line}, f"{path.name} line {number}"
 
 
 def _role(message: Any) -> str | None:
@@ -347,15 +309,14 @@ def generate_answers(
     **settings: Any,
 ) -> list[dict[str, Any]]:
     """Answer prompts by `complete`; `prefix` is what they already begin the response with."""
-    done = complete(model, tokenizer, examples, seed=list(seeds), advance=advance, **settings)
     return [
         {
-            "response": prefix + completion.text,
-            "tokens": len(completion.ids),
-            "forwards": completion.num_forwards,
-            "tokens_per_forward": round(completion.tokens_per_forward, 4),
+            "response": prefix + done.text,
+            "tokens": len(done.ids),
+            "forwards": done.num_forwards,
+            "tokens_per_forward": round(done.tokens_per_forward, 4),
         }
-        for completion in done
+        for done in complete(model, tokenizer, examples, seed=list(seeds), advance=advance, **settings)
     ]
 
 
@@ -383,71 +344,55 @@ def answer_file(
 
     Returns:
         answers, tokens and forwards (denoising steps) of the whole file.
-
-    Raises:
-        UnmaskError: `out` is of other prompts or settings.
     """
-    head = {"settings": dict(settings or {})}
     heads: list[dict[str, Any]] = [
-        {"index": index, "sample": sample, "seed": seed + sample, **head, "prompt": prompt.text}
+        {
+            "index": index,
+            "sample": i,
+            "seed": seed + i,
+            "settings": dict(settings or {}),
+            "prompt": prompt.text,
+        }
         for index, prompt in enumerate(prompts)
-        for sample in range(samples)
+        for i in range(samples)
     ]
-    totals = {"answers": 0, "tokens": 0, "forwards": 0}
-    done, size = _read_answers(out, heads, totals) if resume and out.exists() else (0, 0)
-    if advance is not None and done:
-        advance(done)
+    data = out.read_bytes() if resume and out.exists() else b""
+    size = data.rfind(b"\n") + 1  # of whole lines
+    lines = _read_answers(data[:size].splitlines(), heads, out)
+    totals = Counter({"answers": 0, "tokens": 0, "forwards": 0})
+    for line in lines:
+        totals.update(answers=1, tokens=line.get("tokens", 0), forwards=line.get("forwards", 0))
+    if advance is not None and lines:
+        advance(len(lines))
     with out.open("r+b" if size else "wb") as file:
         file.truncate(size)
         file.seek(size)
-        for start in range(done, len(heads), flush_every):
+        for start in range(len(lines), len(heads), flush_every):
             batch = heads[start : start + flush_every]
             examples = [prompts[head["index"]].example for head in batch]
             answers = answer(examples, [head["seed"] for head in batch], advance)
-            for head, fields in zip(batch, answers, strict=True):
-                line = {**head, **fields}
-                _count(line, totals)
-                file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            for head, line in zip(batch, answers, strict=True):
+                totals.update(answers=1, tokens=line.get("tokens", 0), forwards=line.get("forwards", 0))
+                file.write(json.dumps({**head, **line}, ensure_ascii=False).encode() + b"\n")
             file.flush()
-    return totals
+    return dict(totals)
 
 
-def check_out(out: Path, resume: bool) -> None:
-    """Check that answers can be written, before the model is loaded.
-
-    Raises:
-        UnmaskError: the file exists and `resume` is False, or it cannot be written.
-    """
-    check_output_file(out, "--out")
-    if out.exists() and not resume:
-        raise UnmaskError(f"--out: {out} exists already; --resume continues it, or remove it.")
-
-
-def _read_answers(out: Path, heads: Sequence[Mapping[str, Any]], totals: dict[str, int]) -> tuple[int, int]:
-    """Count the complete lines of `out` and their bytes, after a check against the heads."""
-    data = out.read_bytes()
-    size = data.rfind(b"\n") + 1
-    lines = data[:size].splitlines()
-    if len(lines) > len(heads):
-        raise UnmaskError(f"{out}: has {len(lines):,} answers, but there are {len(heads):,} to give.")
-    for number, (text, head) in enumerate(zip(lines, heads, strict=False), 1):
+def _read_answers(texts: list[bytes], heads: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
+    """Read the lines of a file of answers, which must begin with the heads."""
+    if len(texts) > len(heads):
+        raise UnmaskError(f"{out}: has {len(texts):,} answers, but there are {len(heads):,} to give.")
+    lines: list[dict[str, Any]] = []
+    for number, (text, head) in enumerate(zip(texts, heads, strict=False), 1):
         try:
             line = json.loads(text)
-            old, new = ({**fields, **fields["settings"], "settings": None} for fields in (line, head))
-            names = (*head, *line["settings"], *head["settings"])
-            _count(line, totals)
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            changed = [name for name in head if line[name] != head[name]]
+        except (ValueError, KeyError, TypeError) as error:
             raise UnmaskError(f"{out} line {number}: is not an answer; remove the file.") from error
-        for name in names:
-            if old.get(name) != new.get(name):
-                raise UnmaskError(
-                    f"{out} line {number}: {name} is {old.get(name)!r}, now it would be {new.get(name)!r};"
-                    " resume with the same prompts and settings, or write another file."
-                )
-    return len(lines), size
-
-
-def _count(line: Mapping[str, Any], totals: dict[str, int]) -> None:
-    totals["answers"] += 1
-    totals["tokens"] += line.get("tokens", 0)
-    totals["forwards"] += line.get("forwards", 0)
+        for name in changed:
+            raise UnmaskError(
+                f"{out} line {number}: {name} is {line[name]!r}, now it would be {head[name]!r};"
+                " resume with the same prompts and settings, or write another file."
+            )
+        lines.append(line)
+    return lines
