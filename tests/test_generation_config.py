@@ -51,14 +51,6 @@ def test_a_setting_that_cannot_be_is_named(name: str, values: list[Any], others:
         with pytest.raises(UnmaskError, match=name if value != "entropi" else "entropy") as caught:
             DiffusionGenerationConfig(**others, **{name: value})
         assert "\n" not in str(caught.value)
-        with pytest.raises(UnmaskError, match=name if value != "entropi" else "entropy"):
-            DiffusionGenerationConfig().set(**others, **{name: value})
-
-
-def test_the_nearest_setting_or_the_one_used_instead_is_said() -> None:
-    for name, hint in (("max_new_token", "max_new_tokens"), ("do_sample", "temperature")):
-        with pytest.raises(UnmaskError, match=hint):
-            tiny_model().generate(random_ids(1, 3), **{name: True})
 
 
 def test_the_settings_imply_the_policy() -> None:
@@ -88,16 +80,8 @@ def test_the_models_config_is_the_default_and_stays_as_it_is() -> None:
 
 
 def test_generation_config_survives_saving(tmp_path: Path) -> None:
-    settings = {
-        "max_new_tokens": 7,
-        "steps": 3,
-        "temperature": 0.5,
-        "seed": 4,
-        "mask_token_id": 31,
-        "eos_token_id": [1, 2],
-        "pad_token_id": 0,
-        "suppress_tokens": [5, 6],
-    }
+    settings = {"max_new_tokens": 7, "steps": 3, "temperature": 0.5, "seed": 4, "mask_token_id": 31}
+    settings |= {"eos_token_id": [1, 2], "pad_token_id": 0, "suppress_tokens": [5, 6]}
     model = tiny_model()
     model.generation_config = DiffusionGenerationConfig(**settings)
     model.save_pretrained(tmp_path)

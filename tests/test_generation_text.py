@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from unmask.data.encode import Encoder
 from unmask.data.records import Conversation, Turn
 from unmask.data.tokenizer import byte_tokenizer
-from unmask.errors import UnmaskError
+from unmask.errors import UnmaskError, UnmaskWarning
 from unmask.generation.text import (
     StopStrings,
     answer_file,
@@ -41,40 +41,23 @@ def model() -> Any:
 # Completions.
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_completions_come_in_order_and_do_not_depend_on_the_batch(
-    model: Any, tokenizer: PreTrainedTokenizerBase, temperature: float
+@pytest.mark.parametrize("fields", [{}, {"attention": "block_causal", "block_length": 4}], ids=str)
+def test_a_completion_is_what_generate_returns_in_any_batch(
+    tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any]
 ) -> None:
-    settings = {"temperature": temperature, **SETTINGS}
-    alone = [complete(model, tokenizer, [ids], **settings)[0] for ids in PROMPTS]
-    assert len({tuple(done.ids) for done in alone}) > 3
-    for batch_size in (2, 4, 64):
-        assert complete(model, tokenizer, PROMPTS, batch_size=batch_size, **settings) == alone
-    assert complete(model, tokenizer, []) == []
-
-
-def test_a_completion_is_what_generate_returns(tokenizer: PreTrainedTokenizerBase) -> None:
-    for fields in ({}, {"attention": "block_causal", "block_length": 4}):
-        model = byte_model(**fields).double().eval()
-        for ids, done in zip(PROMPTS, complete(model, tokenizer, PROMPTS, **SETTINGS), strict=True):
-            prompt = torch.tensor([ids], dtype=torch.long)
-            out = model.generate(prompt, return_trace=True, **SETTINGS)
-            in_answer = out.commit_step[0] >= 0
-            assert done.ids == out.sequences[0, len(ids) :][in_answer].tolist()
-            assert done.commit_step == out.commit_step[0][in_answer].tolist()
-            assert done.text == tokenizer.decode(done.ids, skip_special_tokens=True)
-            assert done.num_forwards == out.num_forwards.item() and done.states == []
-
-
-def test_special_tokens_are_not_part_of_the_text_and_progress_is_told(
-    model: Any, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    only_end = [i for i in range(259) if i != 258]
+    model, settings = byte_model(**fields).double().eval(), {"temperature": 1.0, **SETTINGS}
     counts: list[int] = []
-    settings = {"max_new_tokens": 4, "suppress_tokens": only_end, "batch_size": 4}
-    for done in complete(model, tokenizer, PROMPTS, advance=counts.append, **settings):
-        assert done.ids[-1] == 258 and done.text == ""
-    assert counts == [4, 2]
+    found = complete(model, tokenizer, PROMPTS, batch_size=4, advance=counts.append, **settings)
+    assert counts == [4, 2] and len({tuple(done.ids) for done in found}) > 3
+    for ids, done in zip(PROMPTS, found, strict=True):
+        out = model.generate(torch.tensor([ids], dtype=torch.long), return_trace=True, **settings)
+        in_answer = out.commit_step[0] >= 0
+        assert done.ids == out.sequences[0, len(ids) :][in_answer].tolist()
+        assert done.commit_step == out.commit_step[0][in_answer].tolist()
+        assert done.text == tokenizer.decode(done.ids, skip_special_tokens=True)
+        assert done.num_forwards == out.num_forwards.item() and done.states == []
+    assert complete(model, tokenizer, PROMPTS, **settings) == found
+    assert complete(model, tokenizer, []) == []
     with pytest.raises(UnmaskError, match="300 tokens"):
         complete(model, tokenizer, [list(b"x" * 300)], max_new_tokens=4)
 
@@ -116,7 +99,7 @@ def test_prompts_that_cannot_be(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def test_earlier_responses_are_cut_into_blocks_as_in_training(tokenizer: PreTrainedTokenizerBase) -> None:
     model = byte_model(attention="block_causal", block_length=4).double().eval()
-    turns = [Turn("user", "Hi"), Turn("assistant", "Yes indeed"), Turn("user", "And?")]
+    turns = (Turn("user", "Hi"), Turn("assistant", "Yes indeed"), Turn("user", "And?"))
     example = chat_encoder(tokenizer).prompt_example(turns)
     [done] = complete(model, tokenizer, [example], max_new_tokens=1)
     # Training masks the last token of the same conversation, and sees it by its own forward pass.
@@ -185,11 +168,10 @@ def written(tmp_path: Path, name: str, data: bytes | str) -> Path:
         ({"messages": [USER, SAID]}, ["Hi"]),
         ({"messages": [USER, SAID, USER]}, ["Hi", "Yes?", "Hi"]),
         ({"conversations": [{"from": "human", "value": "Hi"}]}, ["Hi"]),
-        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "a"}]}, ["Hi"]),
         ({"prompt": "Hi"}, ["Hi"]),
         ({"prompt": "Hi", "completion": ""}, ["Hi"]),
         ({"prompt": [USER, SAID, USER]}, ["Hi", "Yes?", "Hi"]),
-        ({"prompt": "Hi", "completion": "a"}, ["Hi"]),
+        ({"prompt": "Hi", "completion": "a", "messages": None}, ["Hi"]),
         ({"instruction": "Hi", "input": "2"}, ["Hi\n2"]),
         ({"instruction": "Hi", "output": "a", "history": [["x", "y"]]}, ["x", "y", "Hi"]),
         ({"instruction": "Hi", "response": "a"}, ["Hi"]),
@@ -197,14 +179,6 @@ def written(tmp_path: Path, name: str, data: bytes | str) -> Path:
 )
 def test_everything_before_the_last_response_is_the_prompt(record: dict[str, Any], turns: list[str]) -> None:
     assert [turn.content for turn in prompt_of(record, "x line 1").turns] == turns
-
-
-def test_a_history_is_cut_as_training_cuts_it(tokenizer: PreTrainedTokenizerBase) -> None:
-    turns = prompt_of({"messages": [USER, SAID, USER]}, "x").turns
-    example = chat_encoder(tokenizer).prompt_example(turns)
-    assert example.input_ids == Encoder(tokenizer, layout="chat").encode_prompt(turns)
-    maskable = [i for i, source in zip(example.input_ids, example.src_mask, strict=True) if not source]
-    assert maskable == [*b"Yes?", 258]
 
 
 def test_a_text_file_has_a_prompt_a_line(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -219,12 +193,13 @@ def test_a_text_file_has_a_prompt_a_line(tmp_path: Path, tokenizer: PreTrainedTo
         check_lengths([one], 7, len(one.example.input_ids) + 6)
 
 
-def test_a_system_prompt_is_for_those_that_have_none(
+def test_a_system_prompt_is_for_those_that_have_none_and_unused_fields_are_named(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    lines = [{"prompt": "a"}, {"messages": [{"role": "system", "content": "own"}, USER]}]
+    lines = [{"prompt": "a", "source": "x"}, {"messages": [{"role": "system", "content": "own"}, USER]}]
     file = written(tmp_path, "p.jsonl", "\n".join(map(json.dumps, lines)))
-    one, two = read_prompts(file, tokenizer, system="Be short.")
+    with pytest.warns(UnmaskWarning, match=r"fields not used: source \(1\)"):
+        one, two = read_prompts(file, tokenizer, system="Be short.")
     assert one.example == prompt_example(tokenizer, "a", system="Be short.")
     assert two.example == prompt_example(tokenizer, "Hi", system="own")
 
@@ -232,7 +207,7 @@ def test_a_system_prompt_is_for_those_that_have_none(
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("p.txt", b"a\nb\xff\n", r"p.txt line 2: .*UTF-8"),
+        ("p.txt", b"a\nb\xff\n", "p.txt line 2: "),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}', "p.jsonl line 2: "),
         ("p.txt", b"\n \n", "no prompt"),
         ("p.jsonl", b'{"prompt": " "}', "p.jsonl line 1: .*empty"),
@@ -269,13 +244,12 @@ def test_a_killed_run_resumes(tmp_path: Path, model: Any, tokenizer: PreTrainedT
         "forwards": sum(line["forwards"] for line in lines),
     }
     data = whole.read_bytes()
-    for size in (0, 10, len(data) // 2, len(data) - 1, len(data)):
+    for size in (0, 10, len(data) // 2, len(data)):
         part = written(tmp_path, "part.jsonl", data[:size])
         assert answer_file(answer, prompts, part, resume=True, **run) == totals
         assert part.read_bytes() == data
     for other, message in (
-        ({**run, "settings": {"steps": 3}}, "line 1: settings is .*4.*3"),
-        ({**run, "settings": {}}, "line 1: settings is "),
+        ({**run, "settings": {"steps": 3}}, "line 1: settings"),
         ({**run, "seed": 6}, "line 1: seed is 5, now it would be 6"),
         ({**run, "samples": 1}, "8 answers"),
     ):
@@ -285,20 +259,11 @@ def test_a_killed_run_resumes(tmp_path: Path, model: Any, tokenizer: PreTrainedT
         answer_file(answer, prompts, written(tmp_path, "x.jsonl", "what\n"), resume=True, **run)
     assert whole.read_bytes() == data
 
-
-def test_a_run_that_is_killed_twice_leaves_whole_lines(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    prompts = read_prompts(written(tmp_path, "p.txt", "a\nb"), tokenizer, raw=True)
-
     def killed(*_: Any) -> list[dict[str, Any]]:
         raise KeyboardInterrupt
 
-    out = tmp_path / "a.jsonl"
-    answer_file(lambda *_: [{"response": "x"}], prompts, out, flush_every=1)
-    data = out.read_bytes()
     first = data.index(b"\n") + 1
-    out.write_bytes(data[: first + 20])
-    with pytest.raises(KeyboardInterrupt):
-        answer_file(killed, prompts, out, resume=True)
-    assert out.read_bytes() == data[:first]
+    part = written(tmp_path, "part.jsonl", data[: first + 20])
+    with pytest.raises(KeyboardInterrupt):  # killed again
+        answer_file(killed, prompts, part, resume=True, **run)
+    assert part.read_bytes() == data[:first]

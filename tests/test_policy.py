@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import chi_square_p
+from tiny import assert_rate, chi_square_p
 
 from unmask.errors import UnmaskError
 from unmask.generation.policy import (
@@ -29,7 +29,7 @@ from unmask.generation.policy import (
 
 
 @given(canvas=st.integers(1, 200), data=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100)
 def test_steps_are_shared_out_over_the_blocks(canvas: int, data: st.DataObject) -> None:
     block_length = data.draw(st.integers(1, canvas))
     sizes = [min(block_length, canvas - start) for start in range(0, canvas, block_length)]
@@ -43,10 +43,6 @@ def test_steps_are_shared_out_over_the_blocks(canvas: int, data: st.DataObject) 
 
 
 def test_shares_of_steps() -> None:
-    assert share_steps(12, [4, 4, 4]) == [4, 4, 4]
-    assert share_steps(6, [4, 4, 4]) == [2, 2, 2]
-    assert share_steps(5, [10]) == [5]
-    assert share_steps(3, [4, 4, 1]) == [1, 1, 1]
     assert share_steps(4, [1, 4, 3]) == [1, 1, 2]  # the rest of a prompt's block, then whole ones
     with pytest.raises(UnmaskError, match="steps"):
         share_steps(2, [4, 4, 1])
@@ -55,14 +51,14 @@ def test_shares_of_steps() -> None:
 @given(
     rows=st.lists(
         st.lists(
-            st.tuples(st.sampled_from([0.0, 0.1, 0.5, 0.5, 0.9, 1.0]), st.booleans()), min_size=4, max_size=4
+            st.tuples(st.sampled_from([-1.0, 0.0, 0.1, 0.5, 0.5, 1.0]), st.booleans()), min_size=4, max_size=4
         ),
         min_size=1,
         max_size=4,
     ),
     count=st.integers(0, 6),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100)
 def test_most_confident_equals_sorting(rows: list[list[tuple[float, bool]]], count: int) -> None:
     confidence = torch.tensor([[value for value, _ in row] for row in rows])
     candidates = torch.tensor([[open_ for _, open_ in row] for row in rows])
@@ -73,17 +69,12 @@ def test_most_confident_equals_sorting(rows: list[list[tuple[float, bool]]], cou
 
 
 def test_ties_go_to_the_leftmost_and_counts_may_differ_between_rows() -> None:
-    chosen = most_confident(torch.full((1, 5), 0.25), torch.tensor([[False, True, True, True, True]]), 2)
-    assert chosen.tolist() == [[False, True, True, False, False]]
     wide = torch.arange(5000)[None] % 3 / 3  # long enough for a sort that does not keep order to show
     chosen = most_confident(wide, torch.ones(1, 5000, dtype=torch.bool), 700)
     assert chosen[0].nonzero()[:, 0].tolist() == list(range(2, 2100, 3))
     confidence = torch.tensor([[0.1, 0.2, 0.3]] * 3)
     chosen = most_confident(confidence, torch.ones(3, 3, dtype=torch.bool), torch.tensor([0, 1, 5]))
     assert chosen.tolist() == [[False] * 3, [False, False, True], [True] * 3]
-    for value in (0.0, -1.0):  # a candidate without confidence is taken all the same
-        chosen = most_confident(torch.full((1, 2), value), torch.tensor([[False, True]]), 2)
-        assert chosen.tolist() == [[False, True]]
 
 
 # Policies against plain loops over one row.
@@ -175,22 +166,19 @@ def test_the_order_at_a_temperature_is_drawn_without_replacement() -> None:
     taken = Ranked(RANKED["maskgit_plus"], alg_temp=0.5)(proposal)
     assert not taken[:, 1].any() and (taken.sum(dim=1) == 1).all()
     p = torch.softmax(torch.tensor([0.9, 0.7]) / 0.5, dim=0)[0].item()
-    share = taken[:, 0].double().mean().item()
-    assert abs(share - p) < 5 * (p * (1 - p) / n) ** 0.5  # fails by chance once in a million seeds
+    assert_rate(taken[:, 0], p)
     cold = Ranked(RANKED["maskgit_plus"], alg_temp=1e-4)(proposal)
     assert cold[:, 0].all()
 
 
 def test_random_order_is_one_order_and_uniform() -> None:
     n, length = 6000, 3
-    proposal = random_proposal(n, length)
-    every = proposal._replace(
+    every = random_proposal(n, length)._replace(
         candidates=torch.ones(n, length, dtype=torch.bool), quota=torch.ones(n, dtype=torch.long)
     )
     first = Ranked(RANKED["random"])(every)
     assert torch.equal(first, Ranked(RANKED["random"])(every._replace(step=every.step + 1)))
-    shares = first.double().mean(dim=0)
-    assert (shares - 1 / 3).abs().max() < 5 * (2 / 9 / n) ** 0.5
+    assert_rate(first, 1 / 3)
 
 
 def test_the_ancestral_sampler_gives_every_token_an_even_step() -> None:

@@ -30,9 +30,6 @@ def test_masks_become_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     # Steps between these committed tokens after the end.
     assert [int(line.split()[0]) for line in plain(list(b"abc"), [4, 1, 9], tokenizer)] == [2, 5, 10]
     assert plain([], [], tokenizer) == []
-
-
-def test_new_tokens_are_green_and_masks_grey(tokenizer: PreTrainedTokenizerBase) -> None:
     first, last = trace_lines(list(b"abc"), [1, 0, 1], tokenizer)
     styles = {last.plain[span.start : span.end]: str(span.style) for span in last.spans}
     assert styles["a"] == styles["c"] == "bold green" and styles["b"] == "default"
@@ -40,8 +37,7 @@ def test_new_tokens_are_green_and_masks_grey(tokenizer: PreTrainedTokenizerBase)
     assert masks == {"bright_black"}
 
 
-@pytest.mark.parametrize("frames", [1, 2, 6, 100])
-@pytest.mark.parametrize("length", [1, 5, 20])
+@pytest.mark.parametrize(("frames", "length"), [(1, 5), (2, 1), (6, 20), (100, 20)])
 def test_lines_are_spread_over_the_steps_and_end_with_the_whole(
     tokenizer: PreTrainedTokenizerBase, frames: int, length: int
 ) -> None:
