@@ -16,8 +16,7 @@ from training_step import loss_of, noise_of
 
 from unmask import byte_tokenizer, load_model, load_tokenizer
 from unmask.errors import UnmaskError
-from unmask.model.adapter import DiffusionAdapter, add_adapter, load_adapter, merge
-from unmask.model.checkpoint import fingerprint, fit_to_tokenizer, save_checkpoint
+from unmask.model.checkpoint import add_adapter, fingerprint, fit_to_tokenizer, merge, save_checkpoint
 
 MASK = 259
 
@@ -28,7 +27,7 @@ def base(tmp_path: Path) -> Path:
     return autoregressive_folder(tmp_path / "base", vocab_size=259, dtype=torch.float64)
 
 
-def adapted(base: Path, **settings: Any) -> DiffusionAdapter:
+def adapted(base: Path, **settings: Any) -> Any:
     """A model with an adapter that changes what it says, in evaluation mode."""
     model: Any = load_model(str(base), convert_base=True)
     model.config.base_fingerprint = fingerprint(model)
@@ -184,7 +183,7 @@ def test_bad_folders(base: Path, tmp_path: Path, spoil: Callable[[Path, Path], N
     save_checkpoint(adapted(base), byte_tokenizer(), folder)  # type: ignore[arg-type]
     spoil(tmp_path, folder)
     with pytest.raises(UnmaskError, match=named) as caught:
-        load_adapter(str(folder))
+        load_model(str(folder))
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 

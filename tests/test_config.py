@@ -16,7 +16,7 @@ from unmask import load_model
 from unmask.errors import UnmaskError
 from unmask.model.attention import registered_name
 from unmask.model.config import FIELDS
-from unmask.model.families import MODEL_CLASSES
+from unmask.model.denoiser import MODEL_CLASSES
 
 QWEN3_VOCAB = {"vocab_size": 151936, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1}
 

@@ -18,7 +18,7 @@ from transformers import Qwen3ForCausalLM as StockQwen3
 from unmask.diffusion.corrupt import sample_t, transition
 from unmask.diffusion.objective import Objective
 from unmask.errors import UnmaskError
-from unmask.model import inputs
+from unmask.model import denoiser
 
 MASK = 31
 BLOCKS: dict[str, Any] = {"attention": "block_causal", "block_length": 3}
@@ -151,7 +151,7 @@ def test_pretrain_masks_any_token_and_sft_the_response_alone() -> None:
 
 def test_pretrain_ignores_src_mask_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(inputs.logger, "warning_once", said.append)
+    monkeypatch.setattr(denoiser.logger, "warning_once", said.append)
     model, ids, seeds = tiny_model(), random_ids(2, 6), torch.arange(2)
     everything = torch.ones(2, 6, dtype=torch.bool)
     with_mask = loss_of(model, ids, src_mask=everything, noise_seed=seeds)

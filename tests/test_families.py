@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import unmask
 from unmask.errors import UnmaskError
 from unmask.model.config import FIELDS
-from unmask.model.families import MODEL_CLASSES
+from unmask.model.denoiser import MODEL_CLASSES
 
 CLASSES = {family: MODEL_CLASSES[f"unmask_{family}"] for family in FAMILIES}
 every_family = pytest.mark.parametrize("family", FAMILIES)

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from tiny import (
     FAMILIES,
     STOCK,
@@ -25,7 +23,7 @@ from training_step import logits_of, loss_of, noise_of
 from unmask.diffusion.attention import row_layout
 from unmask.diffusion.objective import Objective
 from unmask.errors import UnmaskError
-from unmask.model.attention import KERNELS, AttentionInputs, pack_tokens, run_backbone
+from unmask.model.attention import KERNELS, run_backbone
 
 # Segment of each column, 0 = padding. Padding stands between documents, inside them and at both ends.
 SEGMENTS = torch.tensor(
@@ -87,9 +85,9 @@ def test_the_output_is_that_of_the_stock_model(family: str, kernel: str) -> None
 
 def test_a_library_that_drops_our_arguments_is_found_out() -> None:
     stock = tiny_stock_model()  # with its own attention function, which does not take them
-    inputs = AttentionInputs(torch.arange(5)[None])
+    layout = row_layout(torch.ones(1, 5, dtype=torch.bool))
     with pytest.raises(UnmaskError, match=r"passed the attention inputs to 0 of 2 layers.*constraints.txt"):
-        run_backbone(stock.model, random_ids(1, 5), None, inputs)
+        run_backbone(stock.model, random_ids(1, 5), layout)
 
 
 def test_the_backbone_may_be_called_directly() -> None:
@@ -152,25 +150,6 @@ def test_flex_attention_gives_the_same(fields: dict[str, Any]) -> None:
 
 
 # Documents one after another
-
-
-@given(rows=st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6), min_size=1, max_size=4))
-def test_packed_tokens_are_every_token_once_document_by_document(rows: list[list[int]]) -> None:
-    rows = [sorted(row) for row in rows]  # 0 is padding here, and the tokens of a document stand together
-    segments = torch.tensor(rows)
-    packed = pack_tokens(row_layout(segments > 0, segments))
-    documents = [(row, one) for row in range(len(rows)) for one in (1, 2, 3) if one in rows[row]]
-    if not documents:
-        assert packed.place.tolist() == [0]
-        assert packed.ends == [0, 1]
-        return
-    place = torch.arange(segments.numel()).view(segments.shape)
-    assert packed.take(place)[0].tolist() == place[segments > 0].tolist()
-    sizes = [rows[row].count(one) for row, one in documents]
-    assert packed.ends == [0, *torch.tensor(sizes).cumsum(0).tolist()]
-    hidden = packed.take(place)[..., None] + 0.5
-    back = packed.put_back(hidden, segments.shape)
-    assert torch.equal(back[..., 0], torch.where(segments > 0, place + 0.5, 0.0))
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unmask.data.tokenizer import byte_tokenizer
 from unmask.model.config import diffusion_values
-from unmask.model.families import MODEL_CLASSES
+from unmask.model.denoiser import MODEL_CLASSES
 
 FAMILIES = ("qwen3", "qwen2", "llama")
 STOCK: dict[str, tuple[Any, Any]] = {

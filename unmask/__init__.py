@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from unmask.model.config import LlamaDiffusionConfig as LlamaDiffusionConfig
     from unmask.model.config import Qwen2DiffusionConfig as Qwen2DiffusionConfig
     from unmask.model.config import Qwen3DiffusionConfig as Qwen3DiffusionConfig
-    from unmask.model.families import LlamaForCausalLM as LlamaForCausalLM
-    from unmask.model.families import Qwen2ForCausalLM as Qwen2ForCausalLM
-    from unmask.model.families import Qwen3ForCausalLM as Qwen3ForCausalLM
+    from unmask.model.denoiser import LlamaForCausalLM as LlamaForCausalLM
+    from unmask.model.denoiser import Qwen2ForCausalLM as Qwen2ForCausalLM
+    from unmask.model.denoiser import Qwen3ForCausalLM as Qwen3ForCausalLM
     from unmask.training.train import train as train
 
 __version__ = "0.1.0"
@@ -65,9 +65,9 @@ _MODULE_OF = {
     "Qwen2DiffusionConfig": "model.config",
     "Qwen3DiffusionConfig": "model.config",
     "convert": "model.checkpoint",
-    "LlamaForCausalLM": "model.families",
-    "Qwen2ForCausalLM": "model.families",
-    "Qwen3ForCausalLM": "model.families",
+    "LlamaForCausalLM": "model.denoiser",
+    "Qwen2ForCausalLM": "model.denoiser",
+    "Qwen3ForCausalLM": "model.denoiser",
     "Recipe": "config",
     "load_recipe": "config",
     "train": "training.train",

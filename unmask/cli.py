@@ -245,7 +245,7 @@ def merge(
 ) -> None:
     """Add an adapter to the weights it was trained on: a plain diffusion checkpoint."""
     hide_progress_bars()
-    from unmask.model.adapter import merge as run
+    from unmask.model.checkpoint import merge as run
 
     model, _ = run(adapter, out)
     print(f"{out}: {type(model).__name__}, {model.num_parameters():,} parameters, {model.dtype}")

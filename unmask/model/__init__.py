@@ -1,3 +1,3 @@
 """Stock transformers models with the masked-diffusion contract; importing it registers the Auto classes."""
 
-from unmask.model import families as families
+from unmask.model import denoiser as denoiser

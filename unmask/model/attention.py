@@ -1,27 +1,32 @@
-"""The one attention function of our models, and what a forward pass tells it.
+"""The one attention function of our models, and how a batch is laid out for it.
 
 It is registered with transformers' `AttentionInterface`, the documented door: whatever is passed to
 `model(...)` as `unmask_inputs` arrives here in every layer, next to a complete 4-D attention mask. Stock code
 computes everything else. Should a version of transformers stop handing it over, `run_backbone` says so.
 
-Shapes: B batch, L sequence, Q query columns, K key columns, S columns of a cache seen, T tokens of the batch,
-D its documents, H hidden size, N heads, E size of a head.
+Rows without padding are computed as a batch. Other rows become documents one after another in one long row,
+and each attends to its own tokens alone, by one call a document on a CPU and by torch's variable-length kernel
+on CUDA. So padding costs nothing, and a row's sums are the same in any batch, to the bit.
+
+Shapes: B batch, L sequence, Q query columns, K key columns, T tokens of a batch, H hidden size, N heads, E size
+of a head.
 """
 
 from __future__ import annotations
 
 from functools import cache, partial
-from itertools import pairwise
+from inspect import signature
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, __version__
 from transformers.masking_utils import sdpa_mask
 
-from unmask.diffusion.attention import Layout
+from unmask.diffusion.attention import Layout, attend_tokens, attend_within_documents
 from unmask.errors import UnmaskError
 
 KERNELS = ("auto", "sdpa", "eager", "flex_attention")
@@ -43,113 +48,106 @@ def registered_name(requested: str | None) -> str:
     return _PREFIX + kernel
 
 
-class PackedTokens(NamedTuple):
-    """The tokens of a batch in one row, document after document, without padding."""
-
-    place: Int[Tensor, "T"]
-    """Index in the flattened batch of each token."""
-    ends: list[int]
-    """0, then the end of each document in the row."""
-
-    def take(self, values: Tensor) -> Tensor:
-        """Take (B, L) values of the tokens as one row (1, T)."""
-        return values.flatten()[self.place][None]
-
-    def put_back(self, hidden: Float[Tensor, "1 T H"], shape: torch.Size) -> Float[Tensor, "B L H"]:
-        """Put the rows of `hidden` back to their tokens' places; zeros at padding."""
-        rows = hidden.new_zeros(shape.numel(), hidden.shape[-1])
-        return rows.index_copy(0, self.place, hidden[0]).view(*shape, -1)
-
-
-def pack_tokens(layout: Layout) -> PackedTokens:
-    """Put the documents of a batch one after another; a batch without a token keeps one place."""
-    place = layout.is_token.flatten().nonzero()[:, 0]
-    if not len(place):
-        place = place.new_zeros(1)
-    length = layout.document.shape[1]
-    document = (place // length) * length + layout.document.flatten()[place]
-    _, sizes = document.unique_consecutive(return_counts=True)
-    return PackedTokens(place, [0, *sizes.cumsum(0).tolist()])
-
-
 class KVCache:
-    """Keys and values by slot and column, written in place by every forward pass that is given it.
-
-    Args:
-        slots: rows it has room for.
-        columns: longest row, in columns. Column number `columns` is one that nobody sees.
-    """
+    """Keys and values (slots * columns, N, E) of each layer, written in place by every forward pass."""
 
     def __init__(self, slots: int, columns: int):
         self.slots, self.columns = slots, columns
         self.layers: list[tuple[Tensor, Tensor]] = []
 
-    def at(self, rows: Int[Tensor, "R"], columns: Int[Tensor, "R K"], position: Tensor) -> CacheColumns:
-        """Say where a forward pass writes; arguments as in `CacheColumns`."""
-        everyone = len(rows) == self.slots and rows.tolist() == list(range(self.slots))
-        return CacheColumns(self, rows, columns, position, everyone)
-
-    def update(self, layer: int, keys: Tensor, values: Tensor, at: CacheColumns) -> tuple[Tensor, Tensor]:
-        """Write keys and values (R, N, K, E) of a layer; return those of the columns seen (R, N, S, E)."""
+    def write(self, layer: int, place: Int[Tensor, "T"], *states: Tensor) -> tuple[Tensor, Tensor]:
+        """Write keys and values (1, N, T, E) of a layer at `place`; return all of them."""
         if layer == len(self.layers):
-            shape = (self.slots, self.columns + 1, keys.shape[1], keys.shape[3])
-            self.layers.append((keys.new_zeros(shape), values.new_zeros(shape)))
-        seen = at.position.shape[1]
-        states = []
-        for cached, new in zip(self.layers[layer], (keys, values), strict=True):
-            cached[at.rows[:, None], at.columns] = new.transpose(1, 2)
-            own = cached[:, :seen] if at.everyone else cached[at.rows, :seen]
-            states.append(own.transpose(1, 2))
-        return states[0], states[1]
+            _, heads, _, size = states[0].shape
+            shape = (self.slots * self.columns, heads, size)
+            self.layers.append((states[0].new_zeros(shape), states[1].new_zeros(shape)))
+        for cached, new in zip(self.layers[layer], states, strict=True):
+            cached[place] = new[0].transpose(0, 1)
+        return self.layers[layer]
 
 
-class CacheColumns(NamedTuple):
-    """Which columns a forward pass computes and writes, and which it sees."""
+class CachedRows(NamedTuple):
+    """What a forward pass with a cache computes and sees: one document a row."""
 
     cache: KVCache
-    rows: Int[Tensor, "R"]
-    """Slot of each row."""
-    columns: Int[Tensor, "R K"]
-    """Column of each computed token."""
-    position: Int[Tensor, "R S"]
-    """Position of the token in each of the first S columns, which are seen as far as the mask lets them."""
-    everyone: bool
-    """Whether the rows are all slots in order."""
+    slots: Int[Tensor, "B"]
+    """Slot of each row in the cache."""
+    computed: Bool[Tensor, "B L"]
+    """True = computed in this pass, and written."""
+    block: Int[Tensor, "B L"] | None
+    """Every token sees those of its own block and of earlier ones; None = every token of its row."""
+
+
+class Document(NamedTuple):
+    """Tokens that attend to their own keys alone."""
+
+    queries: int
+    mask: Bool[Tensor, "Q K"] | None
+    """True = may attend; None = to every key."""
+    key_position: Int[Tensor, "1 K"]
+    keys: Any = None
+    """Index of its keys in the cache; None = they are those of its queries."""
 
 
 class AttentionInputs:
-    """What one forward pass tells every attention layer.
-
-    Args:
-        position: position of each query (B, Q), for layers with a sliding window.
-        ends: of documents one after another, see `PackedTokens`; each attends to itself alone.
-        cached: where keys and values are written and read; without it every key is a query's.
-    """
+    """What one forward pass tells every attention layer."""
 
     def __init__(
         self,
         position: Int[Tensor, "B Q"],
-        ends: list[int] | None = None,
-        cached: CacheColumns | None = None,
+        documents: list[Document] | None = None,
+        cache: KVCache | None = None,
+        place: Int[Tensor, "T"] | None = None,
     ):
-        self.position, self.ends, self.cached = position, ends, cached
-        self.key_position = position if cached is None else cached.position
+        self.position, self.documents = position, documents
+        self.cache, self.place = cache, place  # where its keys and values are written
         self.layers = 0  # that have asked so far
         self.block_masks: dict[int | None, Any] = {}  # of flex attention, by sliding window
 
 
 def run_backbone(
-    backbone: Any, ids: Int[Tensor, "B Q"], attend: Bool[Tensor, "..."] | None, inputs: AttentionInputs
-) -> Float[Tensor, "B Q H"]:
-    """Run a stock backbone with our attention.
+    backbone: Any,
+    ids: Int[Tensor, "B L"],
+    layout: Layout,
+    attend: Bool[Tensor, "B L L"] | None = None,
+    *,
+    ragged: bool = True,
+    cached: CachedRows | None = None,
+) -> Float[Tensor, "B L H"]:
+    """Run a stock backbone with our attention; the output at padding, or what is not computed, means nothing.
 
     Args:
-        attend: True = may attend, (B, 1, Q, K) or a shape that broadcasts to it; None = every query to every
-            key, or to those of its document where `inputs` has documents.
+        attend: True = may attend; by default every token attends to those of its document.
+        ragged: whether there may be padding, or several documents in a row.
+        cached: compute a part of the tokens, with keys and values of others kept from earlier passes.
 
     Raises:
         UnmaskError: transformers did not pass the inputs to every layer, so the result would be wrong.
     """
+    half = ids.is_cuda and backbone.dtype in (torch.bfloat16, torch.float16)
+    compiling = torch.compiler.is_compiling()  # to which lengths of documents would each time be new code
+    if cached is None and (compiling or not ragged or (ids.is_cuda and not (half and attend is None))):
+        if ragged and attend is None:
+            packed = bool(layout.document.any()) if not compiling else True
+            attend = attend_within_documents(layout) if packed else attend_tokens(layout)
+        position = layout.position if ragged else layout.position[:1]
+        return _run(backbone, ids, None if attend is None else attend[:, None], AttentionInputs(position))
+    computed = layout.is_token if cached is None else cached.computed
+    place, sizes = _in_documents(layout, computed)
+    position = layout.position.flatten()[place][None]
+    if cached is None:
+        documents = _documents(place, sizes, position, attend)
+        inputs = AttentionInputs(position, documents)
+    else:
+        start = cached.slots[place // ids.shape[1]] * cached.cache.columns
+        documents = _cached_documents(layout, place, sizes, cached)
+        inputs = AttentionInputs(position, documents, cached.cache, start + place % ids.shape[1])
+    hidden = _run(backbone, ids.flatten()[place][None], None, inputs)[0]
+    rows = hidden.new_zeros(ids.numel(), hidden.shape[-1])
+    return rows.index_copy(0, place, hidden).view(*ids.shape, -1)
+
+
+def _run(backbone: Any, ids: Tensor, attend: Tensor | None, inputs: AttentionInputs) -> Tensor:
     if attend is None:
         # Complete by broadcasting. Given none, transformers would make a mask of Q * K.
         attend = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
@@ -161,14 +159,52 @@ def run_backbone(
         unmask_inputs=inputs,
     ).last_hidden_state
     if not torch.compiler.is_compiling() and inputs.layers != backbone.config.num_hidden_layers:
-        import transformers
-
         raise UnmaskError(
-            f"transformers {transformers.__version__} passed the attention inputs to {inputs.layers} of"
+            f"transformers {__version__} passed the attention inputs to {inputs.layers} of"
             f" {backbone.config.num_hidden_layers} layers, so the result would be wrong; install a"
             " version of transformers that unmask was tested with (see constraints.txt)."
         )
     return hidden
+
+
+def _in_documents(layout: Layout, flag: Bool[Tensor, "B L"]) -> tuple[Int[Tensor, "T"], list[int]]:
+    """Index in the flattened batch of the flagged tokens, document after document, and the documents' sizes.
+
+    Where nothing is flagged the first column is taken.
+    """
+    place = flag.flatten().nonzero()[:, 0]
+    if not len(place):
+        place = place.new_zeros(1)
+    length = flag.shape[1]
+    document, order = ((place // length) * length + layout.document.flatten()[place]).sort(stable=True)
+    return place[order], document.unique_consecutive(return_counts=True)[1].tolist()
+
+
+def _documents(
+    place: Tensor, sizes: list[int], position: Tensor, attend: Bool[Tensor, "B L L"] | None
+) -> list[Document]:
+    masks: list[Tensor | None] = [None] * len(sizes)
+    if attend is not None:
+        length = attend.shape[2]
+        for number, part in enumerate(place.split(sizes)):
+            row, column = int(part[0]) // length, part % length
+            masks[number] = attend[row, column[:, None], column]
+    positions = position.split(sizes, dim=1)
+    return [Document(*each) for each in zip(sizes, masks, positions, strict=True)]
+
+
+def _cached_documents(layout: Layout, place: Tensor, sizes: list[int], cached: CachedRows) -> list[Document]:
+    columns, documents = layout.position.shape[1], []
+    for part in place.split(sizes):
+        row = part[0] // columns
+        keys = layout.is_token[row].nonzero()[:, 0]
+        mask = None
+        if cached.block is not None:
+            mask = cached.block[row, keys] <= cached.block[row, part % columns, None]
+            mask = None if mask.all() else mask
+        index = cached.slots[row] * cached.cache.columns + keys
+        documents.append(Document(len(part), mask, layout.position[row, keys][None], index))
+    return documents
 
 
 def attention(
@@ -194,28 +230,44 @@ def attention(
     if inputs is None:  # somebody calls the backbone directly, with transformers' own mask
         if getattr(module.config, "is_causal", True):
             raise UnmaskError("unmask's attention is not causal: set config.is_causal = False.")
-        position = torch.arange(query.shape[2], device=query.device)[None]
-        inputs = AttentionInputs(position)
-    elif inputs.cached is not None:
-        key, value = inputs.cached.cache.update(inputs.layers, key, value, inputs.cached)
-    inputs.layers += 1
-    if attention_mask is not None and attention_mask.numel() == 1:
-        attention_mask = None
-    if kernel == "flex_attention":
-        out = _flex(query, key, value, attention_mask, scaling, sliding_window, inputs)
-    elif inputs.ends is None:
-        mask = _within(attention_mask, inputs.position, inputs.key_position, sliding_window)
-        out = _attend(kernel, query, key, value, mask, scaling, dropout)
-    elif query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
-        out = _varlen(query, key, value, inputs.ends, scaling, sliding_window)
+        inputs = AttentionInputs(torch.arange(query.shape[2], device=query.device)[None])
+    layer, inputs.layers = inputs.layers, inputs.layers + 1
+    options = {"scale": scaling, "dropout": dropout}
+    if inputs.documents is None:
+        mask = None if attention_mask is None or attention_mask.numel() == 1 else attention_mask
+        on_cuda = kernel == "auto" and query.is_cuda and mask is not None and mask.shape[2] > 1
+        if (kernel == "flex_attention" or on_cuda) and not dropout:
+            out = _flex(query, key, value, mask, scaling, sliding_window, inputs)
+        else:
+            mask = _within(mask, inputs.position, inputs.position, sliding_window)
+            out = _attend(kernel, query, key, value, mask, **options)
+        return out.transpose(1, 2).contiguous(), None
+    # Split, not sliced: the gradient of each slice would be a tensor as large as the whole row.
+    sizes = [document.queries for document in inputs.documents]
+    queries, positions = query.split(sizes, dim=2), inputs.position.split(sizes, dim=1)
+    if inputs.cache is None:
+        keys, values = key.split(sizes, dim=2), value.split(sizes, dim=2)
     else:
-        # Split, not sliced: the gradient of each slice would be a tensor as large as the whole row.
-        sizes = [end - start for start, end in pairwise(inputs.ends)]
-        documents = zip(*(states.split(sizes, dim=2) for states in (query, key, value)), strict=True)
+        assert inputs.place is not None
+        whole = inputs.cache.write(layer, inputs.place, key, value)
+        keys, values = (
+            [states[document.keys].transpose(0, 1)[None] for document in inputs.documents] for states in whole
+        )
+    half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    masked = any(document.mask is not None for document in inputs.documents)
+    # The kernel counts a window from the last key, which a cache's queries need not end at.
+    run_varlen = _varlen_kernel() if half else None
+    if run_varlen and not (dropout or masked or (inputs.cache and sliding_window is not None)):
+        if inputs.cache is not None:
+            key, value = torch.cat(list(keys), dim=2), torch.cat(list(values), dim=2)
+        out = _varlen(run_varlen, query, key, value, inputs.documents, scaling, sliding_window)
+    else:
         parts = []
-        for (q, k, v), position in zip(documents, inputs.position.split(sizes, dim=1), strict=True):
-            mask = _within(None, position, position, sliding_window)
-            parts.append(_attend(kernel, q, k, v, mask, scaling, dropout))
+        for document, q, k, v, position in zip(
+            inputs.documents, queries, keys, values, positions, strict=True
+        ):
+            mask = _within(document.mask, position, document.key_position, sliding_window)
+            parts.append(_attend(kernel, q, k, v, mask, **options))
         out = torch.cat(parts, dim=2)
     return out.transpose(1, 2).contiguous(), None
 
@@ -245,7 +297,7 @@ def _attend(
         on_cpu = query.device.type == "cpu"
         kernel = "eager" if on_cpu and query.dtype == torch.bfloat16 and key.shape[2] <= 512 else "sdpa"
     groups = query.shape[1] // key.shape[1]
-    if kernel == "sdpa":
+    if kernel != "eager":
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=groups > 1
         )
@@ -258,28 +310,43 @@ def _attend(
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, ends: list[int], scale: float, window: int | None
+    run: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: list[Document],
+    scale: float,
+    window: int | None,
 ) -> Float[Tensor, "1 N T E"]:
-    """Attention within documents by torch's variable-length kernel (CUDA, half precision)."""
-    from torch.nn.attention.varlen import varlen_attn
-
+    """Attention within documents by torch's variable-length kernel."""
+    lengths = [d.queries for d in documents], [d.key_position.shape[1] for d in documents]
+    ends = [torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=query.device) for n in lengths]
     q, k, v = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
-    offsets = torch.tensor(ends, dtype=torch.int32, device=query.device)
-    longest = max(end - start for start, end in pairwise(ends))
-    both_sides = (-1, -1) if window is None else (window, window)
-    grouped = q.shape[1] != k.shape[1]
-    out = varlen_attn(
-        q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=both_sides, enable_gqa=grouped
+    out = run(
+        *(q, k, v, *ends, *map(max, lengths)),
+        scale=scale,
+        window_size=(-1, -1) if window is None else (window, window),
+        enable_gqa=q.shape[1] != k.shape[1],
+        num_splits=1,  # or the longest row of a batch would change the sums of the others
     )
-    assert isinstance(out, Tensor)
     return out.transpose(0, 1)[None]
+
+
+@cache
+def _varlen_kernel() -> Any:
+    """The kernel, in versions of torch whose kernel can sum a row in the same way in any batch."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if "num_splits" in signature(varlen_attn).parameters else None
 
 
 def _flex(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    mask: Bool[Tensor, "B 1 Q K"] | None,
     scale: float,
     window: int | None,
     inputs: AttentionInputs,
@@ -288,25 +355,12 @@ def _flex(
     from torch.nn.attention.flex_attention import create_block_mask
 
     if window not in inputs.block_masks:
-        where = None if mask is None else mask.expand(len(query), -1, query.shape[2], -1)
-        document = None
-        if inputs.ends is not None:
-            sizes = torch.tensor(inputs.ends).diff()
-            document = torch.arange(len(sizes)).repeat_interleave(sizes).to(query.device)
-        queries, keys = (x.expand(len(query), -1) for x in (inputs.position, inputs.key_position))
-
-        def may_attend(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            allowed = q >= 0
-            if where is not None:
-                allowed = allowed & where[b, 0, q, k]
-            if document is not None:
-                allowed = allowed & (document[q] == document[k])
-            if window is not None:
-                allowed = allowed & ((queries[b, q] - keys[b, k]).abs() <= window)
-            return allowed
-
-        size = (len(query), None, query.shape[2], key.shape[2])
-        inputs.block_masks[window] = create_block_mask(may_attend, *size, device=query.device)
+        size = (len(query), 1, query.shape[2], key.shape[2])
+        allowed = _within(mask, inputs.position, inputs.position, window)
+        allowed = None if allowed is None else allowed.expand(size)
+        inputs.block_masks[window] = allowed if allowed is None else create_block_mask(
+            lambda b, h, q, k: allowed[b, 0, q, k], size[0], None, *size[2:], device=query.device
+        )  # fmt: skip
     grouped = query.shape[1] != key.shape[1]
     run = _flex_kernel(compiled=query.is_cuda)
     return run(query, key, value, block_mask=inputs.block_masks[window], scale=scale, enable_gqa=grouped)

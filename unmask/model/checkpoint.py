@@ -1,4 +1,8 @@
-"""Checkpoint folders: load with every mistake named, convert, and save. `unmask.model.adapter` has LoRA."""
+"""Checkpoint folders, of whole models and of LoRA adapters: load with every mistake named, convert, save.
+
+A folder of adapters has peft's own two files and the config of the diffusion model, since the base may be an
+autoregressive checkpoint without a mask token.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +14,21 @@ from typing import Any, cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from unmask.data.hub import HUB_NAME, first_line, offline_hint, require_hub
 from unmask.data.tokenizer import add_mask_token, check_tokenizer, load_tokenizer
 from unmask.errors import UnmaskError
+from unmask.generation.config import DiffusionGenerationConfig
 from unmask.io import atomic_dir
-from unmask.model.config import PREFIX, diffusion_values
-from unmask.model.families import MODEL_CLASSES
+from unmask.model.config import FIELDS, PREFIX, diffusion_values
+from unmask.model.denoiser import MODEL_CLASSES
 
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SUPPORTED = tuple(name.removeprefix(PREFIX) for name in MODEL_CLASSES)
+_TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id")
 
 
 def read_config(name: str, *, weights: bool = True) -> dict[str, Any]:
@@ -44,9 +51,8 @@ def read_config(name: str, *, weights: bool = True) -> dict[str, Any]:
         try:
             values = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
         except (OSError, ValueError) as error:
-            raise UnmaskError(
-                f"{name}: no model could be loaded: {first_line(error)}.{offline_hint()}"
-            ) from error
+            reason = first_line(error)
+            raise UnmaskError(f"{name}: no model could be loaded: {reason}.{offline_hint()}") from error
     model_type = values.get("model_type")
     if str(model_type).removeprefix(PREFIX) not in SUPPORTED:
         raise UnmaskError(
@@ -65,7 +71,7 @@ def _read_folder(path: Path, weights: bool) -> dict[str, Any]:
         final = path / "final"  # where a training run leaves it
         hint = f"did you mean {final}?" if (final / "config.json").exists() else "name a Hugging Face folder."
         raise UnmaskError(f"{path}: this folder is not a checkpoint: it has no config.json; {hint}")
-    values = read_json(file)
+    values = _read_json(file)
     if weights and not any(path.glob("*.safetensors")):
         pickled = next(path.glob("*.bin"), None) or next(path.glob("*.pt"), None)
         reason = f"; {pickled.name} is pickled, which can run code: save it as safetensors" if pickled else ""
@@ -73,8 +79,7 @@ def _read_folder(path: Path, weights: bool) -> dict[str, Any]:
     return values
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object from a file of a checkpoint."""
+def _read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -105,7 +110,7 @@ def load_model(
     """Load a diffusion checkpoint, its class picked by its config, or LoRA adapters with their base.
 
     Args:
-        name: folder or hub name; adapters only as a folder.
+        name: folder or hub name; adapters only as a folder. Adapters are not merged.
         dtype: type of the weights; that of the checkpoint by default.
         attn_implementation: attention kernel, see `unmask.model.attention.KERNELS`.
         convert_base: also take an autoregressive checkpoint and convert it in memory.
@@ -113,14 +118,12 @@ def load_model(
 
     Raises:
         UnmaskError: not a checkpoint, an unsupported one, an autoregressive one without `convert_base`, or
-            weights that are damaged or incomplete.
+            weights that are damaged or incomplete; adapters whose base is not there or has other weights.
     """
-    if is_adapter(name):
-        from unmask.model.adapter import load_adapter  # which imports peft: seconds
-
-        adapter = load_adapter(name, dtype=dtype, attn_implementation=attn_implementation, **overrides)
-        return cast(PreTrainedModel, adapter)  # it has all that the model in it has
     values = read_config(name)
+    settings = {**overrides, "dtype": dtype, "attn_implementation": attn_implementation}
+    if is_adapter(name):
+        return _load_adapter(name, values, settings)
     if not is_diffusion(values):
         if not convert_base:
             raise UnmaskError(
@@ -131,12 +134,10 @@ def load_model(
     try:
         model, info = MODEL_CLASSES[values["model_type"]].from_pretrained(
             name,
-            dtype=dtype or "auto",
-            attn_implementation=attn_implementation,
+            **{**settings, "dtype": dtype or "auto"},
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, in one line
             use_safetensors=True,
-            **overrides,
         )
     except (OSError, SafetensorError, RuntimeError, ImportError) as error:
         damaged = isinstance(error, SafetensorError)
@@ -172,7 +173,7 @@ def convert(base: str, out: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
     Raises:
         UnmaskError: the base cannot be converted, or `out` is not empty.
     """
-    check_new(out)
+    _check_new(out)
     if is_diffusion(read_config(base)):
         raise UnmaskError(f"{base}: this is a diffusion checkpoint already; nothing to convert.")
     tokenizer = load_tokenizer(base)
@@ -187,8 +188,7 @@ def convert(base: str, out: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
     return model, tokenizer
 
 
-def check_new(out: str | Path) -> None:
-    """Refuse a folder to write that is not empty."""
+def _check_new(out: str | Path) -> None:
     if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
         raise UnmaskError(f"{out}: exists already; name a folder that does not.")
 
@@ -199,10 +199,10 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     Rows are added only when the tokenizer has ids beyond the embedding, and start as the mean of the rest.
     """
     ids = set(tokenizer.get_vocab().values())
-    add_rows(model, max(ids) + 1)
+    _add_rows(model, max(ids) + 1)
     config, generation = model.config, model.generation_config
     assert generation is not None
-    for name in ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id"):
+    for name in ("mask_token_id", *_TOKENS):
         setattr(config, name, getattr(tokenizer, name))
         setattr(generation, name, getattr(tokenizer, name))
     suppressed = set(range(config.vocab_size)) - ids
@@ -211,16 +211,131 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     generation.suppress_tokens = sorted(suppressed) or None
 
 
-def add_rows(model: PreTrainedModel, rows: int) -> None:
-    """Give the embedding and the head at least this many rows; new ones are the mean of the rest."""
-    any_model = cast(Any, model)
-    before = any_model.get_input_embeddings().weight.shape[0]
-    if rows <= before:
-        return
-    model.resize_token_embeddings(rows, mean_resizing=False)
-    for layer in (any_model.get_input_embeddings(), any_model.get_output_embeddings()):
-        with torch.no_grad():
-            layer.weight[before:] = layer.weight[:before].mean(dim=0)  # tied: the same values twice
+def _add_rows(model: Any, rows: int) -> None:
+    before = model.get_input_embeddings().weight.shape[0]
+    if rows > before:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            with torch.no_grad():
+                layer.weight[before:] = layer.weight[:before].mean(dim=0)  # tied: the same values twice
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Write config, generation config, weights (safetensors) and tokenizer as a Hugging Face folder.
+
+    Of a model with adapters the adapters alone are written. `weights` are those of a model that is sharded
+    over processes, gathered; by default the model's own.
+    """
+    if hasattr(model, "peft_config"):
+        from peft import get_peft_model_state_dict
+
+        adapter = cast(Any, model)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Rows of the embedding are never written as a whole.
+        learnt = get_peft_model_state_dict(adapter, state_dict=weights, save_embedding_layers=False)
+        learnt = {name: tensor.contiguous() for name, tensor in learnt.items()}
+        save_file(learnt, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        adapter.peft_config["default"].save_pretrained(str(folder))
+        adapter.config.save_pretrained(folder)
+        adapter.generation_config.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+
+
+# LoRA
+
+
+def add_adapter(
+    model: PreTrainedModel,
+    base: str,
+    *,
+    r: int,
+    alpha: float,
+    dropout: float = 0.0,
+    target_modules: list[str] | None = None,
+    use_dora: bool = False,
+    learn_mask: bool = False,
+) -> PreTrainedModel:
+    """Freeze a model and put adapters into its linear layers (Hu et al., arXiv:2106.09685).
+
+    At first they change nothing: the factor that comes last is 0.
+
+    Args:
+        model: diffusion model; it is changed in place.
+        base: where its weights can be loaded from again.
+        r: rank.
+        alpha: an adapter's output is multiplied by alpha / r.
+        dropout: share of an adapter's inputs left out in training, by torch's generator.
+        target_modules: names of the layers; all linear ones but the head by default.
+        use_dora: learn the norm of each weight's rows apart (Liu et al., arXiv:2402.09353).
+        learn_mask: also train the mask token's row of the embedding, and of a head tied to it. An
+            autoregressive base has never seen that token.
+
+    Returns:
+        A peft.PeftModel, which has all that the model in it has.
+
+    Raises:
+        UnmaskError: a name in `target_modules` that no linear layer has.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    linear = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for name in target_modules or ():
+        if name not in linear:
+            raise UnmaskError(
+                f"lora.target_modules: the model has no linear layer {name}; it has"
+                f" {', '.join(sorted(linear))}."
+            )
+    config = LoraConfig(
+        r=r,
+        lora_alpha=cast(int, alpha),  # peft says int, and only divides it
+        lora_dropout=dropout,
+        target_modules=target_modules or "all-linear",
+        use_dora=use_dora,
+        base_model_name_or_path=base,
+        trainable_token_indices=[cast(Any, model.config).mask_token_id] if learn_mask else None,
+    )
+    return cast(PreTrainedModel, get_peft_model(model, config))
+
+
+def _load_adapter(name: str, config: dict[str, Any], settings: dict[str, Any]) -> PreTrainedModel:
+    """Load the base that an adapter folder names and put the adapter into it."""
+    folder = Path(name).expanduser()
+    file = folder / ADAPTER_CONFIG
+    values = _read_json(file)
+    base = values.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base or values.get("peft_type") != "LORA":
+        raise UnmaskError(f"{file}: expected peft_type LORA and the base in base_model_name_or_path.")
+    if not (folder / ADAPTER_WEIGHTS).exists():
+        raise UnmaskError(
+            f"{name}: the adapter has no {ADAPTER_WEIGHTS}; weights in other formats are not read."
+        )
+    remedy = f"correct base_model_name_or_path in {file}."
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise UnmaskError(f"{name}: the adapter's base {base} is not there; {remedy}")
+    model: Any = load_model(base, convert_base=True, **{key: config.get(key) for key in FIELDS}, **settings)
+    made_with = config.get("base_fingerprint")
+    if made_with is not None and fingerprint(model) != made_with:
+        raise UnmaskError(
+            f"{name}: {base} has other weights than those that the adapter was trained on; {remedy}"
+        )
+    _add_rows(model, config["vocab_size"])
+    for key in _TOKENS:
+        setattr(model.config, key, config.get(key))
+    model.config.base_fingerprint = made_with
+    from peft import PeftModel
+
+    try:
+        model.generation_config = DiffusionGenerationConfig.from_pretrained(folder)
+        return cast(PreTrainedModel, PeftModel.from_pretrained(model, str(folder)))
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise UnmaskError(f"{name}: the adapter cannot be put into {base}: {first_line(error)}.") from error
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -234,15 +349,26 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def save_checkpoint(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    weights: dict[str, Tensor] | None = None,
-) -> None:
-    """Write config, generation config, weights (safetensors) and tokenizer as a Hugging Face folder.
+def merge(adapter: str, out: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Add an adapter to its base's weights and write a plain diffusion checkpoint.
 
-    `weights` are those of a model that is sharded over processes, gathered; by default the model's own.
+    The sum is taken in float32 at least and rounded to the type that the run held the weights in.
+
+    Args:
+        adapter: folder of an adapter, as a run with `lora.r` leaves it.
+        out: folder to write; must not exist or be empty.
+
+    Raises:
+        UnmaskError: not an adapter, one that cannot be loaded, or `out` is not empty.
     """
-    model.save_pretrained(folder, state_dict=weights)
-    tokenizer.save_pretrained(folder)
+    _check_new(out)
+    if not is_adapter(adapter):
+        raise UnmaskError(f"{adapter}: not a folder of LoRA adapters: it has no {ADAPTER_CONFIG}.")
+    saved = getattr(torch, str(read_config(adapter).get("dtype") or "float32"))
+    wide: Any = load_model(adapter, dtype=torch.promote_types(saved, torch.float32))
+    tokenizer = load_tokenizer(adapter)
+    model = wide.merge_and_unload().to(saved)
+    del model.config.base_fingerprint
+    with atomic_dir(out) as aside:
+        save_checkpoint(model, tokenizer, aside)
+    return model, tokenizer

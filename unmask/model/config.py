@@ -8,6 +8,7 @@ the Auto classes know it. A plain Qwen3, Qwen2 or Llama config still loads, and 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any, cast
 
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
@@ -21,23 +22,37 @@ PREFIX = "unmask_"
 # family is as uniform, so there the id comes from the tokenizer (`unmask convert`).
 _QWEN3_VOCAB_SIZE, _QWEN3_MASK_TOKEN_ID = 151936, 151669
 
-# What makes a config one of a diffusion model; `Qwen3DiffusionConfig` says what each is.
 FIELDS = ("mask_token_id", "logit_shift", "noise_eps", "attention", "block_length")
-# Arguments of `from_pretrained` that say where a config is.
-_LOCATION = (
-    *("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder"),
-    "gguf_file",
-)
 _OF_THE_BASE = ("architectures", "auto_map")  # they name the base's classes and code
 
 
+@dataclass(kw_only=True)
 class _DiffusionConfig:
-    """Reading an autoregressive config as a diffusion one, shared by the families."""
+    """What a stock config gets to be that of a diffusion model.
 
-    model_type: str
+    Args:
+        mask_token_id: id of the mask token; None until one is known, and then nothing can be masked.
+        logit_shift: True for a model adapted from an autoregressive one: the backbone's output at i - 1
+            predicts token i. The shift happens inside the model.
+        noise_eps: smallest masking rate t drawn in training, in (0, 1).
+        attention: "bidirectional", every token attends to every other, or "block_causal", to its own block
+            and to earlier ones (see `unmask.diffusion.attention.block_index`): what the model was trained
+            with, which training, likelihood and generation all follow.
+        block_length: tokens of a block; with "block_causal" alone.
+        is_causal: False: attention is never causal token by token.
+    """
+
+    model_type = ""
+    mask_token_id: int | None = None
+    logit_shift: bool = False
+    noise_eps: float = 1e-3
+    attention: str = "bidirectional"
+    block_length: int | None = None
+    is_causal: bool = False
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read a config as transformers does, an autoregressive one as that of a diffusion model."""
         values, kwargs = cast(Any, super()).get_config_dict(*args, **kwargs)
         found = values.get("model_type")
         if found == cls.model_type:
@@ -51,16 +66,28 @@ class _DiffusionConfig:
         return diffusion_values(values), kwargs
 
 
+class Qwen3DiffusionConfig(_DiffusionConfig, Qwen3Config):
+    __doc__ = _DiffusionConfig.__doc__
+    model_type = "unmask_qwen3"
+
+
+class Qwen2DiffusionConfig(_DiffusionConfig, Qwen2Config):
+    __doc__ = _DiffusionConfig.__doc__
+    model_type = "unmask_qwen2"
+
+
+class LlamaDiffusionConfig(_DiffusionConfig, LlamaConfig):
+    __doc__ = _DiffusionConfig.__doc__
+    model_type = "unmask_llama"
+
+
 def diffusion_values(values: dict[str, Any]) -> dict[str, Any]:
     """Turn the fields of an autoregressive config into those of the diffusion model made from it."""
-    values = dict(values)
     model_type = values["model_type"]
+    values = {name: value for name, value in values.items() if name not in _OF_THE_BASE}
     if model_type == "qwen3" and values.get("vocab_size") == _QWEN3_VOCAB_SIZE:
         values.setdefault("mask_token_id", _QWEN3_MASK_TOKEN_ID)
-    values.update(model_type=PREFIX + model_type, is_causal=False, logit_shift=True)
-    for name in _OF_THE_BASE:
-        values.pop(name, None)
-    return values
+    return {**values, "model_type": PREFIX + model_type, "is_causal": False, "logit_shift": True}
 
 
 def diffusion_config(config: Any, config_class: Any, checkpoint: dict[str, Any] | None = None) -> Any:
@@ -68,12 +95,7 @@ def diffusion_config(config: Any, config_class: Any, checkpoint: dict[str, Any] 
 
     Everything that the stock config says stays, diffusion fields set on it included. What it does not say
     is bidirectional attention, no logit shift, the default `noise_eps`, and the mask token that every
-    Qwen3 vocabulary has; or the values of the checkpoint whose weights it is loaded with.
-
-    Args:
-        config: a `config_class`, returned as it is, or a stock config, which is not changed.
-        config_class: one of the classes below.
-        checkpoint: diffusion fields of the checkpoint that is loaded; see `checkpoint_fields`.
+    Qwen3 vocabulary has; or what the config.json of the `checkpoint` says whose weights it is loaded with.
 
     Raises:
         UnmaskError: a config of another family.
@@ -86,33 +108,22 @@ def diffusion_config(config: Any, config_class: Any, checkpoint: dict[str, Any] 
             f"config must be a {stock.__name__} or a {config_class.__name__}; got a {type(config).__name__}:"
             " use the model class of its family."
         )
-    made, said = config_class(), copy.deepcopy(vars(config))
-    missing = {name: getattr(made, name) for name in FIELDS}
+    said = {k: v for k, v in copy.deepcopy(vars(config)).items() if k not in _OF_THE_BASE}
+    missing: dict[str, Any] = {}
+    if checkpoint is not None:
+        own = str(checkpoint.get("model_type")).startswith(PREFIX)
+        missing = {k: v for k, v in checkpoint.items() if k in FIELDS} if own else {"logit_shift": True}
     if stock is Qwen3Config and config.vocab_size == _QWEN3_VOCAB_SIZE:
-        missing["mask_token_id"] = _QWEN3_MASK_TOKEN_ID
-    missing |= checkpoint or {}
-    vars(made).update({name: value for name, value in said.items() if name not in _OF_THE_BASE})
-    for name in FIELDS:
-        setattr(made, name, said.get(name, missing[name]))
-    made.is_causal = False
+        missing.setdefault("mask_token_id", _QWEN3_MASK_TOKEN_ID)
+    made = config_class()
+    vars(made).update({**missing, **said, "is_causal": False})
     return made
 
 
-def checkpoint_fields(
-    name: Any = None, *_: Any, pretrained_model_name_or_path: Any = None, **settings: Any
-) -> dict[str, Any]:
-    """Read the diffusion fields that go with the weights `from_pretrained` loads; its arguments as there.
-
-    A checkpoint without a config.json is taken for an autoregressive one.
-    """
-    name = pretrained_model_name_or_path if name is None else name
-    if name is None:  # the weights come as `state_dict`
-        return {}
-    settings = {key: value for key, value in settings.items() if key in _LOCATION}
-    values = PreTrainedConfig.get_config_dict(name, **settings)[0]
-    if not str(values.get("model_type")).startswith(PREFIX):
-        return {"logit_shift": True}
-    return {key: value for key, value in values.items() if key in FIELDS}
+def checkpoint_config(name: Any = None, **settings: Any) -> dict[str, Any] | None:
+    """Read the config.json of what `from_pretrained` loads; arguments as there. None without a folder."""
+    name = settings.pop("pretrained_model_name_or_path", None) if name is None else name
+    return None if name is None else PreTrainedConfig.get_config_dict(name, **settings)[0]
 
 
 def mask_token_of(config: Any) -> int:
@@ -151,51 +162,3 @@ def block_length_of(config: Any, name: str = "config") -> int | None:
             f" got {attention!r} and {length!r}."
         )
     return length
-
-
-class Qwen3DiffusionConfig(_DiffusionConfig, Qwen3Config):
-    """Config of `unmask.Qwen3ForCausalLM`: that of stock Qwen3 and the fields below.
-
-    Args:
-        mask_token_id: id of the mask token; None until one is known, and then nothing can be masked.
-        logit_shift: True for a model adapted from an autoregressive one: the backbone's output at i - 1
-            predicts token i. The shift happens inside the model.
-        noise_eps: smallest masking rate t drawn in training, in (0, 1).
-        attention: "bidirectional", every token attends to every other, or "block_causal", to its own block
-            and to earlier ones (see `unmask.diffusion.attention.block_index`): what the model was trained
-            with, which training, likelihood and generation all follow.
-        block_length: tokens of a block; with "block_causal" alone.
-        is_causal: False: attention is never causal token by token.
-    """
-
-    model_type = "unmask_qwen3"
-    mask_token_id: int | None = None
-    logit_shift: bool = False
-    noise_eps: float = 1e-3
-    attention: str = "bidirectional"
-    block_length: int | None = None
-    is_causal: bool = False
-
-
-class Qwen2DiffusionConfig(_DiffusionConfig, Qwen2Config):
-    """Config of `unmask.Qwen2ForCausalLM`; its own fields are those of `Qwen3DiffusionConfig`."""
-
-    model_type = "unmask_qwen2"
-    mask_token_id: int | None = None
-    logit_shift: bool = False
-    noise_eps: float = 1e-3
-    attention: str = "bidirectional"
-    block_length: int | None = None
-    is_causal: bool = False
-
-
-class LlamaDiffusionConfig(_DiffusionConfig, LlamaConfig):
-    """Config of `unmask.LlamaForCausalLM`; its own fields are those of `Qwen3DiffusionConfig`."""
-
-    model_type = "unmask_llama"
-    mask_token_id: int | None = None
-    logit_shift: bool = False
-    noise_eps: float = 1e-3
-    attention: str = "bidirectional"
-    block_length: int | None = None
-    is_causal: bool = False

@@ -17,15 +17,17 @@ from typing import Any, NamedTuple, cast
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import LlamaForCausalLM as StockLlama
+from transformers import Qwen2ForCausalLM as StockQwen2
+from transformers import Qwen3ForCausalLM as StockQwen3
+from transformers.utils import logging
 
 from unmask.diffusion.attention import (
     Layout,
     attend_annealed,
     attend_block_causal,
-    attend_tokens,
     attend_two_copies,
-    attend_within_documents,
     block_index,
     predicting_column,
     row_layout,
@@ -35,11 +37,21 @@ from unmask.diffusion.loss import masked_weights, token_nll
 from unmask.diffusion.objective import Objective
 from unmask.errors import UnmaskError
 from unmask.generation.config import DiffusionGenerationConfig
-from unmask.model.attention import AttentionInputs, pack_tokens, registered_name, run_backbone
-from unmask.model.config import block_length_of, checkpoint_fields, diffusion_config, mask_token_of
+from unmask.model.attention import registered_name, run_backbone
+from unmask.model.config import (
+    LlamaDiffusionConfig,
+    Qwen2DiffusionConfig,
+    Qwen3DiffusionConfig,
+    block_length_of,
+    checkpoint_config,
+    diffusion_config,
+    mask_token_of,
+)
 from unmask.model.generate import GenerateMixin
 from unmask.model.head import row_nll, weighted_nll
-from unmask.model.inputs import IGNORED, check_inputs
+
+logger = logging.get_logger(__name__)
+IGNORED = -100  # label of a position that is never masked and never counted
 
 
 class DenoiserOutput(NamedTuple):
@@ -60,8 +72,6 @@ class MaskedDiffusionMixin(GenerateMixin):
     model: Any
     lm_head: Any
     training: bool
-    dtype: torch.dtype
-    generation_config: Any
 
     generation_config_class = DiffusionGenerationConfig
     # transformers.Trainer would otherwise look for `**kwargs` to decide whether the loss is already summed.
@@ -83,8 +93,9 @@ class MaskedDiffusionMixin(GenerateMixin):
             UnmaskError: the checkpoint is of another family, or its config names an unknown attention.
         """
         if isinstance(kwargs.get("config"), PreTrainedConfig):
-            fields = checkpoint_fields(*args, **kwargs)
-            kwargs["config"] = diffusion_config(kwargs["config"], cls.config_class, fields)
+            settings = {key: value for key, value in kwargs.items() if key != "config"}
+            found = checkpoint_config(*args, **settings)
+            kwargs["config"] = diffusion_config(kwargs["config"], cls.config_class, found)
         loaded = cast(Any, super()).from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if "attention" not in kwargs:  # which the caller may not be done with; `prepare` looks again
@@ -105,8 +116,6 @@ class MaskedDiffusionMixin(GenerateMixin):
         attention_mask: Tensor | None = None,
         src_mask: Tensor | None = None,
         training_mode: str = "pretrain",
-        *,
-        old_trainer: dict[str, Any] | None = None,
     ) -> DenoiserOutput:
         """Corrupt the ids with noise from torch's generator, denoise them, and compute the diffusion loss.
 
@@ -124,15 +133,6 @@ class MaskedDiffusionMixin(GenerateMixin):
         Raises:
             ValueError: as `prepare`, and for a model without a mask token where something would be masked.
         """
-        # REMOVE with training/trainer.py, which trains through `forward`: this branch and its argument.
-        if old_trainer is not None:
-            step = dict(old_trainer)
-            inputs = self.prepare(
-                input_ids, labels, attention_mask, src_mask, training_mode, step["segment_ids"]
-            )
-            noised = corrupt(inputs, step["objective"], step["noise_seed"], step["strata"])
-            loss = self.diffusion_loss(inputs, noised, step["objective"], step["divisor"])
-            return DenoiserOutput(None, loss)
         inputs = self.prepare(input_ids, labels, attention_mask, src_mask, training_mode)
         if labels is None and not self.training:
             return DenoiserOutput(self.lm_head(self.shifted_hidden(inputs, input_ids)), None)
@@ -169,12 +169,28 @@ class MaskedDiffusionMixin(GenerateMixin):
                 shape or with values other than 0 and 1, or an id outside the vocabulary.
         """
         config = self.config
-        is_token, source = check_inputs(
-            input_ids, labels, attention_mask, src_mask, training_mode, config.vocab_size, segment_ids
-        )
-        padded = is_token is not None
-        is_token = torch.ones_like(input_ids, dtype=torch.bool) if is_token is None else is_token
+        if training_mode not in ("pretrain", "sft"):
+            raise ValueError(f"training_mode must be 'pretrain' or 'sft'; got {training_mode!r}.")
+        if training_mode == "sft" and src_mask is None:
+            raise ValueError(
+                "training_mode='sft' needs src_mask (True = instruction, never masked);"
+                " SFTDataCollator makes it."
+            )
+        if training_mode == "pretrain" and src_mask is not None:
+            logger.warning_once(
+                "src_mask has no effect in training_mode='pretrain': any token can be masked."
+            )
+        masks = {"attention_mask": attention_mask, "src_mask": src_mask}
+        all_given = {"labels": labels, **masks, "segment_ids": segment_ids}
+        _check_shapes(input_ids, {name: one for name, one in all_given.items() if one is not None})
+        is_token = torch.ones_like(input_ids, dtype=torch.bool)
+        if attention_mask is not None:
+            is_token = attention_mask.to(torch.bool)
+        padded = attention_mask is not None
+        if not torch.compiler.is_compiling():  # reading values would break the graph
+            padded = _check_values(input_ids, labels, masks, config.vocab_size, is_token)
         allowed = is_token if labels is None else is_token & (labels != IGNORED)
+        source = src_mask.to(torch.bool) if src_mask is not None and training_mode == "sft" else None
         return ForwardInputs(
             input_ids=input_ids,
             targets=input_ids if labels is None else labels,
@@ -273,24 +289,13 @@ class MaskedDiffusionMixin(GenerateMixin):
         Args:
             attend: True = may attend; by default what the config and the documents ask for.
         """
-        layout = inputs.layout
+        layout, ragged = inputs.layout, inputs.padded or inputs.packed
         if attend is None and inputs.block_length is not None:
             attend = attend_block_causal(layout, block_index(layout, inputs.maskable, inputs.block_length))
-        in_one_row = attend is None and inputs.packed and not torch.compiler.is_compiling()
-        if attend is None and inputs.packed and not in_one_row:  # lengths of documents would compile anew
-            attend = attend_within_documents(layout)
-        elif attend is None and inputs.padded:
-            attend = attend_tokens(layout)
-        if in_one_row:
-            packed = pack_tokens(layout)
-            documents = AttentionInputs(packed.take(layout.position), packed.ends)
-            hidden = run_backbone(self.model, packed.take(ids), None, documents)
-            hidden = packed.put_back(hidden, ids.shape)
-        else:
-            hidden = self.backbone_hidden(ids, attend, layout.position)
+        hidden = run_backbone(self.model, ids, layout, attend, ragged=ragged)
         if not self.config.logit_shift:
             return hidden
-        if not (inputs.padded or inputs.packed):
+        if not ragged:
             return torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
         return _take(hidden, predicting_column(layout))
 
@@ -310,8 +315,12 @@ class MaskedDiffusionMixin(GenerateMixin):
         length = x_t.shape[1]
         noised = maskable.any(dim=0).nonzero()[:, 0]
         ids = torch.cat([input_ids, x_t[:, noised]], dim=1)
-        position = torch.cat([layout.position, layout.position[:, noised]], dim=1)
-        raw = self.backbone_hidden(ids, attend_two_copies(layout, block, noised), position)
+        is_token = torch.cat([layout.is_token, maskable[:, noised]], dim=1)
+        copies = Layout(
+            is_token,
+            *(torch.cat([each, each[:, noised]], dim=1) for each in (layout.document, layout.position)),
+        )
+        raw = run_backbone(self.model, ids, copies, attend_two_copies(layout, block, noised))
         column = torch.arange(length, device=x_t.device)
         in_noised = column.clone()
         in_noised[noised] = length + torch.arange(len(noised), device=x_t.device)
@@ -319,21 +328,71 @@ class MaskedDiffusionMixin(GenerateMixin):
         same_block = maskable & maskable.gather(1, source) & (block.gather(1, source) == block)
         return _take(raw, torch.where(same_block, in_noised[source], source))
 
-    def backbone_hidden(
-        self,
-        ids: Int[Tensor, "B Q"],
-        attend: Bool[Tensor, "B _ Q"] | None,
-        position_ids: Int[Tensor, "B Q"],
-    ) -> Float[Tensor, "B Q H"]:
-        """Run the stock backbone; `attend`: True = may attend, for each query or for all; None = all may."""
-        if attend is None:
-            return run_backbone(self.model, ids, None, AttentionInputs(position_ids[:1]))
-        return run_backbone(self.model, ids, attend[:, None], AttentionInputs(position_ids))
-
-    def _mask_token_id(self) -> int:
-        return mask_token_of(self.config)
-
 
 def _take(hidden: Float[Tensor, "B K H"], column: Int[Tensor, "B L"]) -> Float[Tensor, "B L H"]:
     """Take one column's output for each position."""
     return hidden.gather(1, column[..., None].expand(*column.shape, hidden.shape[-1]))
+
+
+def _check_shapes(input_ids: Tensor, given: dict[str, Tensor]) -> None:
+    shape = tuple(input_ids.shape)
+    if len(shape) != 2:
+        raise ValueError(f"input_ids must have shape (batch, seq); got {shape}.")
+    for name, values in given.items():
+        if tuple(values.shape) != shape:
+            raise ValueError(f"{name} must have shape (batch, seq) = {shape}; got {tuple(values.shape)}.")
+
+
+def _check_values(
+    ids: Tensor, labels: Tensor | None, masks: dict[str, Tensor | None], vocab_size: int, is_token: Tensor
+) -> bool:
+    """Check what can only be seen in the values, fetched from the device at once; whether there is padding."""
+    bad = {"input_ids": ((ids < 0) | (ids >= vocab_size)).any()}
+    if labels is not None:
+        bad["labels"] = ((labels != IGNORED) & ((labels < 0) | (labels >= vocab_size))).any()
+    for name, mask in masks.items():
+        if mask is not None and mask.dtype != torch.bool:
+            bad[name] = ((mask != 0) & (mask != 1)).any()
+    *wrong, whole = torch.stack([*bad.values(), is_token.all()]).tolist()
+    for name, is_wrong in zip(bad, wrong, strict=True):
+        if is_wrong and name in masks:
+            raise ValueError(f"{name} must have the values 0 and 1 only.")
+        if is_wrong:
+            allowed = f"[0, {vocab_size})" + (f" or {IGNORED}" if name == "labels" else "")
+            values = ids if labels is None or name == "input_ids" else labels
+            low, high = values.min().item(), values.max().item()
+            raise ValueError(f"{name} must be ids in {allowed}; got values from {low} to {high}.")
+    return not whole
+
+
+# The families: the mixin on each stock class.
+
+
+class Qwen3ForCausalLM(MaskedDiffusionMixin, StockQwen3):
+    """Qwen3 as a masked-diffusion language model; `forward` and `generate` are the mixin's.
+
+    >>> model = Qwen3ForCausalLM.from_pretrained("Qwen/Qwen3-0.6B")  # doctest: +SKIP
+    >>> logits, loss = model(input_ids, src_mask=src_mask, training_mode="sft")  # doctest: +SKIP
+    """
+
+    config_class = Qwen3DiffusionConfig
+
+
+class Qwen2ForCausalLM(MaskedDiffusionMixin, StockQwen2):
+    """Qwen2 and Qwen2.5 as a masked-diffusion language model."""
+
+    config_class = Qwen2DiffusionConfig
+
+
+class LlamaForCausalLM(MaskedDiffusionMixin, StockLlama):
+    """Llama, and what shares its architecture, as a masked-diffusion language model."""
+
+    config_class = LlamaDiffusionConfig
+
+
+MODEL_CLASSES: dict[str, Any] = {
+    one.config_class.model_type: one for one in (Qwen3ForCausalLM, Qwen2ForCausalLM, LlamaForCausalLM)
+}
+for _model_type, _model in MODEL_CLASSES.items():
+    AutoConfig.register(_model_type, _model.config_class, exist_ok=True)
+    AutoModelForCausalLM.register(_model.config_class, _model, exist_ok=True)

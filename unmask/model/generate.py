@@ -11,33 +11,22 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from unmask.diffusion.attention import (
-    Layout,
-    attend_block_causal,
-    attend_tokens,
-    block_index,
-    predicting_column,
-    row_layout,
-)
+from unmask.diffusion.attention import attend_block_causal, block_index, predicting_column, row_layout
 from unmask.errors import UnmaskError, UnmaskWarning
 from unmask.generation.config import DiffusionGenerationConfig
 from unmask.generation.engine import DenoiserInput, DiffusionGenerationOutput, Engine, generate_canvas
-from unmask.model.attention import AttentionInputs, KVCache, run_backbone
-from unmask.model.config import block_length_of
+from unmask.model.attention import CachedRows, KVCache, run_backbone
+from unmask.model.config import block_length_of, mask_token_of
 from unmask.model.head import chunk_rows
-from unmask.model.inputs import check_inputs
 
 
 class GenerateMixin:
     """`generate` and `infill` for a masked-diffusion model."""
 
-    # Provided by the stock class.
+    # Provided by the stock class and the mixin.
     config: Any
-    model: Any
-    lm_head: Any
-    dtype: torch.dtype
     generation_config: Any
-    _mask_token_id: Any
+    prepare: Any
 
     @torch.no_grad()
     def generate(
@@ -80,25 +69,22 @@ class GenerateMixin:
         """
         config, block_length = self._settings(generation_config, settings)
         mode = "pretrain" if src_mask is None else "sft"
-        is_token, source = check_inputs(
-            input_ids, None, attention_mask, src_mask, mode, self.config.vocab_size
-        )
-        if is_token is None:
-            is_token = torch.ones_like(input_ids, dtype=torch.bool)
+        prompts = self.prepare(input_ids, None, attention_mask, src_mask, mode)
+        is_token, new = prompts.layout.is_token, config.max_new_tokens
         longest = int(is_token.sum(dim=1).max()) if len(is_token) else 0
-        if longest + config.max_new_tokens > self.config.max_position_embeddings:
+        if longest + new > self.config.max_position_embeddings:
             raise UnmaskError(
-                f"a prompt of {longest} tokens and max_new_tokens = {config.max_new_tokens} need more than"
+                f"a prompt of {longest} tokens and max_new_tokens = {new} need more than"
                 f" the model's {self.config.max_position_embeddings} positions; shorten one of them."
             )
         block = None
         if block_length is not None:
-            canvas = is_token.new_ones(len(input_ids), config.max_new_tokens)
+            canvas = is_token.new_ones(len(input_ids), new)
+            maskable = prompts.maskable if src_mask is not None else torch.zeros_like(is_token)
             layout = row_layout(torch.cat([is_token, canvas], dim=1))
-            maskable = torch.zeros_like(is_token) if source is None else is_token & ~source
             block = block_index(layout, torch.cat([maskable, canvas], dim=1), block_length)
         output = generate_canvas(
-            self._denoiser(config, len(input_ids), input_ids.shape[1] + config.max_new_tokens),
+            BackboneDenoiser(self, config, len(input_ids), input_ids.shape[1] + new),
             input_ids,
             is_token,
             config,
@@ -140,9 +126,7 @@ class GenerateMixin:
             raise UnmaskError(
                 "a block-causal model does not see the text after a gap: infill needs a bidirectional one."
             )
-        is_token, _ = check_inputs(input_ids, None, attention_mask, None, "pretrain", self.config.vocab_size)
-        if is_token is None:
-            is_token = torch.ones_like(input_ids, dtype=torch.bool)
+        is_token = self.prepare(input_ids, None, attention_mask).layout.is_token
         if is_gap.shape != input_ids.shape or (is_gap & ~is_token).any():
             raise ValueError("is_gap must have the shape of input_ids, and be False at padding.")
         if input_ids.shape[1] > self.config.max_position_embeddings:
@@ -153,7 +137,7 @@ class GenerateMixin:
         config.suppress_tokens = sorted({*(config.suppress_tokens or []), *config.eos_token_ids})
         config.eos_token_id = []
         ids = torch.where(is_gap, cast(int, config.mask_token_id), input_ids)
-        denoiser = self._denoiser(config, *ids.shape)
+        denoiser = BackboneDenoiser(self, config, *ids.shape)
         engine = Engine(denoiser, ids, is_token, is_gap, config, logits_processor=logits_processor)
         for _ in engine.steps():
             pass
@@ -167,7 +151,7 @@ class GenerateMixin:
             generation_config or DiffusionGenerationConfig.from_generic(self.generation_config)
         )
         config.set(**settings)
-        config.mask_token_id = self._mask_token_id()
+        config.mask_token_id = mask_token_of(self.config)
         if config.eos_token_id is None:
             config.eos_token_id = self.config.eos_token_id
         length = block_length_of(self.config)
@@ -187,72 +171,36 @@ class GenerateMixin:
             )
         return config, config.block_length or length
 
-    def _denoiser(self, config: DiffusionGenerationConfig, rows: int, columns: int) -> BackboneDenoiser:
-        return BackboneDenoiser(self, rows * (2 if config.guidance_scale else 1), columns)
-
 
 class BackboneDenoiser:
     """Runs a stock backbone and head on the engine's inputs, computing only what is needed.
 
     Args:
-        model: a masked-diffusion model.
-        slots, columns: size of the cache, which takes memory once it is used.
+        rows, columns: size of the cache, which takes memory once it is used.
     """
 
-    def __init__(self, model: Any, slots: int, columns: int):
-        self.model, self.cache = model, KVCache(slots, columns)
+    def __init__(self, model: Any, config: DiffusionGenerationConfig, rows: int, columns: int):
+        self.model = model
+        self.cache = KVCache(rows * (2 if config.guidance_scale else 1), columns)
 
     def __call__(self, inputs: DenoiserInput) -> Iterator[Tensor]:
         """Compute the logits of the positions that need them, in chunks."""
-        layout = row_layout(inputs.is_token)
-        columns = torch.arange(inputs.ids.shape[1], device=inputs.ids.device).expand(inputs.ids.shape)
-        predicting = predicting_column(layout) if self.model.config.logit_shift else columns
-        if inputs.is_computed is None:
-            hidden, hidden_column = self._whole(inputs, layout), columns
-        else:
-            is_predicting = (
-                torch.zeros_like(columns).scatter_add(1, predicting, inputs.needs_logits.long()) > 0
-            )
-            computed = inputs.is_computed | is_predicting
-            hidden = self._cached(inputs, layout, computed)
-            hidden_column = (computed.long().cumsum(dim=1) - 1).clamp(min=0)
-        if not inputs.needs_logits.any():
+        layout, needed = row_layout(inputs.is_token), inputs.needs_logits
+        predicting = torch.arange(needed.shape[1], device=needed.device).expand(needed.shape)
+        if self.model.config.logit_shift:
+            predicting = predicting_column(layout)
+        attend, cached = None, None
+        if inputs.is_computed is not None:
+            is_predicting = torch.zeros_like(predicting).scatter_add(1, predicting, needed.long()) > 0
+            cached = CachedRows(self.cache, inputs.slots, inputs.is_computed | is_predicting, inputs.block)
+        elif inputs.block is not None:
+            attend = attend_block_causal(layout, inputs.block)
+        ragged = not bool(inputs.is_token.all())
+        hidden = run_backbone(self.model.model, inputs.ids, layout, attend, ragged=ragged, cached=cached)
+        row, column = needed.nonzero(as_tuple=True)
+        if not len(row):
             return iter(())
-        row, column = inputs.needs_logits.nonzero(as_tuple=True)
-        hidden = hidden[row, hidden_column.gather(1, predicting)[row, column]]
+        hidden = hidden[row, predicting[row, column]]
         head = self.model.lm_head
         size = chunk_rows(len(hidden), self.model.config.vocab_size, hidden.dtype, hidden.device).rows
         return (head(part) for part in hidden.split(size))
-
-    def _whole(self, inputs: DenoiserInput, layout: Layout) -> Tensor:
-        """Run the backbone on all columns."""
-        attend, position = None, layout.position
-        if inputs.block is not None:
-            attend = attend_block_causal(layout, inputs.block)[:, None]
-        elif not inputs.is_token.all():
-            attend = attend_tokens(layout)[:, None]
-        else:
-            position = position[:1]
-        return run_backbone(self.model.model, inputs.ids, attend, AttentionInputs(position))
-
-    def _cached(self, inputs: DenoiserInput, layout: Layout, computed: Tensor) -> Tensor:
-        """Run the backbone on the computed columns, with cached keys and values of the others."""
-        columns, valid = _columns_of(computed, inputs.ids.shape[1])
-        read = columns.clamp(max=inputs.ids.shape[1] - 1)
-        attend = inputs.is_token[:, None, :]
-        if inputs.block is not None:
-            attend = attend & (inputs.block[:, None, :] <= inputs.block.gather(1, read)[:, :, None])
-        attend = attend | (~valid[:, :, None] & inputs.is_token[:, None, :])  # no softmax over nothing
-        cached = self.cache.at(inputs.slots, columns, layout.position)
-        mask = None if attend.all() else attend[:, None]
-        attention_inputs = AttentionInputs(layout.position.gather(1, read), cached=cached)
-        return run_backbone(self.model.model, inputs.ids.gather(1, read), mask, attention_inputs)
-
-
-def _columns_of(flag: Bool[Tensor, "R S"], other: int) -> tuple[Int[Tensor, "R K"], Bool[Tensor, "R K"]]:
-    """List the flagged columns of each row in order, K the most of a row; `other` fills up, not valid."""
-    count = flag.sum(dim=1)
-    longest = int(count.max()) if len(flag) else 0
-    order = flag.long().argsort(dim=1, descending=True, stable=True)[:, :longest]
-    valid = torch.arange(longest, device=flag.device) < count[:, None]
-    return torch.where(valid, order, other), valid

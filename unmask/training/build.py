@@ -16,8 +16,8 @@ from unmask.diffusion.loss import PRESETS
 from unmask.diffusion.objective import PROBABILITIES, Curriculum, Objective
 from unmask.errors import UnmaskError
 from unmask.io import reason
-from unmask.model.adapter import add_adapter
 from unmask.model.checkpoint import (
+    add_adapter,
     fingerprint,
     fit_to_tokenizer,
     is_adapter,
@@ -26,7 +26,7 @@ from unmask.model.checkpoint import (
     read_config,
 )
 from unmask.model.config import PREFIX, diffusion_values
-from unmask.model.families import MODEL_CLASSES
+from unmask.model.denoiser import MODEL_CLASSES
 from unmask.training.optim import warmup_steps
 
 
