@@ -97,8 +97,9 @@ def generate(
         answer = partial(choose_answers, denoiser, tokenizer, choice, **sizes)
     else:
         answer = partial(generate_answers, denoiser, tokenizer, prefix=prefix, **generation)
+    asked: dict[str, Any] = {"raw": raw, "system": system, "to_answer": bool(choice)}
     if prompts is not None and out is not None:
-        listed = read_prompts(prompts, tokenizer, raw=raw, system=system, prefix=prefix)
+        listed = read_prompts(prompts, tokenizer, prefix=prefix, **asked)
         if not choice:
             check_lengths(listed, config.max_new_tokens, denoiser.config.max_position_embeddings)
         told = {"model": model, "raw": raw, "system": system, "prefix": prefix, "choice": choice}
@@ -108,7 +109,7 @@ def generate(
         _answer_file(answer, listed, out, settings=settings, **how)
         return
     text = read_stdin() if prompt == "-" else prompt or ""
-    example = prompt_example(tokenizer, text, raw=raw, system=system, prefix=prefix)
+    example = prompt_example(tokenizer, text, prefix=prefix, **asked)
     if choice:
         [line] = answer([example], [seed])
         for name, figures in line["choices"].items():
@@ -189,7 +190,7 @@ def infill(
     answer_to: dict[str, Any] = {}
     if prompt is not None:
         end = chat_encoder(tokenizer).end_token_id
-        answer_to = {"prompt": prompt_example(tokenizer, prompt), "end": end}
+        answer_to = {"prompt": prompt_example(tokenizer, prompt, to_answer=True), "end": end}
     sizes = {"end_fill": end_fill or 1, "batch_size": batch_size}
     done = infill_text(denoiser, tokenizer, parts, **answer_to, **sizes, **decoding)
     print(

@@ -71,7 +71,10 @@ def chat(
             except UnmaskError as failure:
                 error(f"error: {failure} /reset makes room.")
             else:
-                turns = [*question, Turn("assistant", answer.text)]
+                open_thought = (
+                    "</think>" in answer.text and "<think>" not in answer.text
+                )  # the prompt opened it
+                turns = [*question, Turn("assistant", "<think>\n" * open_thought + answer.text)]
                 console.print(Text("\n".join(map(visible, answer.text.split("\n")))))
                 console.print(Text(answer.figures, "dim"), highlight=False)
 

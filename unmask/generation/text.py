@@ -67,6 +67,24 @@ def with_prefix(example: Example, prefix: str, tokenizer: PreTrainedTokenizerBas
     return Example(example.input_ids + more.input_ids, example.src_mask + more.src_mask)
 
 
+def chat_example(
+    encoder: Encoder, turns: Sequence[Turn], tools: Sequence[Any] = (), *, to_answer: bool = False
+) -> Example:
+    """Encode turns up to where training lets the next response start.
+
+    Args:
+        to_answer: up to where a plain answer starts in that response: after an empty think block, if the
+            template writes one.
+    """
+    example = encoder.prompt_example(turns, tools)
+    if not to_answer:
+        return example
+    answered = Conversation((*turns, Turn("assistant", MISSING)), "the prompt", tuple(tools))
+    response = encoder.encode(answered).input_ids[len(example.input_ids) :]
+    size = response.index(encoder.end_token_id) - len(document_ids(MISSING, encoder.tokenizer))
+    return Example(example.input_ids + response[:size], example.src_mask + [False] * size)
+
+
 def prompt_example(
     tokenizer: PreTrainedTokenizerBase,
     text: str,
@@ -74,6 +92,7 @@ def prompt_example(
     raw: bool = False,
     system: str | None = None,
     prefix: str = "",
+    to_answer: bool = False,
 ) -> Example:
     """Encode one prompt: what a user says, or with `raw` the beginning of a text; then `prefix`.
 
@@ -85,7 +104,8 @@ def prompt_example(
     if not text.strip():
         raise UnmaskError("the prompt is empty; say something, or generate from nothing with --raw.")
     turns = [Turn("user", text)] if system is None else [Turn("system", system), Turn("user", text)]
-    return with_prefix(chat_encoder(tokenizer).prompt_example(turns), prefix, tokenizer)
+    example = chat_example(chat_encoder(tokenizer), turns, to_answer=to_answer)
+    return with_prefix(example, prefix, tokenizer)
 
 
 class StopStrings(StoppingCriteria):
@@ -198,6 +218,7 @@ def read_prompts(
     raw: bool = False,
     system: str | None = None,
     prefix: str = "",
+    to_answer: bool = False,
 ) -> list[Prompt]:
     """Read prompts: records of any known format, or a `.txt` file with one prompt a line, blank ones skipped.
 
@@ -208,6 +229,7 @@ def read_prompts(
         raw: texts to continue without the chat template: lines, or the field "prompt" or "text".
         system: a system prompt for all that have none.
         prefix: the beginning of every response.
+        to_answer: see `chat_example`.
 
     Raises:
         UnmaskError: the file or a record cannot be used, a prompt is empty, or there is none.
@@ -232,7 +254,7 @@ def read_prompts(
             text = next(turn.content for turn in reversed(turns) if turn.role == "user")
             if system is not None and turns[0].role != "system":
                 turns.insert(0, Turn("system", system))
-            example = encoder.prompt_example(turns, asked.tools)
+            example = chat_example(encoder, turns, asked.tools, to_answer=to_answer)
         if not (text if raw else text.strip()):
             raise UnmaskError(f"{location}: the prompt is empty.")
         prompts.append(Prompt(with_prefix(example, prefix, tokenizer), text, location))
