@@ -16,6 +16,7 @@ from unmask.data.encode import Encoder
 from unmask.data.records import Conversation, Turn
 from unmask.data.tokenizer import byte_tokenizer
 from unmask.errors import UnmaskError, UnmaskWarning
+from unmask.generation.policy import Decision, Proposal, most_confident
 from unmask.generation.text import (
     StopStrings,
     answer_file,
@@ -127,6 +128,31 @@ def test_stop_strings_end_a_response_in_any_batch(model: Any, tokenizer: PreTrai
         end = min((long.text.find(string) for string in stop if string in long.text), default=len(long.text))
         assert short.text == long.text[:end] and short.ids == long.ids[: len(short.ids)]
     assert any(len(short.ids) < len(long.ids) for short, long in zip(cut, whole, strict=True))
+
+
+def remask_all(proposal: Proposal) -> Decision:
+    """Commit the most confident, and once mask everything again."""
+    best = most_confident(proposal.confidence, proposal.candidates, proposal.quota)
+    return Decision(best, proposal.committed & (proposal.step == 4)[:, None])
+
+
+@pytest.mark.parametrize("policy", ["remdm_cap", "remdm_rescale", remask_all], ids=str)
+@pytest.mark.parametrize("block_length", [None, 4])
+def test_a_stop_string_waits_for_what_is_final(
+    model: Any, tokenizer: PreTrainedTokenizerBase, policy: Any, block_length: int | None
+) -> None:
+    """A draft that would be masked again ends nothing: the answer is that without the stop string, cut."""
+    eta = None if callable(policy) else 1.0
+    settings = {"max_new_tokens": 12, "temperature": 1.0, "policy": policy, "eta": eta, **SETTINGS}
+    settings |= {"block_length": block_length, "seed": list(range(30))}
+    whole = complete(model, tokenizer, [list(b"ab")] * 30, **settings)
+    stop = list("aeiou#%QX")
+    cut = complete(model, tokenizer, [list(b"ab")] * 30, stop=stop, **settings)
+    cutter = StopStrings(tokenizer, stop)
+    assert [done.text for done in cut] == [cutter.cut(done.text) for done in whole]
+    shorter = sum(short.num_forwards < long.num_forwards for short, long in zip(cut, whole, strict=True))
+    assert any(short.text != long.text for short, long in zip(cut, whole, strict=True))
+    assert (shorter > 0) == (block_length is not None)  # later blocks are saved
 
 
 @pytest.mark.parametrize("text", ["", "ab", "xy.", "..x", "x\n\né", "é"])
