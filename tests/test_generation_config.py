@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import random_ids, tiny_model
-from transformers import GenerationConfig
+from tiny import byte_model, random_ids, tiny_model
+from transformers import GenerationConfig, PreTrainedTokenizerBase, pipeline
 
 from unmask import DiffusionGenerationConfig, Qwen3ForCausalLM
+from unmask.data.tokenizer import byte_tokenizer
 from unmask.errors import UnmaskError
+from unmask.generation.text import complete
 
 NAN, INF = float("nan"), float("inf")
 
@@ -44,6 +46,7 @@ NAN, INF = float("nan"), float("inf")
         ("max_length", [9], {}),
         ("num_return_sequences", [2], {}),
         ("stop_strings", [["a"]], {}),
+        ("num_beams", [2], {}),
     ],
 )
 def test_a_setting_that_cannot_be_is_named(name: str, values: list[Any], others: dict[str, Any]) -> None:
@@ -105,3 +108,48 @@ def test_from_an_autoregressive_config_only_the_special_tokens_are_taken() -> No
     read = DiffusionGenerationConfig.from_generic(stock)
     assert (read.temperature, read.eos_token_ids, read.pad_token_id) == (0.0, [1, 2], 0)
     assert read.top_p is None
+
+
+def test_habits_from_transformers_mean_the_same() -> None:
+    model, prompt = tiny_model().eval(), random_ids(2, 3)
+    model.generation_config = DiffusionGenerationConfig(max_new_tokens=6, temperature=0.5, eos_token_id=[])
+    sampled = model.generate(prompt)
+    greedy = model.generate(prompt, temperature=0.0)
+    hot = model.generate(prompt, temperature=1.0, top_k=3)
+    for settings, expected in (
+        ({"do_sample": True, "num_beams": 1}, sampled),
+        ({"do_sample": False, "top_p": None, "temperature": None}, greedy),
+        ({"generation_config": GenerationConfig(do_sample=True, temperature=1.0, top_k=3)}, hot),
+        ({"generation_config": GenerationConfig(max_new_tokens=6)}, sampled),
+    ):
+        assert torch.equal(model.generate(inputs=prompt, **settings).sequences, expected.sequences)
+    assert model.generate(generation_config=GenerationConfig(max_new_tokens=2)).sequences.shape == (1, 2)
+    with pytest.raises(UnmaskError, match="num_beams"):
+        model.generate(prompt, generation_config=GenerationConfig(num_beams=4))
+
+
+def test_the_pipeline_of_transformers_decodes_as_the_checkpoint_says(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    model: Any = byte_model().eval()
+    model.generation_config = DiffusionGenerationConfig(max_new_tokens=7, eos_token_id=258, pad_token_id=256)
+    run: Any = pipeline("text-generation", model=model, tokenizer=tokenizer)  # pyright: ignore
+    prompts = ["ab", "a longer one"]
+    expected = complete(model, tokenizer, [list(text.encode()) for text in prompts])
+    found = run(prompts, batch_size=2, return_full_text=False)
+    assert [one["generated_text"] for [one] in found] == [done.text for done in expected]
+    settings = {"temperature": 1.0, "seed": 3, "max_new_tokens": 5}
+    [sampled] = run("ab", do_sample=True, return_full_text=False, **settings)
+    [done] = complete(model, tokenizer, [list(b"ab")], **settings)
+    assert sampled["generated_text"] == done.text != expected[0].text[:5]
+
+
+def test_ids_without_a_token_are_found_when_generating(tokenizer: PreTrainedTokenizerBase) -> None:
+    model: Any = byte_model(vocab_size=300).eval()
+    only_new = {"suppress_tokens": list(range(259)), "eos_token_id": [], "max_new_tokens": 2}
+    model.generation_config.set(unused_tokens=list(range(260, 400)))
+    with pytest.raises(UnmaskError, match="allow no token"):
+        complete(model, tokenizer, [[97]], **only_new)
+    larger = byte_tokenizer()
+    larger.add_tokens(["<new>"])
+    assert complete(model, larger, [[97]], **only_new)[0].ids == [260, 260]

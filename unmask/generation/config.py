@@ -1,7 +1,7 @@
 """Settings of `generate`, saved with the model as `generation_config.json`."""
 
+import copy
 import difflib
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import ConfigDict, Field, ValidationError, create_model
@@ -16,6 +16,7 @@ Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 
+_METADATA = ("_commit_hash", "_from_model_config", "transformers_version")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Settings that only some policies take: name -> policies, default.
 _OF_POLICY: dict[str, tuple[tuple[str, ...], float]] = {
@@ -29,9 +30,12 @@ _OF_POLICY: dict[str, tuple[tuple[str, ...], float]] = {
 _ELSEWHERE = {
     "max_length": "set max_new_tokens, the length of the canvas",
     "num_return_sequences": "repeat the prompt with a seed for each row, or use the command's --samples",
-    "stop_strings": "use the command's --stop, or stopping_criteria",
-    "do_sample": "set temperature above 0",
+    "stop_strings": "pass stopping_criteria, or use the command's --stop",
+    "num_beams": "a canvas is not searched by beams",
+    "repetition_penalty": "pass a logits_processor, such as transformers' RepetitionPenaltyLogitsProcessor",
 }
+# What a stock config may say without an effect here: it says that something is not to be done.
+_NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
 
 class DiffusionGenerationConfig(GenerationConfig):
@@ -82,20 +86,33 @@ class DiffusionGenerationConfig(GenerationConfig):
     eos_token_id: int | list[int] | None = None  # one id or several that end a response
     pad_token_id: int | None = None  # fills the canvas after the end; None = the first end token
     suppress_tokens: list[int] | None = None  # never generated, like the mask token
+    unused_tokens: list[int] | None = None  # ids that have no token: never generated
 
     def __init__(self, **kwargs: Any):
         # Not the parent's: most of its settings have no effect here, and would be accepted in silence.
         for name in SETTINGS:
-            setattr(self, name, kwargs.pop(name, getattr(type(self), name)))
-        kwargs.pop("do_sample", None)  # written for stock readers alone, see to_diff_dict
-        for name in ("_commit_hash", "_from_model_config", "transformers_version"):
+            setattr(self, name, getattr(type(self), name))
+        for name in _METADATA:
             setattr(self, name, kwargs.pop(name, None))
-        _refuse_unknown(kwargs)
-        self.validate()
+        self.set(**kwargs)
 
     def set(self, **settings: Any) -> None:
-        """Change settings and check the result."""
-        _refuse_unknown(name for name in settings if name not in SETTINGS)
+        """Change settings and check the result.
+
+        Of transformers' own, `do_sample` sets the temperature: False to 0, True to 1 unless it is above 0.
+        """
+        settings = {name: value for name, value in settings.items() if _NEUTRAL.get(name, self) != value}
+        sampled = settings.pop("do_sample", None)
+        if sampled is False:
+            settings |= {"temperature": 0.0, "top_k": None, "top_p": None}
+        elif sampled and not settings.get("temperature", self.temperature):
+            settings["temperature"] = 1.0
+        for name in settings:
+            if name not in SETTINGS:
+                near = difflib.get_close_matches(name, SETTINGS, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else "remove it."
+                hint = f"{_ELSEWHERE[name]}." if name in _ELSEWHERE else hint
+                raise UnmaskError(f"unknown generation setting {name!r}; {hint}")
         vars(self).update(settings)
         self.validate()
 
@@ -169,9 +186,19 @@ class DiffusionGenerationConfig(GenerationConfig):
         changed = {name: value for name, value in values.items() if value != defaults.get(name)}
         if callable(changed.get("policy")):
             raise UnmaskError("policy: a function cannot be saved; give the name of a policy.")
-        if self.temperature > 0:
-            changed["do_sample"] = True  # or transformers warns that the temperature has no effect
-        return {**changed, "transformers_version": values["transformers_version"]}
+        # Said even where they are the defaults, or transformers' pipeline would take its own.
+        said = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
+        return {**said, **changed, "transformers_version": values["transformers_version"]}
+
+    def updated(self, config: GenerationConfig | None, **settings: Any) -> Self:
+        """Return a copy with what a stock config says, or that config if it is of this class, and settings."""
+        if isinstance(config, DiffusionGenerationConfig):
+            made, said = copy.deepcopy(cast(Self, config)), {}
+        else:
+            made, said = copy.deepcopy(self), {} if config is None else config.to_diff_dict()
+        said = {name: value for name, value in said.items() if name not in _METADATA}
+        made.set(**{**said, **settings})
+        return made
 
     @classmethod
     def from_generic(cls, config: GenerationConfig) -> Self:
@@ -191,11 +218,3 @@ class DiffusionGenerationConfig(GenerationConfig):
 SETTINGS = tuple(DiffusionGenerationConfig.__annotations__)
 _FIELDS: Any = {name: (kind, ...) for name, kind in DiffusionGenerationConfig.__annotations__.items()}
 _Ranges = create_model("_Ranges", __config__=ConfigDict(strict=True), **_FIELDS)
-
-
-def _refuse_unknown(names: Iterable[str]) -> None:
-    for name in names:
-        near = difflib.get_close_matches(name, SETTINGS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        hint = f"; {_ELSEWHERE[name]}." if name in _ELSEWHERE else hint
-        raise UnmaskError(f"unknown generation setting {name!r}{hint}")

@@ -157,8 +157,8 @@ class Engine:
         self.sizes, self.steps_of = self._schedule()
         self.positions = token_positions(is_token)
         self.eos = torch.tensor(config.eos_token_ids, dtype=torch.long, device=device)
-        forbidden = {config.mask_token_id, *(config.suppress_tokens or [])} - set(config.eos_token_ids)
-        self.forbidden = torch.tensor(sorted(forbidden), device=device)
+        never = {config.mask_token_id, *(config.suppress_tokens or []), *(config.unused_tokens or [])}
+        self.forbidden = torch.tensor(sorted(never - set(config.eos_token_ids)), device=device)
         seed = torch.as_tensor(config.seed, dtype=torch.long, device=device).reshape(-1)
         if len(seed) not in (1, batch):
             raise UnmaskError(

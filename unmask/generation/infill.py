@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from unmask.data.collate import collate
 from unmask.data.encode import Example, document_ids
 from unmask.errors import UnmaskError
+from unmask.generation.text import ids_without_token
 
 MOST_COMBINATIONS = 256  # of lengths
 _GAP = re.compile(r"(\\*)\[\[gap(?::\s*(\d+)\s*(?:-\s*(\d+)\s*)?\]\])?")
@@ -141,6 +142,7 @@ def infill_text(
     ranges = [range(gap.low, gap.high + 1) for gap in gaps]
     combinations = sorted(product(*ranges), key=lambda lengths: (sum(lengths), lengths))
     part_ids = [None if isinstance(part, Gap) else document_ids(part, tokenizer) for part in parts]
+    settings.setdefault("unused_tokens", ids_without_token(tokenizer, model.config.vocab_size))
     results: list[tuple[float, tuple[int, ...], list[list[int]]]] = []
     num_forwards = 0
     for start in range(0, count, batch_size):

@@ -73,8 +73,8 @@ def uniforms(
 
 
 def suppress(logits: Float[Tensor, "*rows V"], ids: Int[Tensor, "K"]) -> Float[Tensor, "*rows V"]:
-    """Give the listed ids probability 0."""
-    return logits.index_fill(-1, ids, -torch.inf)
+    """Give the listed ids probability 0; those beyond the vocabulary are ignored."""
+    return logits.index_fill(-1, ids[ids < logits.shape[-1]], -torch.inf)
 
 
 def keep_top_k(logits: Float[Tensor, "M V"], k: int) -> Float[Tensor, "M V"]:

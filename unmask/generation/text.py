@@ -108,6 +108,11 @@ def prompt_example(
     return with_prefix(example, prefix, tokenizer)
 
 
+def ids_without_token(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:
+    """List the ids below `rows`, the size of an embedding, that have no token."""
+    return sorted(set(range(rows)).difference(tokenizer.get_vocab().values()))
+
+
 class StopStrings(StoppingCriteria):
     """Ends a response once one of `strings` is in it, in whatever tokens; the prompt is not searched.
 
@@ -167,6 +172,7 @@ def complete(
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
     seeds = settings.pop("seed", None)
     stop_strings = StopStrings(tokenizer, stop)
+    settings.setdefault("unused_tokens", ids_without_token(tokenizer, model.config.vocab_size))
     if stop:
         settings["stopping_criteria"] = stop_strings
     completions: dict[int, Completion] = {}

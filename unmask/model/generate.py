@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator
 from typing import Any, cast
@@ -10,6 +9,7 @@ from typing import Any, cast
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from transformers import GenerationConfig
 
 from unmask.diffusion.attention import attend_block_causal, block_index, predicting_column, row_layout
 from unmask.errors import UnmaskError, UnmaskWarning
@@ -31,22 +31,25 @@ class GenerateMixin:
     @torch.no_grad()
     def generate(
         self,
-        input_ids: Int[Tensor, "B P"],
+        input_ids: Int[Tensor, "B P"] | None = None,
         attention_mask: Tensor | None = None,
-        generation_config: DiffusionGenerationConfig | None = None,
+        generation_config: GenerationConfig | None = None,
         streamer: Any | None = None,
         logits_processor: Any | None = None,
         stopping_criteria: Any | None = None,
         src_mask: Tensor | None = None,
+        *,
+        inputs: Int[Tensor, "B P"] | None = None,
         **settings: Any,
     ) -> DiffusionGenerationOutput | Int[Tensor, "B L"]:
         """Fill a canvas of masks after each prompt.
 
         Args:
-            input_ids: prompts (B, P), padded on any side; P = 0 generates without a prompt. A mask token in a
-                prompt is text like any other.
+            input_ids: prompts (B, P), padded on any side; by default, and with P = 0, none. A mask token in a
+                prompt is text like any other. `inputs` is another name.
             attention_mask: (B, P), 1 = token, 0 = padding; all tokens by default.
-            generation_config: settings; those of the checkpoint by default.
+            generation_config: settings; those of the checkpoint by default, which a stock `GenerationConfig`
+                changes where it says something.
             streamer: see `unmask.generation.engine.generate_canvas`.
             logits_processor: one or a list of transformers' logits processors or functions of (ids of the
                 row, logits) of each position; tokens are drawn from what they return.
@@ -68,6 +71,8 @@ class GenerateMixin:
         >>> model.generate(prompt_ids, max_new_tokens=32, steps=16).sequences  # doctest: +SKIP
         """
         config, block_length = self._settings(generation_config, settings)
+        if (input_ids := inputs if input_ids is None else input_ids) is None:
+            input_ids = torch.zeros(1, 0, dtype=torch.long, device=cast(Any, self).device)
         mode = "pretrain" if src_mask is None else "sft"
         prompts = self.prepare(input_ids, None, attention_mask, src_mask, mode)
         is_token, new = prompts.layout.is_token, config.max_new_tokens
@@ -102,7 +107,7 @@ class GenerateMixin:
         input_ids: Int[Tensor, "B L"],
         is_gap: Bool[Tensor, "B L"],
         attention_mask: Tensor | None = None,
-        generation_config: DiffusionGenerationConfig | None = None,
+        generation_config: GenerationConfig | None = None,
         logits_processor: Any | None = None,
         **settings: Any,
     ) -> DiffusionGenerationOutput:
@@ -144,13 +149,11 @@ class GenerateMixin:
         return engine.output(engine.ids, is_gap, slice(None))
 
     def _settings(
-        self, generation_config: DiffusionGenerationConfig | None, settings: dict[str, Any]
+        self, generation_config: GenerationConfig | None, settings: dict[str, Any]
     ) -> tuple[DiffusionGenerationConfig, int | None]:
         """The settings of a call, and the block length of a block-causal model."""
-        config = copy.deepcopy(
-            generation_config or DiffusionGenerationConfig.from_generic(self.generation_config)
-        )
-        config.set(**settings)
+        own = DiffusionGenerationConfig.from_generic(self.generation_config)
+        config = own.updated(generation_config, **settings)
         config.mask_token_id = mask_token_of(self.config)
         if config.eos_token_id is None:
             config.eos_token_id = self.config.eos_token_id
