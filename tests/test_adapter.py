@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -83,16 +83,31 @@ def test_unmerged_merged_and_in_memory_are_the_same(
     assert load_tokenizer(str(tmp_path / "merged")).mask_token_id == MASK
 
 
-def test_all_that_a_model_does_an_adapter_does(base: Path) -> None:
-    model: Any = adapted(base)
-    ids = random_ids(2, 10, vocab=256)
-    found = model.generate(ids, max_new_tokens=4).sequences
-    assert found.shape == (2, 14) and not (found == MASK).any()
-    drawn = noise_of(model, ids, noise_seed=torch.tensor([1, 2]))
-    nll = model.masked_nll(ids, drawn.is_masked)
-    loss = loss_of(model.train(), ids, noise_seed=torch.tensor([1, 2]))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_all_that_a_model_does_an_adapter_does(dtype: torch.dtype, use_dora: bool, tmp_path: Path) -> None:
+    """Of a tied base in bf16 too, whose adapters and mask row are float32: in training, and loaded again."""
+    base = autoregressive_folder(tmp_path / "base", vocab_size=259, dtype=dtype)
+    trained: Any = adapted(base, use_dora=use_dora)
+    save_checkpoint(trained, byte_tokenizer(), tmp_path / "adapter")
+    loaded: Any = load_model(str(tmp_path / "adapter"))
+    ids, gap = random_ids(2, 10, vocab=256), torch.arange(10).expand(2, -1) > 7
+    drawn = noise_of(trained, ids, noise_seed=torch.tensor([1, 2]))
+    nll = trained.masked_nll(ids, drawn.is_masked)
+    for model in (trained, loaded):
+        found = model.generate(ids, max_new_tokens=4).sequences
+        assert found.shape == (2, 14) and not (found == MASK).any()
+        assert torch.equal(found, trained.generate(ids, max_new_tokens=4).sequences)
+        assert torch.equal(model.infill(ids, gap).sequences[:, :8], ids[:, :8])
+        assert torch.equal(model.masked_nll(ids, drawn.is_masked), nll)
+        assert model.dtype == dtype and model(ids).logits.dtype == dtype
+    loss = loss_of(trained.train(), ids, noise_seed=torch.tensor([1, 2]))
+    loss.backward()
     t = drawn.t[drawn.is_masked]
     assert loss.item() == pytest.approx(((nll / t).sum() / ids.numel()).item(), rel=1e-6)
+    merged, _ = merge(str(tmp_path / "adapter"), tmp_path / "merged")
+    error = (cast(Any, merged).eval()(ids).logits - trained.eval()(ids).logits).double().abs().max()
+    assert error < (1e-5 if dtype == torch.float64 else 0.3)
 
 
 def gradients(model: Any) -> dict[str, Tensor]:

@@ -53,6 +53,7 @@ def test_measuring_leaves_everything_as_it_was() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the variable is one of x86")
 def test_a_cpu_that_is_told_to_be_an_older_one_is_found_out() -> None:
     """It still says that it has the instructions. There bf16 takes 20 times as long, natively 0.5 times."""

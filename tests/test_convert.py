@@ -15,11 +15,8 @@ from tiny import (
     byte_tokenizer_without_mask,
     random_ids,
     tiny_model,
-    tiny_stock_model,
 )
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unmask import convert, load_model
 from unmask.data.tokenizer import byte_tokenizer, load_tokenizer
@@ -113,60 +110,23 @@ def test_a_full_embedding_grows_by_one_mean_row(tied: bool, tmp_path: Path) -> N
     assert ("lm_head.weight" in load_file(out / "model.safetensors")) is not tied
 
 
-def test_geometry_of_a_released_qwen3(tmp_path: Path) -> None:
-    base, out = tmp_path / "base", tmp_path / "out"
-    vocab = {f"t{i}": i for i in range(151_666)}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(vocab, unk_token="t0")),
-        additional_special_tokens=["<|im_start|>"],
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-    )
-    assert len(tokenizer) == 151_669
-    autoregressive_folder(
-        base,
-        tokenizer=tokenizer,
-        vocab_size=151_936,
-        hidden_size=8,
-        num_hidden_layers=1,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model, tokenizer = convert(str(base), out)
-    assert tokenizer.mask_token_id == model.config.mask_token_id == 151_669
-    assert model.config.vocab_size == 151_936
-    generation: Any = model.generation_config
-    assert set(generation.suppress_tokens) == {151_667, *range(151_670, 151_936)}  # 151_667 pads
-
-
-def test_a_mask_token_that_is_there_is_kept(tmp_path: Path) -> None:
+def test_what_a_base_has_is_kept_and_what_it_lacks_is_added(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer_without_mask()
     tokenizer.add_special_tokens({"mask_token": "<mask>"})
-    base = autoregressive_folder(tmp_path / "base", tokenizer=tokenizer)
-    _, made = convert(str(base), tmp_path / "out")
-    assert (made.mask_token, made.mask_token_id, len(made)) == ("<mask>", 259, 260)
-
-
-def test_the_end_token_pads_where_there_is_no_padding_token(tmp_path: Path) -> None:
-    tokenizer = byte_tokenizer_without_mask()
     tokenizer.pad_token = None
-    base = autoregressive_folder(tmp_path / "base", tokenizer=tokenizer)
-    model, made = convert(str(base), tmp_path / "out")
-    assert made.pad_token_id == made.eos_token_id == model.config.pad_token_id == 258
-    again = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert again.pad_token_id == 258
-    # The end token must stay possible.
-    assert load(tmp_path / "out").generation_config.suppress_tokens == list(range(260, 272))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_type_of_the_weights_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
-    base = autoregressive_folder(tmp_path / "base", dtype=dtype)
+    base = autoregressive_folder(tmp_path / "base", tokenizer=tokenizer, dtype=torch.bfloat16)
+    (base / "generation_config.json").unlink()
     edit(base, "config.json", auto_map={"AutoModelForCausalLM": "evil.M"})
     out = tmp_path / "out"
     out.mkdir()  # an empty folder is taken
-    convert(str(base), out)
-    assert {value.dtype for value in load_file(out / "model.safetensors").values()} == {dtype}
+    _, made = convert(str(base), out)
+    assert (made.mask_token, made.mask_token_id, len(made)) == ("<mask>", 259, 260)
+    assert {value.dtype for value in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+    # Without a padding token the end token pads, and must stay possible.
+    model, again = load(out), AutoTokenizer.from_pretrained(out)
+    assert again.pad_token_id == made.eos_token_id == model.config.pad_token_id == 258
+    assert model.generation_config.eos_token_id == 258
+    assert model.generation_config.suppress_tokens == list(range(260, 272))
     assert "auto_map" not in json.loads((out / "config.json").read_text())  # no code travels with it
 
 
@@ -281,14 +241,3 @@ def test_code_that_lies_in_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch: 
         load_tokenizer(str(base))
     assert not mark.exists()
     assert not asked
-
-
-def test_a_base_without_generation_config(tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    tiny_stock_model(dtype=torch.float32, vocab_size=260, eos_token_id=258, pad_token_id=256).save_pretrained(
-        base
-    )
-    byte_tokenizer_without_mask().save_pretrained(base)
-    (base / "generation_config.json").unlink()
-    convert(str(base), tmp_path / "out")
-    assert load(tmp_path / "out").generation_config.eos_token_id == 258
