@@ -6,8 +6,7 @@ Each function draws data into one file, whose suffix chooses the format (.png, .
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -60,21 +59,24 @@ def draw_losses(log_history: Iterable[Mapping[str, float]], file: Path, unit: st
         log_history: logs with "step" and "loss" (training) or "eval_loss" (held out); others are skipped.
         unit: of the training loss; the held-out loss is always in nats per token.
     """
-    logs, losses = list(log_history), []
-    figure, axes = _loss_figure("optimizer step", "loss")
-    for key, label, style in (
-        ("loss", f"training, {unit}", "-"),
-        ("eval_loss", "held out, nats per token", "o-"),
-    ):
-        points = [(log["step"], log[key]) for log in logs if key in log]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.5, markersize=4)
-            losses += [loss for _, loss in points]
+    logs = list(log_history)
+    curves = [
+        (
+            label,
+            style,
+            "C0" if key == "loss" else "C1",
+            [(log["step"], log[key]) for log in logs if key in log],
+        )
+        for key, label, style in (
+            ("loss", f"training, {unit}", "-"),
+            ("eval_loss", "held out, nats per token", "o-"),
+        )
+    ]
+    figure = _draw_curves(curves, "optimizer step", "loss")
+    losses = [loss for *_, points in curves for _, loss in points]
     if losses and min(losses) > 0 and max(losses) > 20 * min(losses):
-        axes.set_yscale("log")  # or the second half of a run would look like zero
-    else:
-        axes.set_ylim(0, _above(losses))
-    _save_with_legend(figure, axes, file)
+        figure.axes[0].set_yscale("log")  # or the second half of a run would look like zero
+    _save(figure, file)
 
 
 def draw_noise_levels(log_history: Iterable[Mapping[str, float]], file: Path) -> None:
@@ -83,21 +85,36 @@ def draw_noise_levels(log_history: Iterable[Mapping[str, float]], file: Path) ->
     Args:
         log_history: logs with "step" and "eval_by_t/<t>" for each t; the first and the last are drawn.
     """
-    found: list[tuple[float, list[tuple[float, float]]]] = []
+    curves = []
     for log in log_history:
-        points = [
-            (float(k.removeprefix(BY_NOISE_LEVEL)), v) for k, v in log.items() if k.startswith(BY_NOISE_LEVEL)
-        ]
+        levels = {k.removeprefix(BY_NOISE_LEVEL): v for k, v in log.items() if k.startswith(BY_NOISE_LEVEL)}
+        if levels:
+            points = sorted((float(level), loss) for level, loss in levels.items())
+            curves.append((f"step {log['step']:,}", "o-", "C0" if curves else "0.6", points))
+    curves = [*curves[:1], *curves[1:][-1:]]
+    figure = _draw_curves(
+        curves, "t, share of the sample that is masked", "nats per masked token, held out", xlim=(0, 1)
+    )
+    _save(figure, file)
+
+
+def _draw_curves(
+    curves: Iterable[tuple[str, str, str, list[Any]]], xlabel: str, ylabel: str, **limits: Any
+) -> Any:
+    """Draw (label, style, colour, points) from zero to a little above the largest finite value."""
+    figure = _figure(8, 4.5)
+    axes = figure.subplots()
+    top = [0.0]
+    for label, style, colour, points in curves:
         if points:
-            found.append((log["step"], sorted(points)))
-    figure, axes = _loss_figure("t, share of the sample that is masked", "nats per masked token, held out")
-    curves = [*found[:1], *found[1:][-1:]]
-    for (step, points), colour in zip(curves, ("0.6", "C0"), strict=False):
-        levels, losses = zip(*points, strict=True)
-        axes.plot(levels, losses, "o-", color=colour, label=f"step {step:,}", linewidth=1.5)
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, _above([loss for _, points in curves for _, loss in points]))
-    _save_with_legend(figure, axes, file)
+            axes.plot(
+                *zip(*points, strict=True), style, color=colour, label=label, linewidth=1.5, markersize=4
+            )
+            axes.legend()
+            top += [value for _, value in points if math.isfinite(value)]
+    axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, 1.05 * max(top) or 1.0), **limits)
+    axes.grid(alpha=0.3)
+    return figure
 
 
 def draw_trace(
@@ -167,29 +184,28 @@ def draw_curriculum(curriculum: Curriculum, max_steps: int, steps_per_epoch: int
     steps = [index * max_steps // count for index in range(count)]
     objectives = [curriculum.at(step, step // steps_per_epoch) for step in steps]
     edges = [*steps, max_steps]  # each objective holds from its edge to the next
+    names = (*PROBABILITIES, "source_share", "future_share", "eps", "mask_block_sizes")
+    values = {name: [getattr(objective, name) for objective in objectives] for name in names}
+    changing = {name for name in names if len(set(values[name])) > 1}
+    spans = any(values["block_masking_probability"])
+    used = [name for name in PROBABILITIES if any(values[name])]
 
-    def values(name: str) -> list[Any]:
-        return [getattr(objective, name) for objective in objectives]
-
-    def changes(name: str) -> bool:
-        return len(set(values(name))) > 1
-
-    def shares(names: list[str]) -> Callable[[Any], None]:
-        return partial(_draw_shares, {name: values(name) for name in names}, edges)
-
-    panels: list[tuple[str, Callable[[Any], None]]] = []
-    if any(map(changes, PROBABILITIES)):
-        panels.append(("share of\nsequences", shares([name for name in PROBABILITIES if any(values(name))])))
-    if any(values("block_masking_probability")) and changes("mask_block_sizes"):
-        panels.append(("span\n(tokens)", partial(_draw_sizes, values("mask_block_sizes"), edges)))
-    if changing := [name for name in ("source_share", "future_share") if changes(name)]:
-        panels.append(("share of\ntokens", shares(changing)))
-    if changes("eps"):
-        panels.append(("smallest\nmasking rate", partial(_draw_rate, values("eps"), edges)))
+    panels: list[tuple[str, list[str]]] = []
+    if changing & set(PROBABILITIES):
+        panels.append(("share of\nsequences", used))
+    if spans and "mask_block_sizes" in changing:
+        panels.append(("span\n(tokens)", []))
+    if shares := [name for name in ("source_share", "future_share") if name in changing]:
+        panels.append(("share of\ntokens", shares))
+    if "eps" in changing:
+        panels.append(("smallest\nmasking rate", ["eps"]))
     figure = _figure(10, 1.4 + 1.5 * max(1, len(panels)))
     grid = figure.subplots(max(1, len(panels)), sharex=True, squeeze=False)[:, 0]
-    for axes, (label, draw) in zip(grid, panels, strict=False):
-        draw(axes)
+    for axes, (label, lines) in zip(grid, panels, strict=False):
+        if lines:
+            _draw_steps({name: values[name] for name in lines}, edges, axes)
+        else:
+            _draw_sizes(values["mask_block_sizes"], edges, axes)
         axes.set_ylabel(label)
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
@@ -200,11 +216,10 @@ def draw_curriculum(curriculum: Curriculum, max_steps: int, steps_per_epoch: int
     first = objectives[0]
     words = [f"loss {first.loss}", f"{first.schedule} noise schedule"]
     words += ["complementary masks"] * first.complementary
-    words += [] if changes("eps") else [f"masking rates from {first.eps:g}"]
-    if not any(map(changes, PROBABILITIES)):
-        constant = [(LABELS[name][0], getattr(first, name)) for name in PROBABILITIES]
-        words += [f"{label} in {100 * share:.3g}%" for label, share in constant if share]
-    if any(values("block_masking_probability")) and not changes("mask_block_sizes"):
+    words += [] if "eps" in changing else [f"masking rates from {first.eps:g}"]
+    if not changing & set(PROBABILITIES):
+        words += [f"{LABELS[name][0]} in {100 * getattr(first, name):.3g}%" for name in used]
+    if spans and "mask_block_sizes" not in changing:
         words.append(f"spans of {' or '.join(map(str, first.mask_block_sizes))} tokens")
     figure.suptitle(f"in every step: {', '.join(words)}", x=0.01, ha="left", fontsize=10)
 
@@ -214,28 +229,27 @@ def draw_curriculum(curriculum: Curriculum, max_steps: int, steps_per_epoch: int
         for start in starts[1:]:
             axes.axvline(start, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
     top = grid[0].secondary_xaxis("top")
-    top.set_xticks(starts, [f"epoch {1 + index * stride}" for index in range(len(starts))], fontsize=8)
-    for label in top.get_xticklabels():
-        label.set_horizontalalignment("left")
-    grid[-1].set_xlim(0, max_steps)
+    top.set_xticks(starts, [f"epoch {1 + i * stride}" for i in range(len(starts))], fontsize=8, ha="left")
+    grid[-1].set(xlim=(0, max_steps), xlabel="optimizer step")
     grid[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     grid[-1].xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    grid[-1].set_xlabel("optimizer step")
     figure.align_ylabels()
     _save(figure, file)
 
 
-def _draw_shares(shares: Mapping[str, list[float]], edges: list[int], axes: Any) -> None:
+def _draw_steps(lines: Mapping[str, list[float]], edges: list[int], axes: Any) -> None:
+    """Lines that hold from one edge to the next; shares in percent, with a legend."""
     from matplotlib.ticker import PercentFormatter
 
-    for (name, values), dashes in zip(shares.items(), DASHES, strict=False):
-        label, colour = LABELS[name]
+    for (name, values), dashes in zip(lines.items(), DASHES, strict=False):
+        label, colour = LABELS.get(name, (None, "0.2"))
         style = {"color": colour, "label": label, "linewidth": 2.5, "linestyle": (0, dashes)}
         axes.stairs(values, edges, baseline=None, **style)
-    top = max(max(values) for values in shares.values())
+    top = max(map(max, lines.values()))
     axes.set_ylim(-0.05 * top, 1.12 * top)
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9, handlelength=3)
+    if "eps" not in lines:
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9, handlelength=3)
 
 
 def _draw_sizes(values: list[tuple[int, ...]], edges: list[int], axes: Any) -> None:
@@ -244,17 +258,11 @@ def _draw_sizes(values: list[tuple[int, ...]], edges: list[int], axes: Any) -> N
     phases = [list(phase) for _, phase in groupby(steps, key=lambda step: step[2])]
     sizes = sorted({size for sizes in values for size in sizes})
     for row, size in enumerate(sizes):
-        ranges = [(phase[0][0], phase[-1][1]) for phase in phases if size in phase[0][2]]
-        bars = [(start, stop - start) for start, stop in ranges]
+        bars = [(p[0][0], p[-1][1] - p[0][0]) for p in phases if size in p[0][2]]
         colour = LABELS["block_masking_probability"][1]
         axes.broken_barh(bars, (row - 0.35, 0.7), color=colour, linewidth=0)
     axes.set_yticks(range(len(sizes)), [str(size) for size in sizes])
     axes.set_ylim(-0.6, len(sizes) - 0.4)
-
-
-def _draw_rate(values: list[float], edges: list[int], axes: Any) -> None:
-    axes.stairs(values, edges, baseline=None, color="0.2", linewidth=2)
-    axes.set_ylim(0, 1.12 * max(values))
 
 
 def _figure(width: float, height: float) -> Any:
@@ -264,30 +272,11 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
-def _loss_figure(xlabel: str, ylabel: str) -> tuple[Any, Any]:
-    figure = _figure(8, 4.5)
-    axes = figure.subplots()
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
-def _save_with_legend(figure: Any, axes: Any, file: Path) -> None:
-    if axes.lines:
-        axes.legend()
-    _save(figure, file)
-
-
 def _save(figure: Any, file: Path) -> None:
     try:
         figure.savefig(file)
     except OSError as error:
         raise UnmaskError(f"{file} could not be written: {error.strerror}.") from error
-
-
-def _above(values: Iterable[float]) -> float:
-    """A little more than the largest finite value, so that no curve is at the edge of the picture."""
-    return 1.05 * max(filter(math.isfinite, values), default=0.0) or 1.0
 
 
 def _shortened(text: str) -> str:

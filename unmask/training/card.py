@@ -9,7 +9,6 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from string import Template
@@ -22,136 +21,110 @@ from unmask.config import Recipe
 from unmask.data.prepare import tokenizer_fingerprint
 from unmask.io import sha256
 from unmask.training.build import loss_unit
-from unmask.training.checkpoint import RunState
-from unmask.training.metrics import GIB, Usage
 from unmask.training.parallel import Processes
 from unmask.training.report import attention_name, trainable_summary
 
-FILE = "provenance.json"
-WHOLE = 2**30  # bytes up to which a file is hashed whole
-END = 2**20  # bytes of each end that are hashed of a longer one
-MOST = 1000  # files of one name that are hashed
+PROVENANCE = "provenance.json"
+WHOLE, END = 2**30, 2**20  # bytes up to which a file is hashed whole, and of each end of a longer one
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "peft")
 
 
-def write_card(
-    aside: Path,
-    folder: Path,
-    *,
-    recipe: Recipe,
-    model: Any,
-    state: RunState,
-    data: Any,
-    usage: Usage,
-    origin: Mapping[str, Any],
-    train_loss: float,
-    held_out_loss: float | None,
-    exact_match: tuple[float, float] | None,
-) -> None:
-    """Write `README.md`, `recipe.yaml` and `provenance.json` into `aside`, which is going to be `folder`.
+def write_card(aside: Path, run: Any, result: Any) -> None:
+    """Write `README.md`, `recipe.yaml` and `provenance.json` into `aside`, which becomes `final/`.
 
     Args:
-        data: what was trained on, see `RunData`.
-        usage: the work of this session and its time.
-        origin: see `provenance`.
+        run: the `Run` that ends.
+        result: its `TrainResult`.
     """
+    recipe, model, state, data, origin = run.recipe, run.model, run.state, run.data, run.origin
+    usage, exact = run.accounting.session, result.exact_match
+    logs, git = usage.logs(), origin["git"]
+    peak = f"measured peak ({usage.peak_flops / 1e9:,.0f} GFLOP/s)"
     rows: dict[str, Any] = {
         "training mode": recipe.training_mode,
         "started from": recipe.model.name_or_path or "random weights",
         "parameters": f"{model.num_parameters():,}",
         "trained": trainable_summary(model, recipe),
-        "weights": None if recipe.ema.decay is None else f"moving average, decay {recipe.ema.decay:g}",
+        "weights": recipe.ema.decay and f"moving average, decay {recipe.ema.decay:g}",
         "logit shift": "on" if model.config.logit_shift else "off",
         "attention": attention_name(model.config),
-        "data": ", ".join(data_names(recipe)),
+        "data": ", ".join(f"{name} (weight {w:g})" if w else name for name, w in _sources(recipe).items()),
         "training examples": None if recipe.data.streaming else f"{len(data.train):,}",
         "records left out": "; ".join(data.left_out()) or None,
         "optimizer steps": f"{state.step:,}",
         "sequences per step": recipe.global_batch_size,
-        f"mean training loss ({loss_unit(recipe)})": f"{train_loss:.4f}",
-        "training time of the last session (s)": f"{sum(usage.seconds.values()):.0f}",
-        "held-out loss (nats per token)": None if held_out_loss is None else f"{held_out_loss:.4f}",
-        "exact match on held-out prompts": exact_match and "{:.1%} before, {:.1%} after".format(*exact_match),
+        f"mean training loss ({loss_unit(recipe)})": f"{result.train_loss:.4f}",
+        "training time of the last session (s)": f"{sum(usage.seconds):.0f}",
+        "held-out loss (nats per token)": result.held_out_loss and f"{result.held_out_loss:.4f}",
+        "exact match on held-out prompts": exact and "{:.1%} before, {:.1%} after".format(*exact),
+        "lowest held-out loss": state.best_loss and f"{state.best_loss:.4f} at step {state.best_step:,}",
+        "supervised tokens per second": f"{logs['supervised_tokens_per_second']:,.0f}",
+        "useful positions per computed position": f"{logs['useful_positions']:.1%}",
+        "model FLOP utilisation": f"{logs['model_flops_utilisation']:.1%} of the {peak}",
+        "peak memory of a process": f"{logs['peak_memory_gib']:.2f} GiB" if usage.peak_memory else None,
+        "made with": ", ".join(f"{name} {number}" for name, number in origin["versions"].items()),
+        "code of the working folder": git["working_folder"] and _commit_name(git["working_folder"]),
+        "code of unmask": git["package"] and _commit_name(git["package"]),
+        "devices": f"{origin['processes']} x {origin['device']}",
+        "seed": recipe.seed,
     }
-    if state.best_loss is not None:
-        rows["lowest held-out loss"] = f"{state.best_loss:.4f} at step {state.best_step:,}"
-    if usage.computed:
-        rows["supervised tokens per second"] = f"{usage.tokens_per_second:,.0f}"
-        rows["useful positions per computed position"] = f"{usage.useful_share:.1%}"
-        peak = f"{usage.peak_flops / 1e9:,.0f} GFLOP/s"
-        rows["model FLOP utilisation"] = f"{usage.utilisation:.1%} of the measured peak ({peak})"
-    if usage.peak_memory is not None:
-        rows["peak memory of a process"] = f"{usage.peak_memory / GIB:.2f} GiB"
-    rows |= origin_rows(origin)
-    table = "\n".join(
-        f"| {name} | {str(value).replace('|', chr(92) + '|')} |"
-        for name, value in rows.items()
-        if value is not None
-    )
+    lines = [(name, str(value).replace("|", "\\|")) for name, value in rows.items() if value is not None]
     template = Path(unmask.__file__).parent / "templates" / "card.md"
     text = Template(template.read_text(encoding="utf-8")).substitute(
         model_type=model.config.model_type,
-        folder=folder,
-        quoted=shlex.quote(str(folder)),
-        table=table,
+        folder=result.checkpoint,
+        quoted=shlex.quote(str(result.checkpoint)),
+        table="\n".join(f"| {name} | {value} |" for name, value in lines),
         recipe=recipe.to_yaml(),
     )
     (aside / "README.md").write_text(text, encoding="utf-8")
     (aside / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    (aside / FILE).write_text(json.dumps(origin, indent=2), encoding="utf-8")
-
-
-def data_names(recipe: Recipe) -> list[str]:
-    """The sources of a recipe, a mixture's with their weights."""
-    if recipe.data.sources is not None:
-        return [f"{one.dataset_name} (weight {one.weight:g})" for one in recipe.data.sources]
-    return _listed(recipe.data.dataset_name)
+    (aside / PROVENANCE).write_text(json.dumps(origin, indent=2), encoding="utf-8")
 
 
 def provenance(recipe: Recipe, tokenizer: Any, group: Processes) -> dict[str, Any]:
     """Collect what a run is made of: recipe, command, versions, commits, devices, checksums of its inputs."""
-    sources = [one.dataset_name for one in recipe.data.sources or []] or _listed(recipe.data.dataset_name)
-    evaluated = [*_listed(recipe.data.eval_dataset_name), *_listed(recipe.evaluation.prompts)]
+    versions = {"unmask": unmask.__version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    gpu = group.device.type == "cuda"
     model = recipe.model.name_or_path
     return {
         "recipe": recipe.model_dump(mode="json"),
         "command": sys.argv,
-        "versions": {"unmask": unmask.__version__, "python": platform.python_version(), **_versions()},
+        "versions": versions,
         "git": {
             "working_folder": _commit(Path.cwd()),
             "package": _commit(Path(unmask.__file__).parent, unmask.__file__),
         },
-        "device": _device_name(group.device),
+        "device": torch.cuda.get_device_name(group.device) if gpu else f"{group.device} {platform.machine()}",
         "processes": group.ranks,
-        "data": {name: _contents(name) for name in sources},
-        "evaluation_data": {name: _contents(name) for name in evaluated},
+        "data": {name: _contents(name) for name in _sources(recipe)},
+        "evaluation_data": {
+            name: _contents(name)
+            for name in (*_listed(recipe.data.eval_dataset_name), *_listed(recipe.evaluation.prompts))
+        },
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "started_from": None if model is None else _contents(model, "*.safetensors"),
     }
 
 
-def origin_rows(origin: Mapping[str, Any]) -> dict[str, str]:
-    """The provenance in the model card."""
-    rows = {"made with": ", ".join(f"{name} {number}" for name, number in origin["versions"].items())}
-    for name, what in (("working_folder", "code of the working folder"), ("package", "code of unmask")):
-        if (commit := origin["git"][name]) is not None:
-            rows[what] = f"git {commit['commit'][:12]}{' with changes' if commit['changed'] else ''}"
-    devices = f"{origin['processes']} x {origin['device']}"
-    return {**rows, "devices": devices, "seed": str(origin["recipe"]["seed"])}
+def _sources(recipe: Recipe) -> dict[str, float | None]:
+    """The names of the training data, those of a mixture with their weights."""
+    if recipe.data.sources is not None:
+        return {source.dataset_name: source.weight for source in recipe.data.sources}
+    return dict.fromkeys(_listed(recipe.data.dataset_name))
 
 
 def _listed(names: str | list[str] | None) -> list[str]:
-    return [names] if isinstance(names, str) else list(names or [])
+    return [names] if isinstance(names, str) else names or []
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+def _commit_name(commit: dict[str, Any]) -> str:
+    return f"git {commit['commit'][:12]}{' with changes' if commit['changed'] else ''}"
 
 
 def _commit(folder: Path, file: str = ".") -> dict[str, Any] | None:
@@ -173,31 +146,12 @@ def _commit(folder: Path, file: str = ".") -> dict[str, Any] | None:
     return {"commit": commit, "changed": bool(changes)}
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return str(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"CPU ({names[0] if names else platform.machine()})"
-
-
 def _contents(name: str, pattern: str = "*") -> dict[str, Any]:
     """Checksums of the files that a name stands for."""
     path = Path(name).expanduser()
-    if path.is_dir():
-        files = sorted(file for file in path.rglob(pattern) if file.is_file())
-    else:
-        files = [Path(file) for file in sorted(glob.glob(str(path))) if Path(file).is_file()]
-    if not files:
-        return {"remote": name}
-    left = len(files) - MOST
-    found = {str(file): _file_hash(file) for file in files[:MOST]}
-    return {"files": found, **({"not_hashed": left} if left > 0 else {})}
+    found = path.rglob(pattern) if path.is_dir() else map(Path, glob.glob(str(path)))
+    files = sorted(file for file in found if file.is_file())
+    return {"files": {str(file): _file_hash(file) for file in files}} if files else {"remote": name}
 
 
 def _file_hash(path: Path) -> dict[str, Any]:
@@ -205,9 +159,8 @@ def _file_hash(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     if size <= WHOLE:
         return {"bytes": size, "sha256": sha256(path)}
-    digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
-        digest.update(file.read(END))
+        start = file.read(END)
         file.seek(-END, 2)
-        digest.update(file.read(END))
+        digest = hashlib.sha256(str(size).encode() + start + file.read(END))
     return {"bytes": size, "sha256_of_ends": digest.hexdigest()}

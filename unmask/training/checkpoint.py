@@ -1,4 +1,4 @@
-"""Training checkpoints: whole or not there, verified before use, without anything that could run.
+"""Training checkpoints: whole or not there, verified before use, without anything that could run; and resuming.
 
     checkpoint-500/
       model.safetensors, config.json, tokenizer ...   a model folder like any other (DDP, one process)
@@ -16,12 +16,13 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
@@ -32,16 +33,30 @@ from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
 from torch.optim import Optimizer
 
-from unmask import __version__
+from unmask.config import Recipe, load_recipe, recipe_fields
 from unmask.errors import UnmaskError
-from unmask.io import reason, sha256, sync, sync_folder
+from unmask.io import atomic_dir, reason, sha256
 from unmask.training.parallel import Processes
 
 VERSION = 2  # of the format
 MANIFEST, STATE, RECIPE, TENSORS = "manifest.json", "state.json", "recipe.yaml", "state"
-PREFIX, PARTIAL = "checkpoint-", ".partial"
-FINAL = "final"  # what a finished run leaves
-_READERS = 8  # files hashed at once
+PREFIX, FINAL = "checkpoint-", "final"
+PARTIAL = f".{PREFIX}*.partial"  # what a killed run leaves of a checkpoint; see `atomic_dir`
+
+# What a resumed run may always change: it does not change what is trained, beyond rounding. A group stands for
+# all its keys.
+HARMLESS = (
+    *("max_steps", "micro_batch_size", "gradient_checkpointing", "on_non_finite", "data.num_workers"),
+    *("log_steps", "eval_steps", "save_steps", "save_total_limit", "report_to", "evaluation"),
+    *("early_stopping_patience", "data.eval_dataset_name", "torch_compile", "distributed"),
+    *("model.attn_implementation", "checkpoint_save_dir", "resume_from_checkpoint", "resume"),
+)
+FIXED = ("optimizer.type", "lora", "model.freeze_embeddings")  # a checkpoint cannot be loaded into another
+# Of a model's config: the shapes of its weights, and what they are read as.
+ARCHITECTURE = (
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+    *("num_attention_heads", "num_key_value_heads", "tie_word_embeddings", "mask_token_id"),
+)
 
 
 @dataclass
@@ -73,8 +88,15 @@ class RunState:
     """Examples and tokens taken from each source."""
 
 
+# Write and read
+
+
 def save(
-    folder: Path, state: RunState, tensors: Mapping[str, Tensor], group: Processes, write_rest: Any = None
+    folder: Path,
+    state: RunState,
+    tensors: Mapping[str, Tensor],
+    group: Processes,
+    write_rest: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write a checkpoint aside, and move it to its place when everything is on the disk.
 
@@ -87,36 +109,42 @@ def save(
     Raises:
         UnmaskError: on all processes, if one could not write.
     """
-    aside = folder.parent / PARTIAL / folder.name
 
-    def begin() -> None:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-
-    def write() -> None:
-        writer = HuggingFaceStorageWriter(str(aside / TENSORS), save_distributed=True)
-        with _quiet_single_process():
+    def write_own() -> None:
+        with _errors_of_writing(folder), _quiet_single_process():
+            writer = HuggingFaceStorageWriter(str(aside / TENSORS), save_distributed=True)
             write_tensors(dict(tensors), storage_writer=writer, no_dist=group.ranks == 1)
 
     def finish() -> None:
-        if write_rest is not None:
+        with _errors_of_writing(folder):
             write_rest(aside)
-        (aside / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
-        write_manifest(aside)
-        if folder.exists():  # a damaged one of the same step
-            shutil.rmtree(folder)
-        os.replace(aside, folder)
-        sync(folder.parent)
-        remove_partial(folder.parent)
+            (aside / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
+            files = sorted(file for file in aside.rglob("*") if file.is_file())
+            entries = {
+                file.relative_to(aside).as_posix(): {"size": file.stat().st_size, "sha256": checksum}
+                for file, checksum in zip(files, _checksums(files), strict=True)
+            }
+            manifest = {"format_version": VERSION, "files": entries}
+            (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        stack.close()  # which moves the folder to its place
 
+    with ExitStack() as stack:
+        aside: Path = group.on_main(lambda: stack.enter_context(atomic_dir(folder)))
+        group.together(write_own)
+        group.on_main(finish)
+
+
+@contextmanager
+def _errors_of_writing(folder: Path) -> Iterator[None]:
     try:
-        group.on_main(_as_unmask_error(begin, folder))
-        group.together(_as_unmask_error(write, folder))
-        group.on_main(_as_unmask_error(finish, folder))
-    except UnmaskError:
-        if group.main:
-            remove_partial(folder.parent)
-        raise
+        yield
+    except (OSError, SafetensorError, CheckpointException) as error:
+        failures = error.failures.values() if isinstance(error, CheckpointException) else ()
+        cause = next((failure[0] for failure in failures), error)
+        raise UnmaskError(
+            f"{folder}: could not be written: {reason(cause)}; earlier checkpoints are as they were: make room"
+            " and resume with resume_from_checkpoint=auto."
+        ) from error
 
 
 def training_tensors(
@@ -130,8 +158,7 @@ def training_tensors(
     by_id = {id(p): name for name, p in parameters.items()}
     for parameter, values in optimizer.state.items():
         for key, value in values.items():
-            value = value if isinstance(value, Tensor) else torch.tensor(value)
-            tensors[f"optimizer/{key}/{by_id[id(parameter)]}"] = value
+            tensors[f"optimizer/{key}/{by_id[id(parameter)]}"] = torch.as_tensor(value)
     return tensors | {f"average/{name}": value for name, value in (average or {}).items()}
 
 
@@ -139,7 +166,7 @@ def load_tensors(
     folder: Path,
     parameters: Mapping[str, nn.Parameter],
     optimizer: Optimizer,
-    average: dict[str, Tensor] | None,
+    average: Mapping[str, Tensor] | None,
     group: Processes,
 ) -> None:
     """Read what `training_tensors` named into the parameters, the optimizer and the average.
@@ -149,45 +176,37 @@ def load_tensors(
     Raises:
         UnmaskError: tensors are missing, or have other shapes.
     """
-    reader = HuggingFaceStorageReader(str(folder / TENSORS))
+    weights = {name: p.detach() for name, p in parameters.items()}
+    wanted: dict[str, Tensor] = {}
     try:
-        stored: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
-        wanted: dict[str, Tensor] = {}
-        for name, metadata in stored.items():
+        reader = HuggingFaceStorageReader(str(folder / TENSORS))
+        for name, metadata in cast(Any, reader.read_metadata().state_dict_metadata).items():
             kind, _, rest = name.partition("/")
-            parameter = parameters[rest.partition("/")[2] if kind == "optimizer" else rest]
-            if kind == "average" and average is None:
-                continue
             if kind == "weights":
-                wanted[name] = parameter.detach()
-            elif kind == "average":
-                assert average is not None
+                wanted[name] = weights[rest]
+            elif kind == "average" and average is not None:
                 wanted[name] = average[rest]
-            elif metadata.size == parameter.shape:
-                wanted[name] = torch.empty_like(parameter.detach(), dtype=metadata.properties.dtype)
-            else:
-                wanted[name] = torch.empty(metadata.size, dtype=metadata.properties.dtype)
-        if average is not None and not any(name.startswith("average/") for name in stored):
-            raise UnmaskError(
-                f"ema.decay: {folder} has no averaged weights; resume without ema.decay, or from a checkpoint"
-                " of a run that had it."
-            )
+            elif kind == "optimizer":
+                like, dtype = weights[rest.partition("/")[2]], metadata.properties.dtype
+                same = metadata.size == like.shape  # then it is sharded as the weight is
+                wanted[name] = (
+                    torch.empty_like(like, dtype=dtype) if same else torch.empty(metadata.size, dtype=dtype)
+                )
+        kinds = {name.partition("/")[0] for name in wanted}
+        if average is not None and "average" not in kinds:
+            raise UnmaskError(f"ema.decay: {folder} has no averaged weights; resume without ema.decay.")
         with _quiet_single_process():
             read_tensors(wanted, storage_reader=reader, no_dist=group.ranks == 1)
-            if not any(name.startswith("weights/") for name in stored):
-                whole = {name: p.detach() for name, p in parameters.items()}
+            if "weights" not in kinds:
                 model_folder = HuggingFaceStorageReader(str(folder))
-                read_tensors(whole, storage_reader=model_folder, no_dist=group.ranks == 1)
+                read_tensors(weights, storage_reader=model_folder, no_dist=group.ranks == 1)
         _load_optimizer(optimizer, parameters, wanted)
-    except (
-        *(OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError),
-        CheckpointException,
-    ) as error:
-        if isinstance(error, UnmaskError):
-            raise
+    except UnmaskError:
+        raise
+    except (OSError, SafetensorError, RuntimeError, ValueError, LookupError, CheckpointException) as error:
         raise UnmaskError(
-            f"resume_from_checkpoint: {folder} cannot be loaded: {reason(error)}; it may be damaged, or of"
-            " another model or optimizer than the recipe's."
+            f"resume_from_checkpoint: {folder} cannot be loaded: {reason(error)}; it is damaged, or of another"
+            " model or optimizer than the recipe's."
         ) from error
 
 
@@ -195,88 +214,59 @@ def _load_optimizer(
     optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
     """Give the optimizer its state back; its settings stay those of the recipe."""
-    by_id = {id(p): name for name, p in parameters.items()}
-    tree = optimizer.state_dict()
-    indices = [index for group in tree["param_groups"] for index in group["params"]]
-    names = [by_id[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    index_of = dict(zip(names, indices, strict=True))
+    name_of = {id(p): name for name, p in parameters.items()}
+    ordered = [name_of[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    index_of = {name: index for index, name in enumerate(ordered)}  # as in a state dict
     state: dict[int, dict[str, Any]] = {}
     for name, value in tensors.items():
         kind, _, rest = name.partition("/")
         if kind == "optimizer":
             key, _, parameter = rest.partition("/")
             state.setdefault(index_of[parameter], {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": tree["param_groups"]})
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def read_state(folder: Path) -> RunState:
-    """Read `state.json`.
-
-    Raises:
-        UnmaskError: it is damaged.
-    """
-    try:
-        return RunState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UnmaskError(
-            f"resume_from_checkpoint: {folder / STATE} cannot be read: {reason(error)}; name an earlier"
-            " checkpoint."
-        ) from error
+@contextmanager
+def _quiet_single_process() -> Iterator[None]:
+    """torch warns wherever a checkpoint is read or written by one process alone, as it is meant here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
+        yield
 
 
-def write_manifest(folder: Path) -> None:
-    """List every file with size and checksum, and have all of it on the disk."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    with ThreadPoolExecutor(_READERS) as pool:
-        sums = list(pool.map(sha256, files))
-    entries = {
-        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": checksum}
-        for file, checksum in zip(files, sums, strict=True)
-    }
-    manifest = {"format_version": VERSION, "unmask_version": __version__, "files": entries}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    sync_folder(folder)
+# Which there are, and which are whole
 
 
 def damage(folder: Path, contents: bool = True) -> str | None:
-    """What is wrong with a checkpoint; None if nothing is.
-
-    Args:
-        contents: compare checksums, and not sizes alone.
-    """
+    """What is wrong with a checkpoint, None if nothing is; `contents`: compare checksums, not sizes alone."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        version, files = manifest["format_version"], manifest["files"]
-        if version != VERSION:
-            return f"its format is {version}, and this version of unmask reads {VERSION}"
-        for name, entry in files.items():
-            file = folder / name
-            if not file.resolve().is_relative_to(folder.resolve()):
-                return f"its {MANIFEST} names {name!r}, which is outside the folder"
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != entry["size"]:
-                return f"{name} has {file.stat().st_size:,} bytes instead of {entry['size']:,}"
-        if STATE not in files:
-            return f"its {MANIFEST} does not list {STATE}"
+        if manifest["format_version"] != VERSION:
+            return f"its format is {manifest['format_version']}, and this version of unmask reads {VERSION}"
+        entries = {folder / name: entry for name, entry in manifest["files"].items()}
+        for file, entry in entries.items():
+            if (size := file.stat().st_size) != entry["size"]:
+                return f"{file.name} has {size:,} bytes instead of {entry['size']:,}"
         if contents:
-            with ThreadPoolExecutor(_READERS) as pool:
-                found = pool.map(sha256, [folder / name for name in files])
-                for (name, entry), checksum in zip(files.items(), found, strict=True):
-                    if checksum != entry["sha256"]:
-                        return f"{name} is damaged: its checksum is not that of the {MANIFEST}"
-    except FileNotFoundError:
-        return f"it has no {MANIFEST}, which a checkpoint written to its end has"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            for (file, entry), checksum in zip(entries.items(), _checksums(list(entries)), strict=True):
+                if checksum != entry["sha256"]:
+                    return f"{file.name} is damaged: its checksum is not that of {MANIFEST}"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"its {MANIFEST} is damaged ({reason(error)})"
     return None
 
 
+def _checksums(files: list[Path]) -> list[str]:
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(sha256, files))
+
+
 def checkpoints(out: Path) -> list[Path]:
     """The training checkpoints of a run's folder, newest first, whole or damaged."""
-    found = [folder for folder in out.glob(f"{PREFIX}*") if folder.is_dir()]
-    numbered = [folder for folder in found if folder.name.removeprefix(PREFIX).isdecimal()]
-    return sorted(numbered, key=step_of, reverse=True)
+    found = [folder for folder in out.glob(f"{PREFIX}*") if folder.name.removeprefix(PREFIX).isdecimal()]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def step_of(folder: Path) -> int:
@@ -288,8 +278,7 @@ def newest_whole(out: Path, contents: bool = True) -> tuple[Path | None, list[st
     """Find the newest checkpoint that is whole, and say what is wrong with each newer one."""
     wrong = []
     for folder in checkpoints(out):
-        found = damage(folder, contents)
-        if found is None:
+        if (found := damage(folder, contents)) is None:
             return folder, wrong
         wrong.append(f"{folder}: {found}")
     return None, wrong
@@ -297,44 +286,123 @@ def newest_whole(out: Path, contents: bool = True) -> tuple[Path | None, list[st
 
 def rotate(out: Path, limit: int | None, best_step: int | None) -> None:
     """Remove the oldest whole checkpoints beyond the `limit` newest; the best one stays, and counts."""
+    whole = [folder for folder in checkpoints(out) if damage(folder, contents=False) is None]
     if limit is None:
         return
-    whole = [folder for folder in checkpoints(out) if damage(folder, contents=False) is None]
-    stay = [folder for folder in whole if step_of(folder) == best_step]
-    for folder in whole:
-        if folder not in stay and (len(stay) < limit or folder == whole[0]):
-            stay.append(folder)
-    (out / PARTIAL).mkdir(exist_ok=True)
-    for folder in whole:
-        if folder not in stay:
-            os.replace(folder, out / PARTIAL / folder.name)  # at once: half of one would stay for ever
+    best = [folder for folder in whole[1:] if step_of(folder) == best_step]
+    rest = [folder for folder in whole if folder not in best]
+    for folder in rest[max(1, limit - len(best)) :]:
+        os.replace(folder, out / f".{folder.name}.partial")  # at once: half of one would stay for ever
     remove_partial(out)
 
 
 def remove_partial(out: Path) -> None:
-    """Remove what a run that was killed had not written to its end."""
-    shutil.rmtree(out / PARTIAL, ignore_errors=True)
+    """Remove what a run that was killed had not written, or not removed, to its end."""
+    for folder in out.glob(PARTIAL):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _as_unmask_error(act: Any, folder: Path) -> Any:
-    def run() -> None:
-        try:
-            act()
-        except (OSError, SafetensorError, CheckpointException) as error:
-            cause: BaseException = error
-            if isinstance(error, CheckpointException):
-                cause = next(iter(error.failures.values()))[0]
-            raise UnmaskError(
-                f"{folder}: could not be written: {reason(cause)}; earlier checkpoints are as they were: make"
-                " room and resume with resume_from_checkpoint=auto."
-            ) from error
-
-    return run
+# Resume
 
 
-@contextmanager
-def _quiet_single_process() -> Iterator[None]:
-    """torch warns wherever a checkpoint is read or written by one process alone, as it is meant here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
-        yield
+class ResumePoint(NamedTuple):
+    """Where a run starts: its checkpoint (None = a new run), that one's state and recipe, and what to say."""
+
+    checkpoint: Path | None
+    state: RunState
+    recipe: Recipe | None
+    notes: list[str]
+
+
+def resume_point(recipe: Recipe, out: Path) -> ResumePoint:
+    """Find the checkpoint to resume from.
+
+    Raises:
+        UnmaskError: the folder holds a run already, the checkpoint is damaged, or of another recipe.
+    """
+    wanted, existing, finished = recipe.resume_from_checkpoint, checkpoints(out), (out / FINAL).exists()
+
+    def refuse(why: str, key: str = "resume_from_checkpoint") -> UnmaskError:
+        return UnmaskError(f"{key}: {why}.")
+
+    if wanted is None:
+        if existing or finished:
+            remedy = "set resume_from_checkpoint=auto to resume it, or name another folder"
+            raise refuse(f"{out} holds a run already; {remedy}", "checkpoint_save_dir")
+        return ResumePoint(None, RunState(), None, [])
+    wrong: list[str] = []
+    if wanted == "auto":
+        start, wrong = newest_whole(out)
+        if finished and (start is None or step_of(start) >= recipe.max_steps):
+            raise refuse(
+                f"{out / FINAL} is a finished run, with no checkpoint before max_steps = {recipe.max_steps}"
+                " to resume from; name another checkpoint_save_dir"
+            )
+        if start is None and wrong:
+            raise refuse(f"no checkpoint in {out} is whole: {'; '.join(wrong)}; move them away to start anew")
+        if start is None:
+            return ResumePoint(None, RunState(), None, [f"{out} has no checkpoint yet: a new run"])
+    else:
+        start = Path(wanted)
+        if not (start / STATE).exists():
+            raise refuse(f"{start} is not a training checkpoint: name a checkpoint-N folder, or auto")
+        if (found := damage(start)) is not None:
+            raise refuse(f"{start}: {found}; name an earlier checkpoint, or auto")
+        same = [folder for folder in existing if folder.samefile(start)]
+        if same and same != existing[:1]:  # which `auto` would take later
+            newer = ", ".join(folder.name for folder in existing if step_of(folder) > step_of(same[0]))
+            raise refuse(f"{start} has newer ones beside it: move {newer} away, or name another folder")
+    state = RunState(**json.loads((start / STATE).read_text(encoding="utf-8")))
+    notes = [f"warning: {found}; resuming from the one before" for found in wrong]
+    saved = load_recipe(start / RECIPE)
+    changed = _changed_keys(recipe, saved)
+    notes.append(f"resuming from {start}")
+    if changed:
+        notes.append(f"resume: the recipe differs from that of the checkpoint in {', '.join(changed)}")
+    fixed = [key for key in changed if _within(key, FIXED)]
+    refused = fixed or [key for key in changed if not _within(key, (*HARMLESS, *recipe.resume.allow))]
+    if refused:
+        remedy = f"set it back, or allow it with resume.allow=[{','.join(refused)}]"
+        if fixed:
+            remedy = "the checkpoint is incompatible with that: start a new run"
+        differ = (f"{key} was {_value(saved, key)} and is now {_value(recipe, key)}" for key in refused)
+        raise refuse(f"{start} is of a run with another recipe: {', '.join(differ)}; {remedy}")
+    return ResumePoint(start, state, saved, notes)
+
+
+def check_fits(point: ResumePoint, config: Any, tokenizer: str) -> None:
+    """Refuse a checkpoint of another architecture (a model's config) or tokenizer (its fingerprint).
+
+    Raises:
+        UnmaskError: with what differs.
+    """
+    file = cast(Path, point.checkpoint) / "config.json"
+    saved, here = json.loads(file.read_text(encoding="utf-8")), config.to_dict()
+    differ = [
+        f"{name} {saved.get(name)}, here {here.get(name)}"
+        for name in ARCHITECTURE
+        if saved.get(name) != here.get(name)
+    ]
+    if point.state.tokenizer != tokenizer:
+        differ.append("model.tokenizer")
+    if differ:
+        raise UnmaskError(
+            f"resume_from_checkpoint: {point.checkpoint} is of another architecture or tokenizer:"
+            f" {'; '.join(differ)}; set the model as it was, or start a new run."
+        )
+
+
+def _changed_keys(recipe: Recipe, saved: Recipe) -> list[str]:
+    keys = [field.key for field in recipe_fields() if "[]" not in field.key]
+    keys = [key for key in keys if not _within(key, ("resume", "resume_from_checkpoint"))]
+    if recipe.precision == "auto":  # it is what that run computed in
+        keys.remove("precision")
+    return [key for key in keys if _value(recipe, key) != _value(saved, key)]
+
+
+def _within(key: str, names: tuple[str, ...] | list[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _value(recipe: Recipe, key: str) -> Any:
+    return reduce(getattr, key.split("."), cast(Any, recipe))

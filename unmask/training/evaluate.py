@@ -41,6 +41,22 @@ EPOCH = -1  # evaluation noise is that of an epoch that training never reaches
 SAMPLES = "samples.jsonl"
 
 
+def model_batch(
+    rows: Sequence[Any], pad_token_id: int, recipe: Recipe, device: torch.device
+) -> tuple[dict[str, Any], Tensor]:
+    """Collate rows: arguments of the model's methods, and the sample ids."""
+    tensors = {name: t.to(device, non_blocking=True) for name, t in collate(rows, pad_token_id).items()}
+    ids = tensors.pop("sample_ids")
+    if recipe.training_mode == "pretrain":
+        del tensors["src_mask"]
+    return tensors, ids
+
+
+def examples_of(row: Any) -> list[Any]:
+    """The examples of a packed row, or the one that a row is."""
+    return list(getattr(row, "examples", [row]))
+
+
 @torch.no_grad()
 def held_out_loss(
     shared: SharedModel,
@@ -64,58 +80,24 @@ def held_out_loss(
         samples; `eval_loss_SOURCE` where there are several; `eval_by_t/0.05` and so on, mean nll of masked
         tokens by noise level.
     """
-    model = shared.model
-    was_training = model.training
-    model.eval()
-    objective = Objective(eps=model.config.noise_eps)
     sums = HeldOutSums(sources, group.device)
     mine = range(group.rank, len(rows), group.ranks)
-    most = -(-len(rows) // group.ranks)  # rows of the process with the most
-    for start in range(0, most, micro_batch):
-        batch = [rows[index] for index in mine[start : start + micro_batch]]
-        if not batch and not shared.sharded:
-            break
-        # Under FSDP every process takes part in every forward pass.
-        tensors = to_device(collate(batch or [rows[0]], pad_token_id=pad_token_id), group.device)
-        ids = tensors.pop("sample_ids")
-        inputs = model.prepare(**_sft(tensors, recipe))
-        noised = corrupt(inputs, objective, example_seeds(recipe.seed, ids, EPOCH))
-        masks = exact_masks(noised, ids, recipe.seed)
-        with shared.autocast():
-            nll = model.masked_nll(
-                tensors["input_ids"],
-                masks.is_masked,
-                tensors["attention_mask"],
-                tensors["src_mask"] if recipe.training_mode == "sft" else None,
-                tensors.get("segment_ids"),
-            )
-        if batch:
-            sums.add(masks, nll, noised, [example for row in batch for example in examples_of(row)])
-    shared.reshard()
-    model.train(was_training)
+    with shared.evaluating() as model:
+        objective = Objective(eps=model.config.noise_eps)
+        for start in range(0, -(-len(rows) // group.ranks), micro_batch):
+            batch = [rows[index] for index in mine[start : start + micro_batch]]
+            if not batch and not shared.sharded:
+                break
+            # Under FSDP every process takes part in every forward pass.
+            inputs, ids = model_batch(batch or [rows[0]], pad_token_id, recipe, group.device)
+            prepared = model.prepare(**inputs, training_mode=recipe.training_mode)
+            noised = corrupt(prepared, objective, example_seeds(recipe.seed, ids, EPOCH))
+            masks = exact_masks(noised, ids, recipe.seed)
+            with shared.autocast():
+                nll = model.masked_nll(is_masked=masks.is_masked, **inputs)
+            if batch:
+                sums.add(masks, nll, noised, [example for row in batch for example in examples_of(row)])
     return sums.metrics(group)
-
-
-def _sft(tensors: dict[str, Tensor], recipe: Recipe) -> dict[str, Any]:
-    """Arguments of `prepare` from a collated batch."""
-    sft = recipe.training_mode == "sft"
-    return {
-        "input_ids": tensors["input_ids"],
-        "attention_mask": tensors["attention_mask"],
-        "src_mask": tensors["src_mask"] if sft else None,
-        "training_mode": recipe.training_mode,
-        "segment_ids": tensors.get("segment_ids"),
-    }
-
-
-def to_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Move a batch to a device."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-
-
-def examples_of(row: Any) -> list[Any]:
-    """The examples of a packed row, or the one that a row is."""
-    return list(getattr(row, "examples", [row]))
 
 
 class HeldOutSums:
@@ -146,36 +128,31 @@ class HeldOutSums:
         # One column a document, as many as a row has columns.
         per_sample = torch.zeros_like(bound).scatter_add_(1, document, bound)
         tokens = torch.zeros_like(bound).scatter_add_(1, document, noised.maskable.double())
-        row, place = tokens.nonzero(as_tuple=True)
-        n, b = tokens[row, place], per_sample[row, place]
-        source = self._source(noised, examples)[row, place]
+        row, column = tokens.nonzero(as_tuple=True)
+        n, b = tokens[row, column], per_sample[row, column]
+        source = self._source(document, examples)[row, column]
         self.samples.index_add_(0, source, torch.stack([b, n, b * b, b * n, n * n, n / n], dim=1))
         # Shares in ((i, i + 1] / BINS), in integers.
         level = (k * BINS + size - 1) // size - 1
         self.levels.index_add_(0, level, torch.stack([nll, torch.ones_like(nll)], dim=1))
 
-    def _source(self, noised: Noised, examples: Sequence[Any]) -> Int[Tensor, "B L"]:
+    def _source(self, document: Int[Tensor, "B L"], examples: Sequence[Any]) -> Int[Tensor, "B L"]:
         """Number of the source of each document of each row."""
-        last = len(self.sources) - 1
-        table = torch.zeros_like(noised.layout.document)
-        documents = noised.layout.document.amax(dim=1).tolist()
-        numbers = iter(examples)
-        for row, most in enumerate(documents):
-            for place in range(most + 1):
-                table[row, place] = min(next(numbers).source, last)
+        table, numbers = torch.zeros_like(document), iter(examples)
+        for row, last in enumerate(document.amax(dim=1).tolist()):
+            for column in range(last + 1):
+                table[row, column] = min(next(numbers).source, len(self.sources) - 1)
         return table
 
     def metrics(self, group: Processes) -> dict[str, float]:
         """Return the losses over all processes."""
-        both = group.sum(torch.cat([self.samples.flatten(), self.levels.flatten()])).cpu()
-        samples = both[: self.samples.numel()].view(self.samples.shape)
-        levels = both[self.samples.numel() :].view(self.levels.shape)
-        loss, stderr = _ratio(samples.sum(dim=0).tolist())
-        metrics = {"eval_loss": loss, "eval_loss_stderr": stderr}
-        if len(self.sources) > 1:
-            for name, sums in zip(self.sources, samples.tolist(), strict=True):
-                if sums[1]:
-                    metrics[f"eval_loss_{name}"] = _ratio(sums)[0]
+        samples, levels = group.sum(self.samples).cpu(), group.sum(self.levels).cpu()
+        metrics = dict(
+            zip(("eval_loss", "eval_loss_stderr"), _ratio(samples.sum(dim=0).tolist()), strict=True)
+        )
+        for name, sums in zip(self.sources, samples.tolist(), strict=True):
+            if len(self.sources) > 1 and sums[1]:
+                metrics[f"eval_loss_{name}"] = _ratio(sums)[0]
         for level, (nll, count) in enumerate(levels.tolist()):
             if count:
                 metrics[f"eval_by_t/{(level + 0.5) / BINS:.2f}"] = nll / count
@@ -191,63 +168,45 @@ def _ratio(sums: list[float]) -> tuple[float, float]:
     return ratio, 0.0 if few else math.sqrt(max(0.0, squares) * samples / (samples - 1)) / tokens
 
 
-def load_prompts(recipe: Recipe, encoder: Any) -> list[Prompt]:
-    """Read the held-out prompts of a recipe, with the answers that are expected."""
-    if recipe.evaluation.prompts is None:
-        return []
-    records = read_records(recipe.evaluation.prompts, limit=recipe.evaluation.limit)
-    return make_prompts(records, encoder, recipe.data.sft.format, custom_fields(recipe))
-
-
 class Answers:
-    """Answers held-out prompts: all of them before and after training, a few at each evaluation.
+    """Answers held-out prompts: all of them before and after training, a few at each evaluation."""
 
-    Args:
-        prompts: [] = nothing is generated.
-    """
+    def __init__(self, recipe: Recipe, encoder: Any, tokenizer: Any, console: Console):
+        self.settings, self.tokenizer, self.console = recipe.evaluation, tokenizer, console
+        self.prompts: list[Prompt] = []
+        if self.settings.prompts is not None:
+            records = read_records(self.settings.prompts, limit=self.settings.limit)
+            self.prompts = make_prompts(records, encoder, recipe.data.sft.format, custom_fields(recipe))
+        self.few = spread(self.prompts, self.settings.show)
 
-    def __init__(
-        self, prompts: list[Prompt], shared: SharedModel, tokenizer: Any, recipe: Recipe, console: Console
-    ):
-        self.prompts, self.shared, self.tokenizer = prompts, shared, tokenizer
-        self.recipe, self.console = recipe, console
-        self.few = spread(prompts, recipe.evaluation.show)
-
-    def measure(self, when: str) -> list[Completion] | None:
-        """Answer all prompts, print the share that is exact, and return the answers on the main process."""
-        if not self.prompts or not (self.shared.group.main or self.shared.sharded):
-            return None
+    def measure(self, shared: SharedModel, when: str) -> list[Completion]:
+        """Answer all prompts, and print the share that is exact; [] where this process has nothing to do."""
         with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
             task = progress.add_task(f"answering {when}", total=len(self.prompts))
-            completions = self._answer(self.prompts, partial(progress.advance, task))
-        share = exact_share(completions, self.prompts)
-        self.console.print(f"exact match {when}: {share:.1%} of {len(self.prompts)} held-out prompts")
+            completions = self._answer(shared, self.prompts, partial(progress.advance, task))
+        if completions:
+            share = exact_share(completions, self.prompts)
+            self.console.print(f"exact match {when}: {share:.1%} of {len(self.prompts)} held-out prompts")
         return completions
 
-    def sample(self, step: int, file: Path) -> list[tuple[str, str]]:
+    def sample(self, shared: SharedModel, step: int, file: Path) -> list[tuple[str, str]]:
         """Answer the few prompts, append them to `samples.jsonl`; (prompt, answer) of each."""
-        if not self.few or not (self.shared.group.main or self.shared.sharded):
+        completions = self._answer(shared, self.few)
+        if not completions or not shared.group.main:
             return []
-        completions = self._answer(self.few)
-        if not self.shared.group.main:
-            return []
-        lines = [line for line in sample_lines(file) if json.loads(line)["step"] < step]
-        for prompt, completion in zip(self.few, completions, strict=True):
-            line = {
-                "step": step,
-                "prompt": prompt.text,
-                "completion": completion.text,
-                "expected": prompt.expected,
-            }
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        # Those of later steps, before a resume from an earlier checkpoint, are made again.
+        lines = [line for line in text.splitlines() if json.loads(line)["step"] < step]
+        for prompt, done in zip(self.few, completions, strict=True):
+            line = {"step": step, "prompt": prompt.text, "completion": done.text, "expected": prompt.expected}
             lines.append(json.dumps(line, ensure_ascii=False))
         atomic_write(file, "".join(f"{line}\n" for line in lines))
         return [(prompt.text, done.text) for prompt, done in zip(self.few, completions, strict=True)]
 
     def show(self, completions: list[Completion]) -> None:
         """Print a few answers, spread over the file, with their tokens appearing out of masks."""
-        for prompt, completion in spread(
-            list(zip(self.prompts, completions, strict=True)), self.recipe.evaluation.show
-        ):
+        pairs = list(zip(self.prompts, completions, strict=True))
+        for prompt, completion in spread(pairs, self.settings.show):
             exact = is_exact(completion, prompt)
             mark = "[green]correct[/]" if exact else f"[red]expected {escape(repr(prompt.expected))}[/]"
             self.console.print(f"\n[bold]{escape(prompt.text.strip())}[/]  {mark}")
@@ -255,32 +214,24 @@ class Answers:
                 self.console.print(line)
         self.console.print()
 
-    def _answer(self, prompts: Sequence[Prompt], advance: Any = None) -> list[Completion]:
-        settings, model = self.recipe.evaluation, self.shared.model
-        was_training = model.training
-        model.eval()
-        completions = complete(
-            model,
-            self.tokenizer,
-            [prompt.example for prompt in prompts],
-            batch_size=settings.batch_size,
-            advance=advance,
-            max_new_tokens=settings.max_new_tokens,
-            steps=settings.steps,
-        )
-        self.shared.reshard()
-        model.train(was_training)
-        return completions
-
-
-def sample_lines(file: Path) -> list[str]:
-    """The whole lines of `samples.jsonl`."""
-    if not file.exists():
-        return []
-    return [line for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    def _answer(
+        self, shared: SharedModel, prompts: Sequence[Prompt], advance: Any = None
+    ) -> list[Completion]:
+        if not prompts or not (shared.group.main or shared.sharded):
+            return []
+        with shared.evaluating() as model:
+            return complete(
+                model,
+                self.tokenizer,
+                [prompt.example for prompt in prompts],
+                batch_size=self.settings.batch_size,
+                advance=advance,
+                max_new_tokens=self.settings.max_new_tokens,
+                steps=self.settings.steps,
+            )
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:
     """Choose a few items, spread over all."""
     few = min(count, len(items))
-    return [items[(2 * place + 1) * len(items) // (2 * count)] for place in range(few)]
+    return [items[(2 * index + 1) * len(items) // (2 * count)] for index in range(few)]

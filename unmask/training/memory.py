@@ -8,9 +8,7 @@ Qwen3 and Llama; `tests/test_memory.py` compares the sum with a measured peak.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
-from math import ceil
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import torch
@@ -25,116 +23,69 @@ from unmask.training.parallel import batch_plan
 
 GIB = 2**30
 COMMON = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192)  # GB of devices
-SPARE = 0.9  # of a device's memory that may be used
+STATIC = ("weights", "gradients", "optimizer", "average")  # what is there all the time, whatever the batch
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one device, by what they hold; `peak` is the most at any time of a step."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    average: int
-    gathered: int
-    """Weights of other devices while a layer computes (FSDP)."""
-    activations: int
-    head: int
-    """Logits and gradients of the output head while its loss is computed."""
-    backward: int
-    """Gradients of activations while one layer computes, with checkpointing also what it computes again."""
-    peak: int
-
-    @property
-    def static(self) -> int:
-        """What is there all the time, whatever the batch."""
-        return self.weights + self.optimizer + self.average + self.gradients
-
-    def parts(self) -> list[tuple[str, int]]:
-        """The parts that are there, with their bytes."""
-        named = [(item.name, getattr(self, item.name)) for item in fields(self)[:-1]]
-        return [(name, size) for name, size in named if size]
-
-
-def estimate(recipe: Recipe, model: nn.Module, devices: int, length: int, device_type: str) -> Memory:
-    """Estimate the memory of one device.
+def estimate(recipe: Recipe, model: Any, devices: int, length: int, device_type: str) -> dict[str, int]:
+    """Estimate the bytes on one device by what they hold; `peak` is the most at any time of a step.
 
     Args:
         model: the denoiser; one on "meta" will do.
         length: tokens of the longest row.
     """
-    any_model = cast(Any, model)
-    config, sharded = any_model.config, recipe.distributed.type == "fsdp"
+    config, sharded = model.config, recipe.distributed.type == "fsdp"
     micro, accumulation = batch_plan(recipe, devices)
-    tokens = micro * length
-    parted = devices if sharded else 1
-    held = torch.empty(0, dtype=getattr(torch, recipe.model.dtype)).element_size()
-    bf16 = recipe.precision == "bf16" or held == 2
-    width = 2 if bf16 else 4
-    head_weight = any_model.get_output_embeddings().weight
-    parameters = list(model.parameters())
-    total = sum(p.numel() for p in parameters)
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    layer = sum(p.numel() for p in any_model.model.layers[0].parameters())
-    layers = config.num_hidden_layers
-
-    # 1. What stays.
-    weights, gradients = ceil(total * held / parted), ceil(trained * held / parted)
-    optimizer = ceil(_optimizer_bytes(recipe, any_model, held) / parted)
-    average = ceil(trained * 4 / parted) if recipe.ema.decay is not None else 0
-    gathered = width * (head_weight.numel() + 2 * layer) if sharded else 0
-    copies = 2 * layer if bf16 and held > 2 and not sharded else 0  # of a layer's weights by autocast
-    # 2. Bytes that one layer saves for a token.
-    inner = config.num_attention_heads * any_model.model.layers[0].self_attn.head_dim
+    tokens, shards = micro * length, devices if sharded else 1
+    held = 2 if recipe.model.dtype == "bfloat16" else 4  # bytes of a weight, and of one in a computation
+    width = 2 if recipe.precision == "bf16" else held
+    layer, layers = model.model.layers[0], config.num_hidden_layers
+    head = model.get_output_embeddings().weight
+    trained = [p for p in model.parameters() if p.requires_grad]
+    per_layer = sum(p.numel() for p in layer.parameters())
+    # 1. What stays; of other devices the weights of two layers and the head while they compute.
+    weights = sum(p.numel() for p in model.parameters()) * held // shards
+    gradients = sum(p.numel() for p in trained) * held // shards
+    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m.weight is not head}
+    bytes_of = {
+        "adamw": lambda p: 2 * held * p.numel(),
+        "adamw_8bit": lambda p: 2 * p.numel(),
+        "adafactor": lambda p: 4 * (sum(p.shape[-2:]) if p.dim() > 1 else p.numel()),
+        "muon": lambda p: (1 if id(p) in matrices else 2) * held * p.numel(),
+    }[recipe.optimizer.type]
+    optimizer = sum(map(bytes_of, trained)) // shards
+    average = gradients // held * 4 if recipe.ema.decay is not None else 0
+    gathered = width * (head.numel() + 2 * per_layer) if sharded else 0
+    # 2. What a layer saves of a token, and autocast's copies of its weights.
+    hidden, inner = config.hidden_size, config.num_attention_heads * layer.self_attn.head_dim
     heads = inner + inner * config.num_key_value_heads // config.num_attention_heads
-    saved = (24 if width == 4 else 26) * config.hidden_size + 2 * width * heads
-    saved += 4 * width * config.intermediate_size
-    if hasattr(any_model.model.layers[0].self_attn, "q_norm"):
-        saved += (4 + width) * heads
-    kernel = recipe.model.attn_implementation
-    eager = kernel == "eager" or (kernel == "auto" and bf16 and device_type == "cpu" and length <= 512)
+    kernel, on_cpu = recipe.model.attn_implementation, device_type == "cpu"
+    eager = kernel == "eager" or (kernel == "auto" and width == 2 and on_cpu and length <= 512)
+    saved = (24 if width == 4 else 26) * hidden + 2 * width * heads + 4 * width * config.intermediate_size
+    saved += (4 + width) * heads if hasattr(layer.self_attn, "q_norm") else 0
     saved += config.num_attention_heads * (length * width if eager else 10)
-    one, rest = tokens * saved + copies, 9 * tokens * config.hidden_size
-    passing = tokens * width * (3 * config.intermediate_size + 2 * config.hidden_size)
+    copies = 2 * per_layer if width < held and not sharded else 0
+    one, ends = tokens * saved + copies, 9 * tokens * hidden
+    backward = tokens * width * (3 * config.intermediate_size + 2 * hidden)
+    activations = ends + layers * one
     if recipe.gradient_checkpointing:
-        activations, backward = rest + layers * (4 * tokens * config.hidden_size + copies), one + passing
-    else:
-        activations, backward = rest + layers * one, passing
-    # 3. The head, in chunks of rows: see `unmask.model.head`.
-    learned = head_weight.requires_grad
-    vocab = len(head_weight)
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    chunks = chunk_rows(tokens, vocab, dtype, torch.device(device_type))
-    head = min(chunks.rows, tokens) * vocab * width + 2 * min(chunks.block, tokens) * vocab * 4
-    head += 2 * tokens * config.hidden_size * width
-    head += head_weight.numel() * width * (int(learned) + int(copies > 0))
+        backward, activations = backward + one, ends + layers * (4 * tokens * hidden + copies)
+    # 3. The head, in chunks of rows (see `unmask.model.head`), with its own gradient.
+    chunks = chunk_rows(
+        tokens, len(head), torch.bfloat16 if width == 2 else torch.float32, torch.device(device_type)
+    )
+    logits = (min(chunks.rows, tokens) * width + 2 * min(chunks.block, tokens) * 4) * len(head)
+    logits += 2 * tokens * hidden * width + head.numel() * width * (head.requires_grad + (copies > 0))
     # 4. The most at once: at the head, in the first layer that is passed backward, or at the embedding.
-    stays = weights + optimizer + average + gathered
-    embedding = head_weight.numel() * held if learned else 0
-    at_head, at_start, at_end = activations + head, activations + backward, rest + max(backward, embedding)
-    if accumulation > 1 or sharded:
-        peak = stays + gradients + max(at_head, at_start, at_end)
-    else:  # gradients take the place of activations
-        peak = stays + max(at_head, embedding + at_start, gradients + at_end)
-    return Memory(weights, gradients, optimizer, average, gathered, activations, head, backward, peak)
-
-
-def _optimizer_bytes(recipe: Recipe, model: Any, held: int) -> int:
-    """Bytes of the optimizer's state of the whole model."""
-    kind, head = recipe.optimizer.type, model.get_output_embeddings()
-    hidden = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m is not head}
-    size = 0
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        count = parameter.numel()
-        if kind == "adamw_8bit":
-            size += 2 * count
-        elif kind == "adafactor":
-            size += 4 * (sum(parameter.shape[-2:]) if parameter.dim() > 1 else count)
-        else:
-            size += (1 if kind == "muon" and id(parameter) in hidden else 2) * held * count
-    return size
+    embedding = head.numel() * held if head.requires_grad else 0
+    peak = max(activations + logits, activations + backward, ends + max(backward, embedding)) + gradients
+    if accumulation == 1 and not sharded:  # gradients take the place of activations
+        at_end = gradients + ends + max(backward, embedding)
+        peak = max(activations + logits, embedding + activations + backward, at_end)
+    return {
+        **dict(zip(STATIC, (weights, gradients, optimizer, average), strict=True)),
+        **{"gathered": gathered, "activations": activations, "head": logits, "backward": backward},
+        "peak": peak + weights + optimizer + average + gathered,
+    }
 
 
 def memory_lines(
@@ -146,47 +97,28 @@ def memory_lines(
         UnmaskError: weights, gradients and optimizer alone are more than the device has.
     """
     memory = estimate(recipe, model, devices, length, device.type)
-    whole = ", ".join(f"{name} {_size(size)}" for name, size in memory.parts())
-    lines = [f"memory: about {_size(memory.peak)} of tensors a device at the peak ({whole})"]
+    parts = ", ".join(f"{name} {_size(size)}" for name, size in memory.items() if size and name != "peak")
+    lines = [f"memory: about {_size(memory['peak'])} of tensors a device at the peak ({parts})"]
     if device.type == "cpu":
-        virtual = psutil.virtual_memory()
-        free, total = virtual.available, virtual.total
+        free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
         sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of a machine share its memory
     else:
         (free, total), sharing = torch.accelerator.get_memory_info(device), 1
-    has = f"{device.type} has {total / GIB:.1f} GiB"
-    advice = ", ".join(_advice(recipe, memory, batch_plan(recipe, devices)[0]))
-    if memory.static * sharing > total:
+    static, peak = sum(memory[name] for name in STATIC) * sharing, memory["peak"] * sharing
+    advice = "try gradient_checkpointing=true, a lower micro_batch_size, distributed.type=fsdp or lora.r=16"
+    if static > total:
         raise UnmaskError(
-            f"memory: weights, gradients and optimizer need {memory.static * sharing / GIB:.1f} GiB, and {has};"
-            f" try {advice}."
+            f"memory: weights, gradients and optimizer need {_size(static)}, and {device.type} has"
+            f" {_size(total)}; {advice}."
         )
-    if memory.peak * sharing > free:
-        lines.append(
-            f"note: a step needs about {memory.peak * sharing / GIB:.1f} GiB of memory, and {has}, of which"
-            f" {free / GIB:.1f} GiB are free; if it does not fit, try {advice}"
-        )
+    if peak > free:
+        lines.append(f"note: a step needs about {_size(peak)}, and {_size(free)} are free; {advice}")
     return lines
 
 
-def _advice(recipe: Recipe, memory: Memory, micro: int) -> list[str]:
-    """Recipe keys that would lower the memory most."""
-    ways = []
-    if not recipe.gradient_checkpointing and memory.activations > memory.peak / 4:
-        ways.append("gradient_checkpointing=true")
-    if micro > 1 and memory.peak - memory.static > memory.peak / 4:
-        ways.append(f"micro_batch_size={micro // 2}")
-    ways.append(
-        "more devices" if recipe.distributed.type == "fsdp" else "distributed.type=fsdp on several devices"
-    )
-    if recipe.lora.r is None and recipe.model.name_or_path is not None:
-        ways.append("lora.r=16")
-    if recipe.optimizer.type == "adamw":
-        ways.append("optimizer.type=adafactor")
-    return ways
-
-
-def dry_run(recipe: Recipe, devices: int | None = None, console: Console | None = None) -> dict[int, Memory]:
+def dry_run(
+    recipe: Recipe, devices: int | None = None, console: Console | None = None
+) -> dict[int, dict[str, int]]:
     """Show the memory that each device of a run would need; neither weights nor data are read.
 
     Raises:
@@ -195,14 +127,11 @@ def dry_run(recipe: Recipe, devices: int | None = None, console: Console | None 
     from unmask.training.build import meta_model
 
     console = console or Console()
-    model = meta_model(recipe)
-    found = {}
+    model, found = meta_model(recipe), {}
     for count in [devices] if devices else [2**power for power in range(11)]:
-        if recipe.distributed.type == "fsdp" and count == 1:
-            continue
         try:
             found[count] = estimate(recipe, model, count, recipe.data.block_size, "cuda")
-        except UnmaskError:
+        except UnmaskError:  # the batch cannot be divided
             if devices:
                 raise
     total = sum(p.numel() for p in model.parameters())
@@ -215,16 +144,16 @@ def dry_run(recipe: Recipe, devices: int | None = None, console: Console | None 
         highlight=False,
     )
     table = Table(title="memory of one device, GiB", title_justify="left", box=None, header_style="bold")
-    names = [name for name, _ in next(iter(found.values())).parts()] if found else []
-    for name in ("devices", "batch", *names, "peak", "device"):
+    names = [
+        name for name in next(iter(found.values()), {}) if any(memory[name] for memory in found.values())
+    ]
+    for name in ("devices", "batch", *names, "device"):
         table.add_column(name, justify="right", no_wrap=True)
     for count, memory in found.items():
         micro, accumulation = batch_plan(recipe, count)
-        fits = next((gb for gb in COMMON if memory.peak <= SPARE * gb * 1e9), None)
-        sizes = (f"{getattr(memory, name) / GIB:.2f}" for name in (*names, "peak"))
-        table.add_row(
-            f"{count}", f"{micro} x {accumulation} x {count}", *sizes, f"{fits} GB" if fits else "none"
-        )
+        fits = next((f"{gb} GB" for gb in COMMON if memory["peak"] <= 0.9 * gb * 1e9), "none")
+        sizes = (f"{memory[name] / GIB:.2f}" for name in names)
+        table.add_row(f"{count}", f"{micro} x {accumulation} x {count}", *sizes, fits)
     console.print(table)
     console.print(
         "At the longest rows, with every token masked; not all parts are there at once. batch: rows of a forward"

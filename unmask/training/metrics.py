@@ -18,85 +18,64 @@ from unmask.diffusion.corrupt import Noised
 from unmask.training.parallel import Processes
 
 PARTS: tuple[str, ...] = ("data", "forward", "backward", "optimizer", "evaluation", "save", "other")
-APART = ("evaluation", "save")  # what rates are not divided by
+# Tokens that could have been masked; positions that held a token; positions that went through the network,
+# padding too; floating-point operations that the model needs for the tokens, see `model_flops`.
 COUNTS = ("supervised", "useful", "computed", "flops")
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What all processes did in a stretch of a run; sums over them where nothing else is said."""
+    """What all processes did in a stretch of a run.
 
-    supervised: float = 0.0
-    """Tokens that could have been masked."""
-    useful: float = 0.0
-    """Positions that held a token."""
-    computed: float = 0.0
-    """Positions that went through the network, padding too."""
-    flops: float = 0.0
-    """Floating-point operations that the model needs for the tokens, see `model_flops`."""
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
-    """Of each part; a mean over the processes."""
+    Attributes:
+        counts: sums over the processes, see `COUNTS`.
+        seconds: of each of `PARTS`, a mean over the processes.
+        peak_flops: operations a second that the devices can do, as measured.
+        peak_memory: bytes, of the process with the most; 0 where it is not known.
+    """
+
+    counts: list[float] = field(default_factory=lambda: [0.0] * len(COUNTS))
+    seconds: list[float] = field(default_factory=lambda: [0.0] * len(PARTS))
     peak_flops: float = 0.0
-    """Operations a second that the devices can do, as measured."""
-    peak_memory: int | None = None
-    """Bytes, of the process with the most; None where it is not known."""
+    peak_memory: float = 0.0
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(
-            **{name: getattr(self, name) + getattr(other, name) for name in COUNTS},
-            seconds={part: self.seconds[part] + other.seconds[part] for part in PARTS},
-            peak_flops=other.peak_flops,
-            peak_memory=other.peak_memory,
+        counts, seconds = (
+            [a + b for a, b in zip(mine, its, strict=True)]
+            for mine, its in ((self.counts, other.counts), (self.seconds, other.seconds))
         )
-
-    @property
-    def training_seconds(self) -> float:
-        """Seconds without evaluation and saving."""
-        return sum(seconds for part, seconds in self.seconds.items() if part not in APART)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Supervised tokens a second of training."""
-        return _ratio(self.supervised, self.training_seconds)
-
-    @property
-    def useful_share(self) -> float:
-        """Useful positions per computed position."""
-        return _ratio(self.useful, self.computed)
-
-    @property
-    def utilisation(self) -> float:
-        """Model FLOP utilisation: share of the measured peak while training."""
-        return _ratio(self.flops, self.training_seconds * self.peak_flops)
-
-    def time_shares(self) -> dict[str, float]:
-        """The share of each part in the time."""
-        total = sum(self.seconds.values())
-        return {part: _ratio(seconds, total) for part, seconds in self.seconds.items()}
+        return Usage(counts, seconds, other.peak_flops, other.peak_memory)
 
     def logs(self) -> dict[str, float]:
-        """What is logged."""
-        memory = {} if self.peak_memory is None else {"peak_memory_gib": self.peak_memory / GIB}
+        """What is logged; rates are of the time without evaluation and saving."""
+        supervised, useful, computed, flops = self.counts
+        shares = {
+            f"time/{part}": _ratio(s, sum(self.seconds)) for part, s in zip(PARTS, self.seconds, strict=True)
+        }
+        training = sum(self.seconds) * (1 - shares["time/evaluation"] - shares["time/save"])
+        memory = {"peak_memory_gib": self.peak_memory / GIB} if self.peak_memory else {}
         return {
-            "supervised_tokens_per_second": self.tokens_per_second,
-            "useful_positions": self.useful_share,
-            "model_flops_utilisation": self.utilisation,
-            **{f"time/{part}": share for part, share in self.time_shares().items()},
+            "supervised_tokens_per_second": _ratio(supervised, training),
+            "useful_positions": _ratio(useful, computed),
+            "model_flops_utilisation": _ratio(flops, training * self.peak_flops),
+            **shares,
             **memory,
         }
 
     def lines(self) -> list[str]:
         """What a person is told at the end."""
-        if not self.computed:
+        if not any(self.counts):
             return []
-        memory = "" if self.peak_memory is None else f", peak memory {self.peak_memory / GIB:.2f} GiB"
-        shares = ", ".join(f"{part} {share:.0%}" for part, share in self.time_shares().items())
+        logs = self.logs()
+        memory = f", peak memory {logs['peak_memory_gib']:.2f} GiB" if "peak_memory_gib" in logs else ""
+        shares = [f"{part} {logs[f'time/{part}']:.0%}" for part in PARTS]
         return [
-            f"work: {self.tokens_per_second:,.0f} supervised tokens/s, {self.useful_share:.1%} of computed"
-            f" positions useful, {self.utilisation:.1%} of the measured peak"
+            f"work: {logs['supervised_tokens_per_second']:,.0f} supervised tokens/s,"
+            f" {logs['useful_positions']:.1%} of computed positions useful,"
+            f" {logs['model_flops_utilisation']:.1%} of the measured peak"
             f" ({self.peak_flops / 1e9:,.0f} GFLOP/s){memory}",
-            f"time: {shares}",
+            f"time: {', '.join(shares)}",
         ]
 
 
@@ -158,16 +137,10 @@ class Accounting:
         for part, event in self.events:
             self.seconds[part] += self.last.elapsed_time(event) / 1000
             self.last = event
-        memory = peak_memory(self.group.device)
-        mine = [*self.counts.tolist(), *self.seconds.values(), self.peak, -1 if memory is None else memory]
+        mine = [*self.counts.tolist(), *self.seconds.values(), self.peak, peak_memory(self.group.device)]
         table = torch.tensor(self.group.gather(mine), dtype=torch.float64)
-        sums, means, most = table.sum(dim=0).tolist(), table.mean(dim=0).tolist(), table.amax(dim=0).tolist()
-        usage = Usage(
-            **dict(zip(COUNTS, sums, strict=False)),
-            seconds=dict(zip(PARTS, means[len(COUNTS) :], strict=False)),
-            peak_flops=sums[-2],
-            peak_memory=int(most[-1]) if most[-1] >= 0 else None,
-        )
+        sums, seconds = table.sum(dim=0).tolist(), table.mean(dim=0)[len(COUNTS) : -2].tolist()
+        usage = Usage(sums[: len(COUNTS)], seconds, sums[-2], table[:, -1].max().item())
         self.counts.zero_()
         self.seconds, self.events = dict.fromkeys(PARTS, 0.0), []
         self.session += usage
@@ -191,20 +164,17 @@ def model_flops(model: Any) -> tuple[float, float, float]:
     Returns:
         Operations a token, a pair of tokens of one document, and a masked token (the head).
     """
-    config = model.config
-    embedding = model.get_input_embeddings().weight
-    head = getattr(model.get_output_embeddings(), "weight", None)
+    config, embedding = model.config, model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+
+    def flops(weight: Any) -> float:
+        return (6.0 if weight.requires_grad else 4.0) * weight.numel()
+
     matrices = [weight for weight in model.parameters() if weight.dim() == 2]
-    per_token = sum(_flops(w) for w in matrices if w is not embedding and w is not head)
-    inner = config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
+    per_token = sum(flops(w) for w in matrices if w is not embedding and w is not head)
+    inner = config.num_attention_heads * model.model.layers[0].self_attn.head_dim
     per_pair = 12.0 * inner * config.num_hidden_layers  # scores and their weighted sum
-    return per_token, per_pair, 0.0 if head is None else _flops(head)
-
-
-def _flops(weight: Any) -> float:
-    return (6.0 if weight.requires_grad else 4.0) * weight.numel()
+    return per_token, per_pair, flops(head)
 
 
 @cache
@@ -214,32 +184,28 @@ def measured_peak(device_type: str, dtype: torch.dtype) -> float:
     generator = torch.Generator(device_type).manual_seed(0)  # the run's own is not touched
     a = torch.randn(side, side, device=device_type, generator=generator).to(dtype)
     product = torch.mm(a, a)
-    best, stop = 0.0, time.perf_counter() + 0.3
+
+    def wait() -> float:
+        if device_type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    best, stop = 0.0, wait() + 0.3
     while not best or time.perf_counter() < stop:
-        _wait(device_type)
-        start = time.perf_counter()
+        start = wait()
         for _ in range(together):
             torch.mm(a, a, out=product)
-        _wait(device_type)
-        best = max(best, together * 2 * side**3 / (time.perf_counter() - start))
+        best = max(best, together * 2 * side**3 / (wait() - start))
     return best
 
 
-def _wait(device_type: str) -> None:
-    if device_type != "cpu":
-        torch.accelerator.synchronize()
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Return the most bytes held so far: allocated on a GPU, else resident in this process (Linux alone)."""
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes held so far: allocated on a GPU, else resident in this process (Linux; else 0)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    found = [line for line in status.splitlines() if line.startswith("VmHWM:")]
-    return int(found[0].split()[1]) * 1024 if found else None
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 
 def _ratio(a: float, b: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,6 @@ from torch.nn.parallel import DistributedDataParallel
 from unmask.config import Recipe
 from unmask.errors import UnmaskError
 
-_ENTRIES = ("diffusion_loss", "masked_nll", "generate")  # of a sharded model: each gathers weights as it goes
-
 
 class Processes:
     """This process among those of the run, one a device; the first one is `main`."""
@@ -44,60 +42,46 @@ class Processes:
 
     def gather(self, item: Any) -> list[Any]:
         """Collect one object of each process, on all of them."""
-        if self.ranks == 1:
-            return [item]
-        items: list[Any] = [None] * self.ranks
-        dist.all_gather_object(items, item)
+        items: list[Any] = [item] * self.ranks
+        if self.ranks > 1:
+            dist.all_gather_object(items, item)
         return items
 
-    def on_main(self, act: Any) -> Any:
-        """Call `act` on the first process; its result, or its `UnmaskError`, is that of all processes."""
-        result: list[Any] = [None]
-        if self.main:
-            try:
-                result = [act()]
-            except UnmaskError as error:
-                result = [error]
-        if self.ranks > 1:
-            dist.broadcast_object_list(result)
-        if isinstance(result[0], UnmaskError):
-            raise result[0]
-        return result[0]
-
-    def together(self, act: Any) -> None:
+    def together(self, act: Callable[[], Any]) -> None:
         """Call `act` on every process; an `UnmaskError` of one is raised on all."""
-        failed: UnmaskError | None = None
+        error: UnmaskError | None = None
         try:
             act()
-        except UnmaskError as error:
-            failed = error
-        failures = [error for error in self.gather(failed) if error is not None]
-        if failures:
-            raise failures[0]
+        except UnmaskError as raised:
+            error = raised
+        for failure in self.gather(error):
+            if failure is not None:
+                raise failure
 
-    def wait(self) -> None:
-        """Wait for the others."""
-        if self.ranks > 1:
-            dist.barrier()
+    def on_main(self, act: Callable[[], Any]) -> Any:
+        """Call `act` on the first process; its result, or its `UnmaskError`, is that of all processes."""
+        result: list[Any] = []
+        self.together(lambda: result.append(act() if self.main else None))
+        return self.gather(result[0])[0]
 
 
 @contextmanager
 def processes() -> Iterator[Processes]:
-    """Join the processes that torchrun started, each with a device of its own."""
+    """Join the processes that torchrun started, each with its own device."""
     ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     device = torch.device("cpu")
-    if torch.accelerator.is_available():
-        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
-        accelerator = torch.accelerator.current_accelerator()
-        assert accelerator is not None
-        device = torch.device(accelerator.type, torch.accelerator.current_device_index())
-    mine = ranks > 1 and not dist.is_initialized()
-    if mine:
+    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        device = torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
+        torch.accelerator.set_device_index(device.index)
+    joined = ranks > 1 and not dist.is_initialized()
+    if joined:
         dist.init_process_group(device_id=None if device.type == "cpu" else device)
     try:
         yield Processes(rank, ranks, device)
+        if joined:
+            dist.barrier()  # none leaves while another still speaks to it
     finally:
-        if mine:
+        if joined:
             dist.destroy_process_group()
 
 
@@ -105,35 +89,21 @@ def batch_plan(recipe: Recipe, ranks: int) -> tuple[int, int]:
     """Divide the global batch: (sequences of a micro-batch, micro-batches of an optimizer step).
 
     Raises:
-        UnmaskError: it cannot be divided evenly.
-    """
-    total, micro = recipe.global_batch_size, recipe.micro_batch_size
-    if total % ranks:
-        raise UnmaskError(
-            f"global_batch_size: {total} sequences cannot be divided evenly over {ranks} processes; set it to"
-            f" {-(-total // ranks) * ranks}."
-        )
-    micro = micro or total // ranks
-    if total % (micro * ranks):
-        raise UnmaskError(
-            f"global_batch_size: {total} is not a multiple of micro_batch_size {micro} times {ranks} processes"
-            f" = {micro * ranks}; set it to {-(-total // (micro * ranks)) * micro * ranks}, or change one of"
-            " the others."
-        )
-    return micro, total // (micro * ranks)
-
-
-def check_sharding(recipe: Recipe, ranks: int) -> None:
-    """Refuse FSDP on one process.
-
-    Raises:
-        UnmaskError: there is nobody to share with.
+        UnmaskError: it cannot be divided evenly, or FSDP has a single process.
     """
     if recipe.distributed.type == "fsdp" and ranks == 1:
         raise UnmaskError(
             "distributed.type: fsdp shards the model over several processes, and this is one; start them with"
             " torchrun --nproc_per_node=N -m unmask train ..., or set distributed.type=ddp."
         )
+    total, unit = recipe.global_batch_size, ranks * (recipe.micro_batch_size or 1)
+    if total % unit:
+        raise UnmaskError(
+            f"global_batch_size: {total} is not a multiple of {unit}: {ranks} processes, micro_batch_size"
+            f" {recipe.micro_batch_size or 'free'}; set it to {-(-total // unit) * unit}."
+        )
+    micro = recipe.micro_batch_size or total // ranks
+    return micro, total // (micro * ranks)
 
 
 class _DiffusionLoss(nn.Module):
@@ -160,16 +130,16 @@ class SharedModel:
         self.model, self.group = model, group
         self.sharded = recipe.distributed.type == "fsdp"
         bf16 = recipe.precision == "bf16"
-        if recipe.gradient_checkpointing:
-            recompute_activations(model)
+        if recipe.gradient_checkpointing:  # whose method transformers 5.24 renamed
+            recompute = getattr(model, "activation_checkpointing_enable", None)
+            (recompute or model.gradient_checkpointing_enable)({"use_reentrant": False})
         if self.sharded:
-            shard(model, bf16, group)
+            _shard(model, bf16, group)
             if any(p.is_meta for p in model.parameters()):
                 load_shards(model, str(recipe.model.name_or_path), group.device)
-            self.module: nn.Module = model
         else:
             model.to(group.device)
-            self.module = _DiffusionLoss(model)
+        self.module: nn.Module = _DiffusionLoss(model)
         if recipe.torch_compile:
             model.model.compile()
         if group.ranks > 1 and not self.sharded:
@@ -180,7 +150,7 @@ class SharedModel:
     def loss(self, *arguments: Any) -> Tensor:
         """`model.diffusion_loss(...)`, in the precision of the recipe."""
         with self.autocast():
-            return self.model.diffusion_loss(*arguments) if self.sharded else self.module(*arguments)
+            return self.module(*arguments)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which the model computes."""
@@ -192,14 +162,19 @@ class SharedModel:
         """Add gradients up on this process alone; under FSDP they would not fit, and are summed each time."""
         return self.module.no_sync() if isinstance(self.module, DistributedDataParallel) else nullcontext()
 
-    def reshard(self) -> None:
-        """Give gathered weights back after an evaluation, which has no backward pass to do so."""
+    @contextmanager
+    def evaluating(self) -> Iterator[Any]:
+        """The model in eval mode; gathered weights are freed afterwards, for lack of a backward pass."""
+        training = self.model.training
+        self.model.eval()
+        yield self.model
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+        self.model.train(training)
 
 
-def shard(model: Any, bf16: bool, group: Processes) -> None:
+def _shard(model: Any, bf16: bool, group: Processes) -> None:
     """Shard a model over the processes in place: each decoder layer, then all the rest (FSDP2).
 
     Gradients are summed in float32; the inputs (noise, divisors) keep their precision.
@@ -210,10 +185,9 @@ def shard(model: Any, bf16: bool, group: Processes) -> None:
         cast_forward_inputs=False,
     )
     mesh = init_device_mesh(group.device.type, (group.ranks,))
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    for name in _ENTRIES:
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    for name in ("diffusion_loss", "masked_nll", "generate"):  # each gathers the weights it needs
         register_fsdp_forward_method(model, name)
 
 
@@ -233,8 +207,7 @@ def load_shards(model: Any, name: str, device: torch.device) -> None:
     if not folder.is_dir():
         folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
     model.to_empty(device=device)
-    # Its buffers are computed, and in no checkpoint.
-    rotary = model.model.rotary_emb
+    rotary = model.model.rotary_emb  # its buffers are computed, and in no checkpoint
     model.model.rotary_emb = type(rotary)(config=model.config).to(device)
     files = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -247,19 +220,10 @@ def load_shards(model: Any, name: str, device: torch.device) -> None:
             whole = opened.get_tensor(key)  # in mapped memory: what is not used is not read
         new_rows = len(parameter) - len(whole)
         if whole.shape[1:] != parameter.shape[1:] or new_rows < 0:
-            raise UnmaskError(
-                f"{name}: {key} has shape {tuple(whole.shape)}; by its config.json it must be"
-                f" {tuple(parameter.shape)}."
-            )
+            expected = f"by its config.json it must be {tuple(parameter.shape)}"
+            raise UnmaskError(f"{name}: {key} has shape {tuple(whole.shape)}; {expected}.")
         if new_rows:
             mean = whole.float().mean(dim=0, keepdim=True).to(whole.dtype)
             whole = torch.cat([whole, mean.expand(new_rows, -1)])
         part = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
         parameter.to_local().copy_(part.to_local())
-
-
-def recompute_activations(model: Any) -> None:
-    """Drop activations in the forward pass and compute them again in the backward pass."""
-    # transformers 5.24 renamed this method.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})

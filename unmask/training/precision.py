@@ -23,33 +23,27 @@ def with_precision(
     Warns:
         UnmaskWarning: the run computes in bf16 on a CPU that is slower in it than in float32.
     """
-    precision, why = recipe.precision, ""
-    if precision == "auto":
-        if checkpoint is not None and checkpoint.precision != "auto":
-            precision, why = checkpoint.precision, "that of the checkpoint"
-        elif recipe.model.dtype == "bfloat16":
-            precision, why = "bf16", "that of the weights, model.dtype"
-        else:
-            precision, why = _fastest(device)
-    in_bf16 = recipe.model.dtype == "bfloat16" or precision == "bf16"
-    if in_bf16 and device.type == "cpu" and (times := slowdown(torch.bfloat16)) > 1:
+    precision, weights, why = recipe.precision, recipe.model.dtype, ""
+    if precision == "auto" and checkpoint is not None:
+        precision, why = checkpoint.precision, "that of the checkpoint"
+    elif precision == "auto" and weights == "bfloat16":
+        precision, why = "bf16", "that of the weights, model.dtype"
+    elif precision == "auto":
+        precision = "bf16" if gains_by_bf16(device) else "fp32"
+        why = f"{device.type} has {'' if precision == 'bf16' else 'no '}bf16"
+        if device.type == "cpu":
+            times = slowdown(torch.bfloat16)
+            why = f"a matrix product in bf16 takes {times:.2g} times as long as in float32"
+    if "bf16" in (precision, weights.replace("bfloat", "bf")) and device.type == "cpu":
         keys = ("precision: bf16", "precision=fp32")
-        if recipe.model.dtype == "bfloat16":
+        if weights == "bfloat16":
             keys = ("model.dtype: bfloat16", "model.dtype=float32")
-        warnings.warn(
-            f"{keys[0]}: this CPU does not compute in bf16 natively: a matrix product takes {times:.2g} times"
-            f" as long as in float32; set {keys[1]}.",
-            UnmaskWarning,
-            stacklevel=2,
-        )
+        if (times := slowdown(torch.bfloat16)) > 1:
+            warnings.warn(
+                f"{keys[0]}: this CPU does not compute in bf16 natively: a matrix product takes {times:.2g} times"
+                f" as long as in float32; set {keys[1]}.",
+                UnmaskWarning,
+                stacklevel=2,
+            )
     notes = [f"precision: {precision} (auto: {why})"] if why else []
     return recipe.model_copy(update={"precision": precision}), notes
-
-
-def _fastest(device: torch.device) -> tuple[str, str]:
-    """The precision that a device is fastest in, and what says so."""
-    precision = "bf16" if gains_by_bf16(device) else "fp32"
-    if device.type == "cpu":
-        times = slowdown(torch.bfloat16)
-        return precision, f"a matrix product in bf16 takes {times:.2g} times as long as in float32"
-    return precision, f"{device.type} has {'' if precision == 'bf16' else 'no '}bf16"

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -14,35 +15,31 @@ from unmask.errors import UnmaskError
 from unmask.io import reason
 from unmask.model.checkpoint import is_diffusion, read_config
 from unmask.plots import draw_losses, draw_noise_levels
+from unmask.training.build import loss_unit
 from unmask.training.parallel import Processes, batch_plan
 
-TRACKERS = ("tensorboard", "wandb", "mlflow", "comet_ml")
 SHARE = "share/"  # before the name of a source whose share of the tokens is logged
-RATE = "supervised_tokens_per_second"
-STDERR = "eval_loss_stderr"
 
 
 class Report:
-    """A progress bar, a line for each logged loss, pictures, and trackers; silent on all but one process.
+    """A progress bar, a line for each logged loss, pictures, and trackers; silent on all but one process."""
 
-    Args:
-        unit: of the training loss; the held-out loss is always in nats per token.
-    """
-
-    def __init__(self, console: Console, recipe: Recipe, unit: str, out: Path, group: Processes):
-        self.console, self.recipe, self.unit, self.out, self.main = console, recipe, unit, out, group.main
+    def __init__(self, console: Console, recipe: Recipe, out: Path, group: Processes):
+        self.console, self.recipe, self.out, self.main = console, recipe, out, group.main
+        self.unit = loss_unit(recipe)
+        self.trackers: list[Any] = []
         self.started = time.monotonic()
-        self.trackers = make_trackers(recipe, out) if group.main else []
         self.progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("steps"),
+            *(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("steps")),
             TimeRemainingColumn(),
             console=console,
             transient=True,
             disable=not (group.main and console.is_terminal),
         )
+
+    def open(self) -> None:
+        """Start the trackers."""
+        self.trackers += [_tracker(name, self.out) for name in self.recipe.report_to] if self.main else []
 
     def begin(self, step: int) -> None:
         """Start the clock and the progress bar."""
@@ -54,29 +51,29 @@ class Report:
         """Move the progress bar."""
         self.progress.update(self.task, completed=step)
 
+    def say(self, line: str) -> None:
+        """Print a line."""
+        self.console.print(line, highlight=False, markup=False)
+
     def log(self, logs: dict[str, float]) -> None:
-        """Show one entry of the history."""
-        if not self.main:
-            return
+        """Show one entry of the history: losses in nats per token, or in the unit of the recipe's preset."""
         step, last = int(logs["step"]), self.recipe.max_steps
-        start = f"step {step:>{len(str(last))}}/{last}"
-        seconds = f"{time.monotonic() - self.started:6.0f} s"
+        start, seconds = f"step {step:>{len(str(last))}}/{last}", f"{time.monotonic() - self.started:6.0f} s"
         if "eval_loss" in logs:
-            self._say(f"{start}  held-out loss {logs['eval_loss']:.4f} nats per token  {seconds}")
-            names = [name for name in logs if name.startswith("eval_loss_") and name != STDERR]
-            if names:
-                losses = (f"{name.removeprefix('eval_loss_')} {logs[name]:.4f}" for name in names)
-                self._say(f"  by source: {', '.join(losses)}")
+            self.say(f"{start}  held-out loss {logs['eval_loss']:.4f} nats per token  {seconds}")
+            losses = [
+                f"{_after('eval_loss_', k)} {v:.4f}" for k, v in logs.items() if _after("eval_loss_", k)
+            ]
+            if len(losses) > 1:
+                self.say(f"  by source: {', '.join(losses[1:])}")  # the first is the standard error
         else:
-            rate = f"{logs[RATE]:8,.0f} tokens/s" if RATE in logs else ""
-            self._say(
+            rate = f"{logs['supervised_tokens_per_second']:8,.0f} tokens/s"
+            self.say(
                 f"{start}  loss {logs['loss']:.4f} {self.unit}"
                 f"  learning rate {logs['learning_rate']:.2e}{rate}{seconds}"
             )
-            names = [name for name in logs if name.startswith(SHARE)]
-            if names:
-                shares = (f"{name.removeprefix(SHARE)} {logs[name]:.1%}" for name in names)
-                self._say(f"  tokens so far: {', '.join(shares)}")
+            if shares := [f"{_after(SHARE, k)} {v:.1%}" for k, v in logs.items() if k.startswith(SHARE)]:
+                self.say(f"  tokens so far: {', '.join(shares)}")
         for tracker in self.trackers:
             tracker.log({name: value for name, value in logs.items() if name != "step"}, step=step)
 
@@ -88,12 +85,12 @@ class Report:
                 draw_noise_levels(history, self.out / "loss_by_t.png")
 
     def samples(self, texts: list[tuple[str, str]], step: int) -> None:
-        """Show sampled answers in TensorBoard."""
+        """Show sampled prompts and answers in TensorBoard, as Markdown that shows them as they are."""
         for tracker in self.trackers:
             if tracker.name == "tensorboard":
                 for number, pair in enumerate(texts, 1):
-                    text = "\n\n".join(_as_code(part) for part in pair)
-                    tracker.writer.add_text(f"samples/{number}", text, step)
+                    code = ("\n".join(f"    {line}" for line in text.splitlines() or [""]) for text in pair)
+                    tracker.log({f"samples/{number}": "\n\n".join(code)}, step=step)
 
     def close(self) -> None:
         """Leave the terminal in order, also after a failure."""
@@ -102,46 +99,25 @@ class Report:
             tracker.finish()
         self.trackers = []
 
-    def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False)
+
+def _tracker(name: str, out: Path) -> Any:
+    """Start one of accelerate's trackers."""
+    if name not in LOGGER_TYPE_TO_CLASS:
+        raise UnmaskError(f"report_to: {name!r} is not known; choose from {', '.join(LOGGER_TYPE_TO_CLASS)}.")
+    tracker_class: Any = LOGGER_TYPE_TO_CLASS[name]
+    folder = {"logging_dir": str(out)} if tracker_class.requires_logging_directory else {}
+    try:
+        tracker = tracker_class("tensorboard" if name == "tensorboard" else out.name, **folder)
+        tracker.start()
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise UnmaskError(
+            f"report_to: {name}: {reason(error)}; install it, or remove it from the list."
+        ) from error
+    return tracker
 
 
-def make_trackers(recipe: Recipe, out: Path) -> list[Any]:
-    """Make the trackers of `report_to`, which accelerate drives.
-
-    Raises:
-        UnmaskError: an unknown one, or one that is not installed.
-    """
-    if not recipe.report_to:
-        return []
-    from accelerate import tracking
-
-    classes: dict[str, Any] = {
-        "tensorboard": tracking.TensorBoardTracker,
-        "wandb": tracking.WandBTracker,
-        "mlflow": tracking.MLflowTracker,
-        "comet_ml": tracking.CometMLTracker,
-    }
-    made = []
-    for name in recipe.report_to:
-        if name not in classes:
-            raise UnmaskError(f"report_to: {name!r} is not known; choose from {', '.join(classes)}.")
-        try:
-            where = {"logging_dir": str(out)} if name == "tensorboard" else {}
-            tracker = classes[name]("tensorboard" if where else out.name, **where)
-            if hasattr(tracker, "start"):
-                tracker.start()
-            made.append(tracker)
-        except (ImportError, OSError, RuntimeError, ValueError) as error:
-            raise UnmaskError(
-                f"report_to: {name}: {reason(error)}; install it, or take it out of the list."
-            ) from error
-    return made
-
-
-def _as_code(text: str) -> str:
-    """Text as Markdown that shows it as it is."""
-    return "\n".join(f"    {line}" for line in text.splitlines() or [""])
+def _after(prefix: str, name: str) -> str:
+    return name.removeprefix(prefix) if name.startswith(prefix) else ""
 
 
 def describe_run(recipe: Recipe, model: Any, data: Any, group: Processes) -> list[str]:
@@ -162,21 +138,20 @@ def describe_run(recipe: Recipe, model: Any, data: Any, group: Processes) -> lis
         f"{what}: {len(data.train):,} examples, {tokens:,} tokens, {supervised / max(1, tokens):.0%}"
         f" supervised, {len(data.held_out):,} held out"
     )
+    rows = max(1, len(data.rows))
     if data.row_length is not None:
-        filled = tokens / (data.row_length * max(1, len(data.rows)))
         lines.append(
-            f"packing: {len(data.rows):,} rows of at most {data.row_length:,} tokens, {filled:.1%} of their"
-            f" positions filled, {len(data.train) / max(1, len(data.rows)):.3g} sequences a row"
+            f"packing: {rows:,} rows of at most {data.row_length:,} tokens, {tokens / (data.row_length * rows):.1%}"
+            f" of their positions filled, {len(data.train) / rows:.3g} sequences a row"
         )
     if data.report is not None:
         formats = ", ".join(f"{kind} ({count:,})" for kind, count in data.report.formats.items())
         lines.append(f"format: {formats or 'text'}; truncated {data.report.truncated:,}")
     lines += data.left_out()
     micro, accumulation = batch_plan(recipe, group.ranks)
-    epochs = f", {recipe.max_steps * recipe.global_batch_size / max(1, len(data.rows)):.3g} epochs"
+    epochs = f", {recipe.max_steps * recipe.global_batch_size / rows:.3g} epochs"
     if recipe.data.streaming or recipe.data.sources is not None:
-        count = len(recipe.data.sources or [1])
-        epochs = f", {count} sources by weight" if count > 1 else ""
+        epochs = f", {len(recipe.data.sources)} sources by weight" if recipe.data.sources else ""
     lines.append(
         f"{recipe.max_steps:,} steps of {recipe.global_batch_size}"
         f" {'sequences' if data.row_length is None else 'rows'} ({micro} x {accumulation} x {group.ranks}){epochs}"

@@ -10,7 +10,6 @@ import time
 from types import FrameType
 from typing import Any, NoReturn
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Launchers pass on a signal that has reached every process already: what comes so soon is the same one.
 ECHO_SECONDS = 2.0
 
@@ -23,15 +22,12 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
-        self.received = 0
-        self.at_once = True
-        self.time = 0.0
-        self.pid = os.getpid()
+        self.received, self.at_once, self.time, self.pid = 0, True, 0.0, os.getpid()
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # no other thread may listen
-            self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -45,11 +41,10 @@ class StopSignals:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
         elif self.at_once:
-            sys.exit(128 + number)
+            leave(number)
         elif not self.received:
             self.received, self.time = number, time.monotonic()
-            if os.environ.get("RANK", "0") == "0":
-                # Not print: the signal may have interrupted one.
+            if os.environ.get("RANK", "0") == "0":  # not print: the signal may have interrupted one
                 name = signal.Signals(number).name
                 os.write(2, f"{name}: saving a checkpoint after this step; again = exit at once\n".encode())
         elif time.monotonic() - self.time > ECHO_SECONDS:
