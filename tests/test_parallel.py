@@ -46,7 +46,7 @@ def launch(folder: Path, processes: int, **changes: Any) -> Path:
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr[:6000]
+    assert done.returncode == 0, done.stderr[-3000:]
     return Path(changes["checkpoint_save_dir"])
 
 

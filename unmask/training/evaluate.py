@@ -147,9 +147,8 @@ class HeldOutSums:
     def metrics(self, group: Processes) -> dict[str, float]:
         """Return the losses over all processes."""
         samples, levels = group.sum(self.samples).cpu(), group.sum(self.levels).cpu()
-        metrics = dict(
-            zip(("eval_loss", "eval_loss_stderr"), _ratio(samples.sum(dim=0).tolist()), strict=True)
-        )
+        loss, stderr = _ratio(samples.sum(dim=0).tolist())
+        metrics = {"eval_loss": loss, "eval_loss_stderr": stderr}
         for name, sums in zip(self.sources, samples.tolist(), strict=True):
             if len(self.sources) > 1 and sums[1]:
                 metrics[f"eval_loss_{name}"] = _ratio(sums)[0]
