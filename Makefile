@@ -1,7 +1,7 @@
 # Every target makes the environment it needs: .venv, about 80 s and 1.5 GB the first time.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-newest test-oldest lock check fix docs bench clean
+.PHONY: help install demo test test-slow test-all test-gpu test-newest test-oldest lock check fix docs bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -46,14 +46,24 @@ demo: $(STAMP)  ## fine-tune a small diffusion model on the CPU and measure it (
 	@rm -rf outputs/demo
 	@$(RUN) bash recipes/train_tiny_sft.sh checkpoint_save_dir=outputs/demo $(ARGS)
 
-test: $(STAMP)  ## run the tests (ARGS="-k word")
-	@$(RUN) python -m pytest $(ARGS)
+# One worker process a core, each with one thread.
+PYTEST := OMP_NUM_THREADS=1 python -m pytest -n logical --maxprocesses 8 --dist worksteal
+test: MARK := not slow
+test-slow: MARK := slow
+test: $(STAMP)  ## run the tests that are not slow, on all cores (ARGS="-k word")
+test-slow: $(STAMP)  ## the slow ones: several processes, or more than 5 s
+test-all: $(STAMP)  ## all of them
+test test-slow test-all:
+	@$(RUN) $(PYTEST) -m "$(MARK)" $(ARGS)
 
-test-newest: .venv-newest/.installed  ## the tests with the newest versions that pyproject.toml allows
-test-oldest: .venv-oldest/.installed  ## the tests with the lowest versions that pyproject.toml allows
+test-gpu: $(STAMP)  ## the ones that need a GPU; they are skipped where there is none
+	@$(RUN) python -m pytest -m gpu $(ARGS)
+
+test-newest: .venv-newest/.installed  ## all tests with the newest versions that pyproject.toml allows
+test-oldest: .venv-oldest/.installed  ## all tests with the lowest versions that pyproject.toml allows
 test-newest test-oldest: test-%:
 	@.venv-$*/bin/pip freeze --exclude-editable | paste -sd' ' | fold -sw 100
-	@$(MAKE) --no-print-directory test VENV=.venv-$*
+	@$(MAKE) --no-print-directory test-all VENV=.venv-$*
 
 check: $(STAMP)  ## lint, formatting, types, layers, generated docs; offline
 	$(BIN)/ruff check .

@@ -135,7 +135,7 @@ LOOPS: list[tuple[Any, Callable[..., float], Callable[..., bool]]] = [
 ]
 
 
-@pytest.mark.parametrize(("policy", "score", "fits"), LOOPS, ids=str)
+@pytest.mark.parametrize(("policy", "score", "fits"), LOOPS, ids=map(str, range(len(LOOPS))))
 def test_a_policy_takes_the_best_that_fit_or_its_quota(
     policy: Any, score: Callable[..., float], fits: Callable[..., bool]
 ) -> None:

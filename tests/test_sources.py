@@ -110,7 +110,11 @@ def test_folder_glob_and_limit(tmp_path: Path) -> None:
         ("x.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "x.jsonl line 2: not UTF-8 text"),
         ("x.json", b'[{"a": 1},\n{"a": "\xff"}]', "x.json line 2: not UTF-8 text"),
         ("x.jsonl.gz", "plain", "x.jsonl.gz record 1: cannot be decompressed (Not a gzipped file"),
-        ("x.jsonl.gz", gzip.compress(b"{}\n" * 99)[:-9], "x.jsonl.gz record 1: cannot be decompressed"),
+        (
+            "x.jsonl.gz",
+            gzip.compress(b"{}\n" * 99, mtime=0)[:-9],
+            "x.jsonl.gz record 1: cannot be decompressed",
+        ),
         ("x.parquet", "no table", "x.parquet: not a readable Parquet file"),
         ("x.txt", "text", "not a file of records; expected .json, .jsonl"),
     ],
