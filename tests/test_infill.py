@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 import torch
 from tiny import byte_model
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, normalizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from unmask.data.encode import Example
 from unmask.errors import UnmaskError
 from unmask.generation.infill import Gap, infill_text, parse_gaps, parse_length
-from unmask.generation.text import raw_example
+from unmask.generation.text import raw_example, with_prefix
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +129,41 @@ def test_what_cannot_be_filled_is_said(
 ) -> None:
     with pytest.raises(UnmaskError, match=message):
         infill_text(model, tokenizer, parts, **settings)
+
+
+@pytest.fixture(scope="module")
+def spacing() -> PreTrainedTokenizerBase:
+    """A tokenizer that puts a space before every text, as SentencePiece's do."""
+    pieces = ["<unk>", "</s>", "\n", "▁", *"abcdehps", "▁a", "▁e", "▁sp"]
+    merges = [("▁", "a"), ("▁", "e"), ("s", "p"), ("▁", "sp")]
+    vocabulary = {piece: number for number, piece in enumerate([*pieces, "sp"])}
+    backend = Tokenizer(BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+
+
+def test_no_space_is_written_around_a_gap(spacing: PreTrainedTokenizerBase) -> None:
+    """The ids around a gap are those of the whole text, and the gap's own space stays."""
+    model: Any = byte_model().double().eval()
+    for gap, text in (("e", "speech"), ("▁a", "sp aech")):
+        only = spacing.convert_tokens_to_ids(gap)
+        others = [token for token in range(260) if token != only]
+        seen: list[list[int]] = []
+
+        def fill(ids: Any, *more: Any, seen: list[list[int]] = seen, **settings: Any) -> Any:
+            seen += ids.tolist()
+            return type(model).infill(model, ids, *more, **settings)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model, "infill", fill)
+            done = infill_text(model, spacing, ["sp", Gap(1, 1), "ech"], suppress_tokens=others)
+        assert done.text == text
+        assert spacing.convert_ids_to_tokens(seen[0]) == ["▁sp", "<unk>", "e", "c", "h"]
+    line, tag = spacing.convert_tokens_to_ids(["\n", "c"])
+    after_a_line, after_a_tag = Example([line], [True]), Example([tag], [True])
+    for before, first in ((after_a_line, "a"), (after_a_tag, "▁a"), (raw_example(spacing, "b"), "a")):
+        ids = with_prefix(before, "a", spacing).input_ids[len(before.input_ids) :]
+        assert spacing.convert_ids_to_tokens(ids) == [first]

@@ -10,9 +10,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from unmask.data.collate import collate
-from unmask.data.encode import Encoder, Example, document_ids
+from unmask.data.encode import Encoder, Example
 from unmask.diffusion.likelihood import likelihood
 from unmask.errors import UnmaskError
+from unmask.generation.text import following_ids
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def choose(
     ends = [Encoder(tokenizer, layout="chat").end_token_id] if any(prompt.src_mask) else []
     examples = []
     for text in choices:
-        ids = document_ids(text, tokenizer) + ends
+        ids = following_ids(prompt, text, tokenizer) + ends
         ids += ends * (-len(ids) % end_fill)
         sequence = prompt.input_ids + ids
         if len(sequence) > model.config.max_position_embeddings:

@@ -24,9 +24,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from unmask.data.collate import collate
-from unmask.data.encode import Example, document_ids
+from unmask.data.encode import Example
 from unmask.errors import UnmaskError
-from unmask.generation.text import ids_without_token
+from unmask.generation.text import following_ids, ids_without_token
 
 MOST_COMBINATIONS = 256  # of lengths
 _GAP = re.compile(r"(\\*)\[\[gap(?::\s*(\d+)\s*(?:-\s*(\d+)\s*)?\]\])?")
@@ -141,13 +141,17 @@ def infill_text(
         )
     ranges = [range(gap.low, gap.high + 1) for gap in gaps]
     combinations = sorted(product(*ranges), key=lambda lengths: (sum(lengths), lengths))
-    part_ids = [None if isinstance(part, Gap) else document_ids(part, tokenizer) for part in parts]
+    before = Example([], []) if prompt is None else Example(prompt.input_ids, [True] * len(prompt.input_ids))
+    part_ids: list[list[int] | None] = []
+    for part in parts:
+        follows = Example([0], [False]) if part_ids else before  # in the middle of a text
+        part_ids.append(None if isinstance(part, Gap) else following_ids(follows, part, tokenizer))
     settings.setdefault("unused_tokens", ids_without_token(tokenizer, model.config.vocab_size))
-    results: list[tuple[float, tuple[int, ...], list[list[int]]]] = []
+    results: list[tuple[float, tuple[int, ...], list[int]]] = []
     num_forwards = 0
     for start in range(0, count, batch_size):
         tried = combinations[start : start + batch_size]
-        batch = collate([_row(part_ids, lengths, end, end_fill, prompt) for lengths in tried], pad_token_id=0)
+        batch = collate([_row(before, part_ids, lengths, end, end_fill) for lengths in tried], pad_token_id=0)
         ids, is_token = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device).bool()
         is_gap = ~batch["src_mask"].to(model.device)
         output = model.infill(
@@ -156,14 +160,23 @@ def infill_text(
         scores = _score_after_gap(model, ids, is_gap, is_token) if count > 1 else [0.0] * len(tried)
         for row, lengths in enumerate(tried):
             scores[row] += output.confidence[row][is_gap[row]].double().log().sum().item()
-            filled = output.sequences[row][is_gap[row]].split(list(lengths))
-            results.append((scores[row], lengths, [ids.tolist() for ids in filled]))
+            results.append((scores[row], lengths, output.sequences[row].tolist()))
         num_forwards += int(output.num_forwards.sum()) + (len(tried) if count > 1 else 0)
     results.sort(key=lambda result: -result[0])  # stable: the shorter first
-    score, lengths, filled = results[0]
-    texts = iter(str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in filled)
-    whole = [next(texts) if isinstance(part, Gap) else part for part in parts]
+    score, lengths, ids = results[0]
+    whole, next_length, start = [], iter(lengths), len(before.input_ids)
+    for part, known in zip(parts, part_ids, strict=True):
+        stop = start + (next(next_length) if known is None else len(known))
+        whole.append(part if isinstance(part, str) else _decoded(ids, start, stop, tokenizer))
+        start = stop
     return Infilled(whole, lengths, score, num_forwards, [(lengths, score) for score, lengths, _ in results])
+
+
+def _decoded(ids: list[int], start: int, stop: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of ids[start:stop] after what is before them, which may decide on a space between."""
+    before, both = (str(tokenizer.decode(ids[:end], skip_special_tokens=True)) for end in (start, stop))
+    alone = str(tokenizer.decode(ids[start:stop], skip_special_tokens=True))
+    return both[len(before) :] if both.startswith(before) else alone
 
 
 def _score_after_gap(
@@ -178,21 +191,15 @@ def _score_after_gap(
 
 
 def _row(
-    part_ids: list[list[int] | None],
-    lengths: tuple[int, ...],
-    end: int | None,
-    end_fill: int,
-    prompt: Example | None,
+    prompt: Example, part_ids: list[list[int] | None], lengths: Sequence[int], end: int | None, end_fill: int
 ) -> Example:
     """Prompt and text with gaps of these lengths; `src_mask` False = a gap."""
-    row = Example([], [])
+    ids: list[int] = []
+    known: list[bool] = []
     next_length = iter(lengths)
     for part in part_ids:
         piece = [0] * next(next_length) if part is None else part
-        row.input_ids += piece
-        row.src_mask += [part is not None] * len(piece)
-    if end is not None:
-        ends = 1 + -(len(row.input_ids) + 1) % end_fill
-        row = Example(row.input_ids + [end] * ends, row.src_mask + [True] * ends)
-    before = [] if prompt is None else prompt.input_ids
-    return Example(before + row.input_ids, [True] * len(before) + row.src_mask)
+        ids += piece
+        known += [part is not None] * len(piece)
+    ends = [] if end is None else [end] * (1 + -(len(ids) + 1) % end_fill)
+    return Example(prompt.input_ids + ids + ends, prompt.src_mask + known + [True] * len(ends))

@@ -61,10 +61,24 @@ def raw_example(tokenizer: PreTrainedTokenizerBase, text: str) -> Example:
     return Example(ids, [False] * len(ids))
 
 
+def following_ids(before: Example, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Encode a text that follows a prompt, or the beginning of a text.
+
+    SentencePiece-like tokenizers put a space before every text. It belongs there where a chat template writes
+    it before a response: not after a line break, and not in the middle of a plain text.
+    """
+    ids, line, spaced = document_ids(text, tokenizer), *(document_ids(x, tokenizer) for x in ("\n", "\nx"))
+    if not before.input_ids or spaced == line + document_ids("x", tokenizer):
+        return ids
+    if any(before.src_mask) and not str(tokenizer.decode(before.input_ids[-1:])).endswith("\n"):
+        return ids
+    return document_ids("\n" + text, tokenizer)[len(line) :]
+
+
 def with_prefix(example: Example, prefix: str, tokenizer: PreTrainedTokenizerBase) -> Example:
     """Return the prompt followed by `prefix`, the beginning of the response."""
-    more = raw_example(tokenizer, prefix)
-    return Example(example.input_ids + more.input_ids, example.src_mask + more.src_mask)
+    ids = following_ids(example, prefix, tokenizer) if prefix else []
+    return Example(example.input_ids + ids, example.src_mask + [False] * len(ids))
 
 
 def chat_example(
