@@ -162,7 +162,7 @@ def test_no_space_is_written_around_a_gap(spacing: PreTrainedTokenizerBase) -> N
             done = infill_text(model, spacing, ["sp", Gap(1, 1), "ech"], suppress_tokens=others)
         assert done.text == text
         assert spacing.convert_ids_to_tokens(seen[0]) == ["▁sp", "<unk>", "e", "c", "h"]
-    line, tag = spacing.convert_tokens_to_ids(["\n", "c"])
+    line, tag = spacing.get_vocab()["\n"], spacing.get_vocab()["c"]
     after_a_line, after_a_tag = Example([line], [True]), Example([tag], [True])
     for before, first in ((after_a_line, "a"), (after_a_tag, "▁a"), (raw_example(spacing, "b"), "a")):
         ids = with_prefix(before, "a", spacing).input_ids[len(before.input_ids) :]
