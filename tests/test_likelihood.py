@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import permutations, product
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,144 +18,132 @@ from training_step import noise_of
 
 from unmask.diffusion.corrupt import example_seeds
 from unmask.diffusion.likelihood import (
+    ESTIMATORS,
     Likelihood,
     Plan,
-    SampledChains,
-    SampledSets,
     Score,
-    estimate,
     exact_masks,
+    exactly_k,
     likelihood,
     paired_stderr,
     plan_passes,
     rank_in_group,
-    subset_size,
+    sampled_chains,
+    sampled_sets,
 )
 from unmask.errors import UnmaskError
+from unmask.model.denoiser import MaskedDiffusionMixin
 
 V = 3
 
 
-class Toy:
-    """Arbitrary conditionals: -log p(x_i | everything else) looked up in a table of random numbers."""
+class Toy(torch.nn.Module):
+    """Arbitrary conditionals of a text of V words: -log p(x_i | everything else), from a random table."""
 
-    def __init__(self, length: int, seed: int = 0, blocks: Sequence[int] | None = None):
-        self.length = length
-        self.blocks = list(blocks or [0] * length)
+    prepare, device = MaskedDiffusionMixin.prepare, torch.device("cpu")
+
+    def __init__(self, length: int, seed: int = 0, block_length: int | None = None, words: int = V):
+        super().__init__()
+        self.length, self.words = length, words
+        self.blocks = [i // (block_length or length) for i in range(length)]
+        attention = "block_causal" if block_length else "bidirectional"
+        self.config = SimpleNamespace(vocab_size=9, mask_token_id=8, noise_eps=0.05, is_causal=False)
+        vars(self.config).update(attention=attention, block_length=block_length)
         generator = torch.Generator().manual_seed(seed)
-        logits = 2 * torch.randn((V + 1) ** length, length, V, generator=generator, dtype=torch.float64)
-        self.table = -logits.log_softmax(dim=-1)
+        logits = torch.randn((words + 1) ** length, length, words, generator=generator, dtype=torch.float64)
+        self.table = -(2 * logits).log_softmax(dim=-1)
+        self.power = (words + 1) ** torch.arange(length - 1, -1, -1)
         self.calls: list[tuple[int, ...]] = []
 
     def nll(self, ids: Sequence[int], masked: Sequence[bool], i: int) -> float:
         """Of token i: it sees what is not masked of its own block, and all of earlier blocks."""
-        code = 0
-        for j in range(self.length):
-            hidden = self.blocks[j] > self.blocks[i] or (self.blocks[j] == self.blocks[i] and masked[j])
-            code = code * (V + 1) + (V if hidden else int(ids[j]))
-        return self.table[code, i, ids[i]].item()
+        x, m = torch.tensor([ids]), torch.tensor([masked])
+        return self.masked_nll(x, m, torch.ones_like(m), torch.zeros_like(m))[sum(masked[:i])].item()
 
-    def __call__(self, ids: Tensor, is_masked: Tensor, is_token: Tensor, source: Tensor) -> Tensor:
+    def masked_nll(self, ids: Tensor, is_masked: Tensor, is_token: Tensor, source: Tensor) -> Tensor:
         self.calls.append(tuple(ids.shape))
         assert not (is_masked & (source | ~is_token)).any()
-        out = []
-        for row, masked, token in zip(ids, is_masked, is_token, strict=True):
-            x, m = row[token].tolist(), masked[token].tolist()
-            x, m = x + [0] * (self.length - len(x)), m + [False] * (self.length - len(m))
-            out += [self.nll(x, m, i) for i in range(self.length) if m[i]]
-        return torch.tensor(out, dtype=torch.float64)
-
-    def chain(self, ids: Sequence[int], order: Sequence[int]) -> list[float]:
-        """-log p of each token when those of `order` are decoded in this order, the rest being known."""
-        masked = [i in order for i in range(self.length)]
-        nll = [0.0] * self.length
-        for i in order:
-            nll[i] = self.nll(ids, masked, i)
-            masked[i] = False
-        return nll
+        short = self.length - ids.shape[1]  # a shorter text is followed by zeros
+        x = torch.nn.functional.pad(ids.masked_fill(~is_token, 0), (0, short))
+        m = torch.nn.functional.pad(is_masked, (0, short))
+        block = torch.tensor(self.blocks)
+        hidden = (block > block[:, None]) | ((block == block[:, None]) & m[:, None])  # (rows, i, others)
+        code = (torch.where(hidden, self.words, x[:, None]) * self.power).sum(dim=2)
+        return self.table[code, torch.arange(self.length), x][m]
 
     def chains(self, ids: Sequence[int], where: Sequence[int] | None = None) -> np.ndarray:
-        """The chain of every order, block after block: (orders, length)."""
+        """-log p of each token under every order, block after block, the rest being known: (orders, length)."""
         where = range(self.length) if where is None else where
         groups = [[i for i in where if self.blocks[i] == b] for b in sorted({self.blocks[i] for i in where})]
-        return np.array(
-            [
-                np.sum([self.chain(ids, order) for order in orders], axis=0)
-                for orders in product(*[list(permutations(group)) for group in groups])
-            ]
-        )
+        found = []
+        for orders in product(*[list(permutations(group)) for group in groups]):
+            nll = [0.0] * self.length
+            for order in orders:
+                for step, i in enumerate(order):
+                    nll[i] = self.nll(ids, [j in order[step:] for j in range(self.length)], i)
+            found.append(nll)
+        return np.array(found)
 
 
-def score(toy: Any, ids: Tensor, source: Tensor | None = None, **settings: Any) -> Likelihood:
-    """`estimate` on rows without padding."""
-    is_token = settings.pop("is_token", torch.ones_like(ids, dtype=torch.bool))
-    source = torch.zeros_like(is_token) if source is None else source
-    blocks = getattr(toy, "blocks", [0])
-    block = torch.zeros_like(ids) if len(set(blocks)) == 1 else torch.tensor([blocks] * len(ids))
-    given: dict[str, Any] = {
-        "estimator": "exact_k",
-        "num_samples": 64,
-        "seed": 0,
-        "eps": 1e-3,
-        "batch_size": 16,
-        **settings,
-    }
-    return estimate(toy, ids, is_token, source, block, **given)
+def score(toy: Toy, ids: Any, source: Tensor | None = None, **settings: Any) -> Likelihood:
+    """`likelihood` on rows that have no padding unless `is_token` says so."""
+    masks = {"src_mask": source, "attention_mask": settings.pop("is_token", None)}
+    return likelihood(toy, {"input_ids": torch.as_tensor(ids), **masks}, **settings)
 
 
-def values_of(plan: Plan, toy: Toy, ids: list[int], where: list[int], at_once: int = 7) -> Tensor:
+def values_of(plan: Plan, toy: Toy, ids: list[int]) -> Tensor:
     """Go through a plan's passes and add its weighted nlls up: (draws, N)."""
-    values = torch.zeros(plan.num_draws, len(where), dtype=torch.float64)
-    for start in range(0, plan.num_passes, at_once):
-        passes = plan.passes(torch.arange(start, min(plan.num_passes, start + at_once)))
-        for mask, weight, draw in zip(passes.is_masked, passes.weight, passes.draw, strict=True):
-            masked = [i in where and bool(mask[where.index(i)]) for i in range(toy.length)]
-            for place, i in enumerate(where):
-                if masked[i]:
-                    values[draw, place] += weight[place] * toy.nll(ids, masked, i)
+    values = torch.zeros(plan.num_draws, len(ids), dtype=torch.float64)
+    for numbers in torch.arange(plan.num_passes).split(7):
+        for mask, weight, draw in zip(*plan.passes(numbers), strict=True):
+            for i in mask.nonzero()[:, 0].tolist():
+                values[draw, i] += weight[i] * toy.nll(ids, mask.tolist(), i)
     return values
 
 
 IDS = [2, 0, 1, 1]
-BLOCK = torch.zeros(4, dtype=torch.long)
 ORDERS = torch.tensor(list(permutations(range(4))))
 
 
 # Each estimator, its randomness enumerated, against the mean over all orders.
 
 
-def test_all_sets_give_the_mean_over_all_orders_and_the_exact_likelihood() -> None:
-    toy = Toy(4)
-    chains = toy.chains(IDS)
-    found = score(toy, torch.tensor([IDS]), estimator="chain")
+@pytest.mark.parametrize("estimator", ["exact_k", "chain"])
+@pytest.mark.parametrize(("block_length", "forwards"), [(None, 31), (1, 1), (3, 7), (2, 3), (5, 31)])
+def test_all_sets_give_the_mean_over_all_orders_and_the_exact_likelihood(
+    block_length: int | None, forwards: int, estimator: str
+) -> None:
+    toy, ids = Toy(5, block_length=block_length), [1, 2, 0, 0, 2]
+    chains = toy.chains(ids)
+    found = score(toy, [ids], estimator=estimator)
     np.testing.assert_allclose(found.token_nll[0], chains.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(found.nll, chains.sum(axis=1).mean(), rtol=1e-12)
-    exact = -math.log(np.exp(-chains.sum(axis=1)).mean())
-    assert found.mixture_nll is not None
-    np.testing.assert_allclose(found.mixture_nll, exact, rtol=1e-12)
-    assert (found.stderr.tolist(), found.num_forwards) == ([0.0], 15)
-    assert exact < found.nll.item() - 0.01  # a bound, and with these conditionals no equality
+    assert (found.stderr.tolist(), found.num_forwards) == ([0.0], forwards)
+    if estimator == "chain":
+        exact = -math.log(np.exp(-chains.sum(axis=1)).mean())
+        assert found.mixture_nll is not None
+        np.testing.assert_allclose(found.mixture_nll, exact, rtol=1e-12)
+        # A bound, and with these conditionals no equality, unless there is one order alone.
+        assert len(chains) == 1 if forwards == 1 else exact < found.nll.item() - 0.01
 
 
 def test_exactly_k_over_all_sizes_and_orders_is_the_mean_over_all_orders() -> None:
     toy = Toy(4)
-    rank = ORDERS.repeat(4, 1)
     k = torch.arange(1, 5).repeat_interleave(24)[:, None].expand(-1, 4)
-    plan = SampledSets(rank < k, 4 / k.double())
-    per_token = plan.finish(values_of(plan, toy, IDS, [0, 1, 2, 3]))[0]
+    plan = sampled_sets(ORDERS.repeat(4, 1) < k, 4 / k.double())
+    per_token = plan.finish(values_of(plan, toy, IDS))[0]
     np.testing.assert_allclose(per_token, toy.chains(IDS).mean(axis=0), rtol=1e-12)
 
 
 def test_the_chain_over_all_orders() -> None:
     toy = Toy(4)
-    plan = SampledChains(BLOCK, ORDERS)
-    values = values_of(plan, toy, IDS, [0, 1, 2, 3])
-    chains = toy.chains(IDS)
+    plan = sampled_chains(torch.zeros(4, dtype=torch.long), ORDERS)
+    values, chains = values_of(plan, toy, IDS), toy.chains(IDS)
     np.testing.assert_allclose(sorted(values.sum(dim=1)), sorted(chains.sum(axis=1)), rtol=1e-12)
-    per_token, stderr = plan.finish(values)
+    per_token, stderr, mixture = plan.finish(values)
     np.testing.assert_allclose(per_token, chains.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(stderr, chains.sum(axis=1).std(ddof=1) / math.sqrt(24))
-    np.testing.assert_allclose(plan.mixture(values), -math.log(np.exp(-chains.sum(axis=1)).mean()))
+    np.testing.assert_allclose(mixture, -math.log(np.exp(-chains.sum(axis=1)).mean()))
     assert plan.num_passes == 24 * 4
 
 
@@ -162,16 +151,14 @@ def continuous_mean(toy: Toy, ids: list[int], eps: float) -> float:
     """The expectation of the continuous estimator: all sets at the nodes of a quadrature that is exact
     for the polynomial in t that it is."""
     n = len(ids)
-    nodes, weights = np.polynomial.legendre.leggauss(n)
+    sets = torch.tensor(list(product([False, True], repeat=n)))
+    plan = sampled_sets(sets, torch.ones(sets.shape, dtype=torch.float64))
+    assert plan.num_passes == 2**n - 1  # the empty set needs no forward pass
+    sums, k = values_of(plan, toy, ids).sum(dim=1).numpy(), sets.sum(dim=1).numpy()
     total = 0.0
-    for node, weight in zip(nodes, weights, strict=True):
+    for node, weight in zip(*np.polynomial.legendre.leggauss(n), strict=True):
         t = eps + (1 - eps) * (node + 1) / 2
-        sets = torch.tensor(list(product([False, True], repeat=n)))
-        plan = SampledSets(sets, torch.full(sets.shape, 1 / t, dtype=torch.float64))
-        assert plan.num_passes == 2**n - 1  # the empty set needs no forward
-        sums = values_of(plan, toy, ids, list(range(n))).sum(dim=1).numpy()
-        k = sets.sum(dim=1).numpy()
-        total += weight / 2 * float((t**k * (1 - t) ** (n - k) * sums).sum())
+        total += weight / 2 * float((t**k * (1 - t) ** (n - k) * sums / t).sum())
     return total
 
 
@@ -184,26 +171,20 @@ def test_continuous_goes_to_the_bound_as_eps_goes_to_0() -> None:
 
 
 @pytest.mark.parametrize("length", [2, 3, 4])
-def test_never_below_the_exact_likelihood_and_equal_where_orders_agree(length: int) -> None:
+def test_never_below_the_exact_likelihood_which_sums_to_one(length: int) -> None:
+    ids = list(product(range(V), repeat=length))
     for seed in range(2):
         toy = Toy(length, seed)
-        for ids in product(range(V), repeat=length):
-            found = score(toy, torch.tensor([ids]), estimator="chain")
-            assert found.mixture_nll is not None
-            assert found.nll.item() >= found.mixture_nll.item()
+        found = score(toy, ids, estimator="chain")
+        assert found.mixture_nll is not None
+        assert (found.nll >= found.mixture_nll).all()
+        np.testing.assert_allclose((-found.mixture_nll).exp().sum(), 1, rtol=1e-12)
+        assert (-found.nll).exp().sum() < 0.99
     # Independent tokens: every order gives the same product.
     toy.table[:] = toy.table[:1]
-    found = score(toy, torch.tensor([ids]), estimator="chain")
+    found = score(toy, ids, estimator="chain")
     assert found.mixture_nll is not None
     np.testing.assert_allclose(found.nll, found.mixture_nll, rtol=1e-12)
-
-
-def test_exact_probabilities_sum_to_one() -> None:
-    ids = torch.tensor(list(product(range(V), repeat=3)))
-    found = score(Toy(3), ids, estimator="chain")
-    assert found.mixture_nll is not None
-    np.testing.assert_allclose((-found.mixture_nll).exp().sum(), 1, rtol=1e-12)
-    assert (-found.nll).exp().sum() < 0.99
 
 
 # The draws.
@@ -213,11 +194,13 @@ def test_exact_probabilities_sum_to_one() -> None:
 @pytest.mark.parametrize("strata", [1, 2, 5, 32])
 def test_every_k_is_equally_likely(size: int, strata: int) -> None:
     # k rises with u, so its first u tells the number of u it has; here u is an integer below strata * 2^40.
-    scale = 2**40
+    scale, group = 2**40, torch.zeros(size, dtype=torch.long)
 
     def k_of(u: int) -> int:
         stratum, bits = divmod(u, scale)
-        return int(subset_size(torch.tensor(size), torch.tensor(bits), stratum, strata))
+        masks = exactly_k(torch.arange(size), group, torch.full_like(group, bits), stratum, strata)
+        assert masks.is_masked.sum() == masks.k[0]
+        return int(masks.k[0])
 
     first = [math.ceil(Fraction(k * strata * scale, size)) for k in range(size + 1)]
     for k in range(1, size + 1) if size < 100 else (1, 2, 499, 500, 501, 999, 1000):
@@ -225,14 +208,16 @@ def test_every_k_is_equally_likely(size: int, strata: int) -> None:
         assert abs(Fraction(first[k] - first[k - 1], strata * scale) - Fraction(1, size)) < Fraction(1, 2**39)
 
 
-def plan_of(block: list[int], key: int, estimator: Any, num_samples: int, eps: float = 1e-3) -> Plan:
-    return plan_passes(key, torch.arange(len(block)), torch.tensor(block), estimator, num_samples, eps)
+def plan_of_blocks(count: int, size: int, estimator: str, num_samples: int, eps: float = 1e-3) -> Plan:
+    """The plan of a record of many blocks, which are drawn independently."""
+    block = torch.arange(count).repeat_interleave(size)
+    return plan_passes(7, torch.arange(len(block)), block, estimator, num_samples, eps)
 
 
 @pytest.mark.parametrize("size", [5, 6])
 def test_draws_have_the_right_sizes_and_sets(size: int) -> None:
-    masks = [plan_of([0] * size, key, "exact_k", 4).passes(torch.arange(4)).is_masked for key in range(2000)]
-    is_masked = torch.stack(masks)  # (keys, draws, tokens)
+    plan = plan_of_blocks(2000, size, "exact_k", 4)
+    is_masked = plan.passes(torch.arange(4))[0].view(4, 2000, size).transpose(0, 1)  # (blocks, draws, tokens)
     k = is_masked.sum(dim=2)
     assert_uniform(k - 1, size)
     assert (k[:, :2] <= (size + 1) // 2).all() and (k[:, 2:] > size // 2).all()  # two strata
@@ -242,13 +227,11 @@ def test_draws_have_the_right_sizes_and_sets(size: int) -> None:
 
 
 def test_continuous_masks_each_token_at_its_rate() -> None:
-    plans = [plan_of([0, 0, 0, 1, 1, 1], key, "continuous", 2, 0.2) for key in range(3000)]
-    passes = [plan.passes(torch.arange(plan.num_passes)) for plan in plans if plan.num_passes == 2]
-    assert len(passes) > 2500  # a draw that masks nothing has no pass
-    t = 1 / torch.stack([some.weight for some in passes])
-    is_masked = torch.stack([some.is_masked for some in passes])
-    assert (t[..., :1] == t[..., :3]).all() and (t[..., 2] != t[..., 3]).all()  # one t a block
-    assert_uniform(((t[..., ::3] - 0.2) / 0.8 * 10).long(), 10)
+    plan = plan_of_blocks(6000, 3, "continuous", 2, 0.2)
+    is_masked, weight = (one.view(2, 6000, 3) for one in plan.passes(torch.arange(2))[:2])
+    t = 1 / weight
+    assert (t == t[..., :1]).all() and (t[:, 1:] != t[:, :-1]).all()  # one t a block
+    assert_uniform(((t[..., 0] - 0.2) / 0.8 * 10).long(), 10)
     for low in (0.2, 0.5, 0.8):
         near = (t >= low) & (t < low + 0.1)
         assert_rate(is_masked[near], low + 0.05)
@@ -256,80 +239,69 @@ def test_continuous_masks_each_token_at_its_rate() -> None:
 
 def test_ranks_are_those_within_the_block() -> None:
     block = torch.tensor([0, 0, 0, 1, 2, 2])
-    number = torch.randint(-9, 9, (50, 6)).double() + torch.rand(50, 6)
-    number = (number * 1e6).long()
+    number = (torch.randint(-9, 9, (50, 6)) * 1e6 + torch.rand(50, 6) * 1e6).long()
     expected = [
         [sum(row[j] < row[i] for j in range(6) if block[j] == block[i]) for i in range(6)]
         for row in number.tolist()
     ]
-    group = torch.arange(50)[:, None] * 3 + block
-    rank, size = rank_in_group(number.flatten(), group.flatten())
-    assert rank.view(50, 6).tolist() == expected
-    assert size.view(50, 6).unique(dim=0).tolist() == [[3, 3, 3, 1, 2, 2]]
+    rank, size = rank_in_group(number, torch.arange(50)[:, None] * 3 + block)
+    assert rank.tolist() == expected
+    assert size.unique(dim=0).tolist() == [[3, 3, 3, 1, 2, 2]]
 
 
 # Sampling.
 
 
-def many(toy: Toy, ids: Tensor, seeds: int, **settings: Any) -> tuple[Tensor, Tensor]:
-    found = [score(toy, ids, seed=seed, **settings) for seed in range(seeds)]
-    return torch.stack([f.nll for f in found])[:, 0], torch.stack([f.stderr for f in found])[:, 0]
-
-
-class Fast(Toy):
-    """A toy of two words whose nlls are looked up for a whole batch."""
-
-    def __init__(self, length: int):
-        self.length, self.blocks, self.calls = length, [0] * length, []
-        generator = torch.Generator().manual_seed(1)
-        self.table = -torch.randn(3**length, length, 2, generator=generator).double().log_softmax(dim=-1)
-        self.power = 3 ** torch.arange(length - 1, -1, -1)
-
-    def nll(self, ids: Sequence[int], masked: Sequence[bool], i: int) -> float:
-        x, m = torch.tensor([ids]), torch.tensor([masked])
-        return self(x, m, torch.ones_like(m), torch.zeros_like(m))[sum(masked[:i])].item()
-
-    def __call__(self, ids: Tensor, is_masked: Tensor, is_token: Tensor, source: Tensor) -> Tensor:
-        code = (torch.where(is_masked, 2, ids) * self.power).sum(dim=1)
-        return self.table[code].gather(2, ids[..., None])[..., 0][is_masked]
-
-
-@pytest.mark.parametrize(("estimator", "num_samples"), [("exact_k", 128), ("chain", 16), ("continuous", 128)])
-def test_estimates_are_unbiased_with_the_standard_error_they_state(estimator: str, num_samples: int) -> None:
-    toy, ids, count = Fast(8), [0, 1, 1, 0, 1, 0, 0, 1], 400
-    expected = score(toy, torch.tensor([ids]), estimator="chain").nll.item()  # enumerated, see above
+@pytest.mark.parametrize(
+    ("estimator", "num_samples", "block_length", "tolerance"),
+    [
+        # The relative standard error of a variance from `count` = 400 or 300 draws is sqrt(2 / count) for a
+        # normal estimate: five of them; heavier tails of few samples and of 1/t: some more.
+        *((name, samples, None, 0.36) for name, samples in (("exact_k", 128), ("chain", 16), ("continuous", 128))),
+        *((name, samples, 3, 0.5) for name, samples in (("exact_k", 4), ("chain", 2), ("continuous", 8))),
+    ],
+)  # fmt: skip
+def test_estimates_are_unbiased_with_the_standard_error_they_state(
+    estimator: str, num_samples: int, block_length: int | None, tolerance: float
+) -> None:
+    if block_length is None:
+        toy, ids, count, eps = Toy(8, 1, words=2), [0, 1, 1, 0, 1, 0, 0, 1], 400, 0.05
+    else:
+        toy, ids, count, eps = Toy(5, block_length=block_length), [1, 2, 0, 0, 2], 300, 1e-6
+    expected = score(toy, [ids], estimator="chain", num_samples=64).nll.item()  # enumerated, see above
+    settings: dict[str, Any] = {"estimator": estimator, "num_samples": num_samples, "batch_size": 128}
     if estimator == "continuous":
-        expected = continuous_mean(toy, ids, 0.05)
-    settings = {"estimator": estimator, "num_samples": num_samples, "eps": 0.05, "batch_size": 128}
-    nll, stderr = many(toy, torch.tensor([ids]), count, **settings)
+        settings["eps"] = eps
+        expected = continuous_mean(toy, ids, eps) if block_length is None else expected
+    found = [score(toy, [ids], seed=seed, **settings) for seed in range(count)]
+    nll, stderr = torch.cat([one.nll for one in found]), torch.cat([one.stderr for one in found])
     # Five standard errors of the mean: a false alarm in 1.7 million.
     assert (nll.mean() - expected).abs() < 5 * nll.std() / math.sqrt(count)
-    # The mean of the squared error stated is the variance seen. With 400 draws its relative standard error
-    # is sqrt(2 / 399) = 7.1% for a normal estimate; 5 of them.
-    ratio = (stderr.square().mean() / nll.var()).item()
-    assert 1 - 0.36 < ratio < 1 + 0.36
-    # Each is in its own units: z-scores have variance 1, or n / (n - 2) with n degrees of freedom. The error
-    # rests on the draws that mask few tokens, of which there are some 16. 0.5 is about 5 standard errors.
-    z = (nll - expected) / stderr
-    assert abs(z.var().item() - 1.1) < 0.5
+    # The mean of the squared error stated is the variance seen.
+    assert abs((stderr.square().mean() / nll.var()).item() - 1) < tolerance
+    if block_length is None:
+        # Each is in its own units: z-scores have variance 1, or n / (n - 2) with n degrees of freedom. The
+        # error rests on the draws that mask few tokens, of which there are some 16. 0.5 is about 5 standard
+        # errors.
+        assert abs(((nll - expected) / stderr).var().item() - 1.1) < 0.5
 
 
 def test_strata_lower_the_error() -> None:
-    def nll(ids: Tensor, is_masked: Tensor, is_token: Tensor, source: Tensor) -> Tensor:
-        return is_masked.sum(dim=1, keepdim=True).expand(ids.shape)[is_masked].double()
+    class Count(Toy):
+        """The nll of every token is the number of those masked: all that varies is k."""
 
-    # All that varies is k: the estimate is the mean of 7 k, whose variance without strata is 49 * 4 / 32.
-    found = []
-    for seed in range(100):
-        ids = torch.zeros(1, 7, dtype=torch.long)
-        found.append(score(nll, ids, seed=seed, num_samples=32))
-    estimates = torch.stack([one.nll for one in found])
+        def masked_nll(self, ids: Tensor, is_masked: Tensor, is_token: Tensor, source: Tensor) -> Tensor:
+            return is_masked.sum(dim=1, keepdim=True).expand(ids.shape)[is_masked].double()
+
+    # The estimate is the mean of 7 k, whose variance without strata is 49 * 4 / 32.
+    found = [score(Count(7, words=1), torch.zeros(1, 7).long(), seed=n, num_samples=32) for n in range(200)]
+    estimates = torch.cat([one.nll for one in found])
     assert estimates.mean() == pytest.approx(28, abs=0.5)
     assert estimates.var() < 0.1 * 49 * 4 / 32
 
 
 def test_more_samples_and_other_seeds() -> None:
-    toy, ids = Fast(7), torch.tensor([[0, 1, 1, 0, 1, 0, 0]])
+    toy, ids = Toy(7, 1, words=2), [[0, 1, 1, 0, 1, 0, 0]]
     few, more = (score(toy, ids, num_samples=count) for count in (8, 120))
     assert more.stderr < few.stderr and (few.num_forwards, more.num_forwards) == (8, 120)
     again, other = score(toy, ids, num_samples=8), score(toy, ids, num_samples=8, seed=1)
@@ -343,8 +315,6 @@ def test_pairs_give_the_standard_error_of_the_mean() -> None:
 
 # Nothing depends on what else is in the batch.
 
-ESTIMATORS = ("exact_k", "continuous", "chain")
-
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_batch_size_padding_and_mates_change_nothing(estimator: str) -> None:
@@ -353,7 +323,7 @@ def test_batch_size_padding_and_mates_change_nothing(estimator: str) -> None:
     sources = [[1, 0, 0, 0, 0], [0, 0, 0], [0], [0, 0, 0, 0, 0]]
     settings: dict[str, Any] = {"estimator": estimator, "num_samples": 4}
     alone = [
-        score(toy, torch.tensor([ids]), torch.tensor([source]).bool(), **settings)
+        score(toy, [ids], torch.tensor([source]), **settings)
         for ids, source in zip(rows, sources, strict=True)
     ]
     assert alone[0].num_tokens.tolist() == [4] and alone[0].token_nll[0, 0] == 0
@@ -384,60 +354,22 @@ def test_batch_size_padding_and_mates_change_nothing(estimator: str) -> None:
 
 
 def test_other_records_get_other_masks() -> None:
-    ids = torch.tensor([[0, 1, 2], [1, 0, 2], [0, 1, 2]])
-    source = torch.tensor([[0, 0, 0], [0, 0, 0], [1, 0, 0]]).bool()
-    assert len(set(score(Toy(3), ids, source).record_key.tolist())) == 3
+    source = torch.tensor([[0, 0, 0], [0, 0, 0], [1, 0, 0]])
+    assert len(set(score(Toy(3), [[0, 1, 2], [1, 0, 2], [0, 1, 2]], source).record_key.tolist())) == 3
 
 
-def test_batches_are_full_and_hold_several_records() -> None:
+def test_batches_are_full_and_have_several_records() -> None:
     toy = Toy(3)
-    ids = random_ids(7, 3, vocab=V)
     told: list[float] = []
-    found = score(toy, ids, batch_size=10, advance=told.append)
+    found = score(toy, random_ids(7, 3, vocab=V), batch_size=10, advance=told.append)
     assert [rows for rows, _ in toy.calls] == [10, 10, 10, 10, 9]
     assert found.num_forwards == 49 and sum(told) == pytest.approx(7)
-
-
-# Blocks.
-
-
-@pytest.mark.parametrize("estimator", ["exact_k", "chain"])
-@pytest.mark.parametrize(
-    ("blocks", "forwards"),
-    [([0, 1, 2, 3, 4], 1), ([0, 0, 0, 1, 1], 7), ([0, 0, 1, 1, 2], 3), ([0, 0, 0, 0, 0], 31)],
-)
-def test_blocks_are_scored_at_once(blocks: list[int], forwards: int, estimator: str) -> None:
-    toy = Toy(5, blocks=blocks)
-    ids = [1, 2, 0, 0, 2]
-    chains = toy.chains(ids)
-    found = score(toy, torch.tensor([ids]), estimator=estimator)
-    np.testing.assert_allclose(found.token_nll[0], chains.mean(axis=0), rtol=1e-12)
-    assert (found.num_forwards, found.stderr.item()) == (forwards, 0)
-    if estimator == "chain":
-        assert found.mixture_nll is not None
-        exact = -math.log(np.exp(-chains.sum(axis=1)).mean())
-        np.testing.assert_allclose(found.mixture_nll, exact, rtol=1e-12)
-    if forwards == 1:  # one order alone: the bound is the autoregressive likelihood
-        assert len(chains) == 1
-
-
-@pytest.mark.parametrize(("estimator", "num_samples"), [("exact_k", 4), ("continuous", 8), ("chain", 2)])
-def test_sampled_blocks_are_unbiased(estimator: str, num_samples: int) -> None:
-    toy = Toy(5, blocks=[0, 0, 0, 1, 1])
-    ids, count = [1, 2, 0, 0, 2], 300
-    expected = toy.chains(ids).sum(axis=1).mean()
-    settings = {"estimator": estimator, "num_samples": num_samples, "eps": 1e-6}
-    nll, stderr = many(toy, torch.tensor([ids]), count, **settings)
-    assert (nll.mean() - expected).abs() < 5 * nll.std() / math.sqrt(count)
-    # 0.5 is 6 standard errors of the ratio for a normal estimate, 4 for the heavier tails of 1/t.
-    assert abs((stderr.square().mean() / nll.var()).item() - 1) < 0.5
 
 
 def test_a_prompt_is_given() -> None:
     toy = Toy(4)
     for ids in ([2, 0, 1, 1], [2, 1, 1, 1]):
-        source = torch.tensor([[False, True, False, True]])
-        found = score(toy, torch.tensor([ids]), source)
+        found = score(toy, [ids], torch.tensor([[False, True, False, True]]))
         expected = toy.chains(ids, [0, 2]).mean(axis=0)
         np.testing.assert_allclose(found.token_nll[0], expected, rtol=1e-12)
         assert (found.num_forwards, found.num_tokens.item()) == (3, 2)
@@ -448,34 +380,25 @@ def test_a_prompt_is_given() -> None:
 
 def test_nothing_to_score_is_zero_and_no_nan() -> None:
     told: list[float] = []
-    found = score(
-        Toy(3),
-        torch.tensor([[1, 2, 0], [0, 0, 0]]),
-        torch.tensor([[True, True, True], [False, False, False]]),
-        is_token=torch.tensor([[True, True, True], [False, False, False]]),
-        advance=told.append,
-    )
+    is_token = torch.tensor([[True] * 3, [False] * 3])
+    found = score(Toy(3), [[1, 2, 0], [0, 0, 0]], is_token, is_token=is_token, advance=told.append)
     assert found.nll.tolist() == found.stderr.tolist() == found.num_tokens.tolist() == [0, 0]
     assert found.perplexity().value.tolist() == [1, 1] and found.num_forwards == 0 and sum(told) == 2
     assert found.bits_per_byte(torch.tensor([0, 3])).value.tolist() == [0, 0]
-    assert score(Toy(3), torch.zeros(0, 3, dtype=torch.long)).total().nll == 0
 
 
 def test_units() -> None:
     one = Score(torch.tensor(6.0), torch.tensor(0.6), torch.tensor(3))
     assert one.nats_per_token() == (2.0, pytest.approx(0.2))
     assert one.perplexity() == (pytest.approx(math.exp(2)), pytest.approx(0.2 * math.exp(2)))
-    assert one.bits_per_byte(torch.tensor(4)) == (
-        pytest.approx(1.5 / math.log(2)),
-        pytest.approx(0.15 / math.log(2)),
-    )
+    bits = (pytest.approx(1.5 / math.log(2)), pytest.approx(0.15 / math.log(2)))
+    assert one.bits_per_byte(torch.tensor(4)) == bits
     assert one.bits_per_byte(torch.tensor(0)).value == math.inf
 
 
 def test_total_adds_errors_of_equal_records_and_squares_of_others() -> None:
-    toy = Fast(7)
-    ids = torch.tensor([[0, 1, 1, 0, 1, 0, 0], [1] * 7, [0, 1, 1, 0, 1, 0, 0]])
-    found = score(toy, ids, num_samples=8)
+    ids = [[0, 1, 1, 0, 1, 0, 0], [1] * 7, [0, 1, 1, 0, 1, 0, 0]]
+    found = score(Toy(7, 1, words=2), ids, num_samples=8)
     a, b, c = found.stderr.tolist()
     assert a == c
     total = found.total()
@@ -498,13 +421,9 @@ def enumerated(model: Any, ids: list[int], where: list[int]) -> float:
             seen[masked] = model(x_t).logits[0].log_softmax(dim=-1).detach()
         return seen[masked]
 
-    totals = []
-    for order in permutations(where):
-        total = 0.0
-        for step, i in enumerate(order):
-            total -= log_p(tuple(sorted(order[step:])))[i, ids[i]].item()
-        totals.append(total)
-    return sum(totals) / len(totals)
+    orders = list(permutations(where))
+    steps = [(tuple(sorted(order[n:])), i) for order in orders for n, i in enumerate(order)]
+    return -sum(log_p(masked)[i, ids[i]].item() for masked, i in steps) / len(orders)
 
 
 @pytest.mark.parametrize("logit_shift", [False, True])
@@ -516,9 +435,10 @@ def test_model_is_scored_within_its_error_and_left_as_it_was(logit_shift: bool) 
     source = torch.tensor([[True, True, True, False, False, False, False, False]])
     batch = {"input_ids": ids, "src_mask": source, "instruction_lengths": torch.tensor([3])}
     exact = likelihood(model, batch, estimator="chain")
-    sampled = {name: likelihood(model, batch, estimator=name, num_samples=30) for name in ("exact_k",)}
-    sampled["continuous"] = likelihood(model, batch, estimator="continuous", num_samples=200, eps=1e-6)
-    sampled["chain"] = likelihood(model, batch, estimator="chain", num_samples=6)
+    sampled = {
+        name: likelihood(model, batch, estimator=name, num_samples=samples, eps=eps)
+        for name, samples, eps in (("exact_k", 30, None), ("continuous", 200, 1e-6), ("chain", 6, None))
+    }
     assert [module.training for module in model.modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())
     expected = enumerated(model, ids[0].tolist(), [3, 4, 5, 6, 7])
@@ -558,16 +478,14 @@ def test_blocks_of_one_token_give_the_autoregressive_likelihood() -> None:
     stock = tiny_stock_model()
     stock.load_state_dict(model.state_dict())
     nll = -stock(ids).logits[:, :-1].log_softmax(dim=-1).gather(2, ids[:, 1:, None])[..., 0].detach()
-    expected = torch.where(source[:, 1:], 0, nll)
-    torch.testing.assert_close(found.token_nll[:, 1:], expected)
+    torch.testing.assert_close(found.token_nll[:, 1:], torch.where(source[:, 1:], 0, nll))
     assert found.num_forwards == 2 and not found.stderr.any()
 
 
 def test_one_block_of_the_whole_text_gives_the_plain_bound() -> None:
     plain = tiny_model(logit_shift=False)
     blocks = tiny_model(logit_shift=False, attention="block_causal", block_length=6)
-    ids = random_ids(1, 6)
-    a, b = (likelihood(model, {"input_ids": ids}) for model in (plain, blocks))
+    a, b = (likelihood(model, {"input_ids": random_ids(1, 6)}) for model in (plain, blocks))
     torch.testing.assert_close(a.token_nll, b.token_nll)
     assert a.num_forwards == b.num_forwards == 63
 
@@ -602,7 +520,7 @@ def test_over_sample_ids_each_number_and_each_set_is_equally_likely() -> None:
     assert statistic < 35  # chi-square of 6 degrees of freedom, 1 in 200,000
 
 
-def test_blocks_of_a_sample_have_shares_of_their_own() -> None:
+def test_blocks_of_a_sample_have_their_own_shares() -> None:
     found, noised = masks(40, seed=1, attention="block_causal", block_length=3)
     for block in noised.block[0, 1:].unique():
         inside = (noised.block[0] == block) & (torch.arange(7) > 0)
@@ -635,7 +553,6 @@ def test_settings_that_cannot_be(settings: dict[str, Any], name: str) -> None:
 @pytest.mark.parametrize(
     ("batch", "name"),
     [
-        ({"labels": 1}, "input_ids"),
         ({"input_ids": torch.zeros(3, dtype=torch.long)}, "input_ids"),
         ({"input_ids": random_ids(2, 3), "src_mask": torch.zeros(2, 4)}, "src_mask"),
         ({"input_ids": random_ids(1, 3), "segment_ids": torch.zeros(1, 3)}, "segment_ids"),
