@@ -12,26 +12,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property, lru_cache
-from itertools import accumulate
-from math import ceil, lcm
+from math import ceil, inf, lcm
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
+from torch.utils.data import ConcatDataset
 from transformers import PreTrainedTokenizerBase
 
 from unmask.data.collate import PackedRows, Row
 from unmask.data.encode import Encoder, EncodeReport, Example
 from unmask.data.prepare import (
+    SHARD,
     DataSource,
     EncodedExamples,
     Encoding,
     Manifest,
-    cached,
     encode_folder,
-    identity_of,
     is_prepared,
-    load_prepared,
+    open_cached,
+    open_prepared,
 )
 from unmask.data.records import CustomFields
 from unmask.data.tokenizer import add_mask_token, check_tokenizer, load_tokenizer
@@ -39,11 +39,11 @@ from unmask.errors import UnmaskError
 
 if TYPE_CHECKING:
     from unmask.config import Recipe
-    from unmask.data.stream import StreamedData
+    from unmask.data.stream import Stream
 
 ORDER, DRAW = range(2)  # what a keyed hash is for
-ROUND = 1000  # draws that a mixture's shares are exact in, unless fewer do
-ROUNDS = 1 << 20  # of the rarest source
+ROUND = 1000  # draws in which a mixture's shares are exact, unless fewer will do
+ROUNDS = 1 << 20  # the same, of the rarest source
 
 
 class Unit(NamedTuple):
@@ -57,182 +57,145 @@ class Unit(NamedTuple):
     place: int
 
 
-class StepSource(Protocol):
-    """One process's share of every optimizer step."""
-
-    def at(self, step: int) -> list[Unit] | None:
-        """Return the rows of a step with place % ranks == rank, in order of place; None = data ended."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resume needs: {} where a batch is a function of (seed, step)."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from `state_dict`'s result."""
-        ...
-
-    def counts(self) -> list[list[int]]:
-        """Count examples and tokens of each source that this process has been given."""
-        ...
-
-
-class Joined(Sequence[Example]):
-    """The examples of several sources, one source after the other; each stays where it is."""
-
-    def __init__(self, parts: Sequence[Sequence[Example]]):
-        self.parts = parts
-        self.ends = list(accumulate(map(len, parts)))
-
-    def __len__(self) -> int:
-        return self.ends[-1]
-
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        number = range(len(self))[index]
-        part = bisect_right(self.ends, number)
-        return self.parts[part][number - self.ends[part]]
-
-
 @dataclass
 class RunData:
-    """What a run sees; `encoder` is None in pre-training.
+    """What a run sees. Of a stream `train` is the beginning of each source, for a look and a check."""
 
-    With a `stream` batches come from it, and `train` is the beginning of each source, for a look and a
-    check.
-    """
-
-    train: Sequence[Example]
-    held_out: Sequence[Example]
-    encoder: Encoder | None = None
-    report: EncodeReport | None = None
-    row_length: int | None = None
-    """Most tokens of a packed row; None = every example has a row to itself."""
-    held_out_report: EncodeReport | None = None
-    """What became of the records of `data.eval_dataset_name`."""
+    recipe: Recipe
+    encoder: Encoder | None
+    """None in pre-training."""
+    sources: list[DataSource]
+    parts: list[Sequence[Example]] = field(default_factory=list)
+    """The examples of each source."""
+    held_out_parts: list[Sequence[Example]] = field(default_factory=list)
+    """Those of each name of the evaluation data."""
+    held_out_sources: Sequence[str] = ()
+    """Names of these."""
+    report: EncodeReport = field(default_factory=EncodeReport)
+    """What became of the records of the training data."""
+    held_out_report: EncodeReport = field(default_factory=EncodeReport)
     files: Sequence[Sequence[str]] = ()
     """Names of the files of each source, where an example comes from one of them."""
-    held_out_sources: Sequence[str] = ()
-    """Names of the sources of `held_out`, if there are several."""
-    sources: Sequence[DataSource] = ()
-    """One, or those of a mixture; `train` is their examples, one source after the other."""
-    seed: int = 0
-    global_batch_size: int = 1
-    on_source_end: Literal["repeat", "stop"] = "repeat"
-    stream: StreamedData | None = None
+    stream: Stream | None = None
 
-    def left_out(self, trained: list[str] | None = None) -> list[str]:
-        """Say which records were dropped or skipped, and why; `trained` replaces what `report` says."""
-        if trained is None:
-            trained = self.report.left_out() if self.report is not None else []
-        held_out = self.held_out_report.left_out() if self.held_out_report is not None else []
-        return trained + [f"of the evaluation data {line}" for line in held_out]
+    @property
+    def train(self) -> Sequence[Example]:
+        """All examples, one source after the other."""
+        return _joined(self.parts)
 
-    def totals(self) -> tuple[int, int]:
-        """Count the tokens of `train`, and those of them that may be masked."""
-        counts = [_totals(part) for part in _parts(self.train)]
-        return sum(tokens for tokens, _ in counts), sum(supervised for _, supervised in counts)
+    @property
+    def held_out(self) -> Sequence[Example]:
+        """All examples of the evaluation."""
+        return _joined(self.held_out_parts)
+
+    @property
+    def row_length(self) -> int | None:
+        """Most tokens of a packed row; None = every example has a row to itself."""
+        return self.recipe.data.block_size if self.recipe.data.packing else None
 
     @cached_property
     def row_parts(self) -> list[Sequence[Example | Row]]:
         """The rows of each source; a packed row is of one source."""
-        parts = _parts(self.train)
-        if self.row_length is None:
-            return list(parts)
-        return [PackedRows(part, _lengths(part), self.row_length) for part in parts]
+        return [self._rows(part) for part in self.parts]
 
-    @cached_property
+    @property
     def rows(self) -> Sequence[Example | Row]:
         """What batches of training are made of."""
-        return self.row_parts[0] if len(self.row_parts) == 1 else Joined(self.row_parts)  # pyright: ignore
+        return _joined(self.row_parts)
 
     @cached_property
     def held_out_rows(self) -> Sequence[Example | Row]:
         """What batches of the evaluation are made of."""
+        return _joined([self._rows(part) for part in self.held_out_parts if len(part)])
+
+    def _rows(self, part: Sequence[Example]) -> Sequence[Example | Row]:
         if self.row_length is None:
-            return self.held_out
-        sizes = [size for part in _parts(self.held_out) for size in _lengths(part)]
-        return PackedRows(self.held_out, sizes, self.row_length) if sizes else []
+            return part
+        sizes = part.lengths() if isinstance(part, EncodedExamples) else [len(e.input_ids) for e in part]
+        return PackedRows(part, sizes, self.row_length)
 
-    def steps(self, rank: int = 0, ranks: int = 1, workers: int = 0) -> StepSource:
-        """Deal out the rows of the run to `ranks` processes; `workers` has no effect: rows are on disk."""
-        if self.stream is not None:
-            return self.stream.steps(rank, ranks)
-        # Weights are those of records: a row of a source with short records has more of them.
-        sources = self.sources or [DataSource(["data"], "train", None, "text", "auto", None)]
-        parts = self.row_parts
-        examples = list(map(len, _parts(self.train)))
-        shares = [
-            source.weight * len(rows) / count
-            for source, rows, count in zip(sources, parts, examples, strict=True)
+    def left_out(self, trained: list[str] | None = None) -> list[str]:
+        """Say which records were dropped or skipped, and why; `trained` replaces what `report` says."""
+        lines = self.report.left_out() if trained is None else trained
+        return lines + [f"of the evaluation data {line}" for line in self.held_out_report.left_out()]
+
+    def totals(self) -> tuple[int, int]:
+        """Count the tokens of `train`, and those of them that may be masked."""
+        counts = [
+            part.totals()
+            if isinstance(part, EncodedExamples)
+            else (sum(len(e.input_ids) for e in part), sum(e.supervised for e in part))
+            for part in self.parts
         ]
-        draws = Draws(
-            list(map(len, parts)),
-            shares,
-            [source.epochs for source in sources],
-            seed=self.seed,
-            stop=self.on_source_end == "stop" and len(parts) > 1,
-        )
-        return MapSteps(parts, draws, self.seed, self.global_batch_size, rank, ranks)
+        return sum(tokens for tokens, _ in counts), sum(supervised for _, supervised in counts)
+
+    def steps(self, rank: int = 0, ranks: int = 1) -> Steps:
+        """Deal out the rows of the run to `ranks` processes."""
+        if self.stream is None:
+            return Steps(self, rank, ranks)
+        from unmask.data.stream import StreamSteps
+
+        return StreamSteps(self, rank, ranks)
 
 
-class MapSteps:
-    """Rows on disk, dealt out as a pure function of (seed, step); a `StepSource`."""
+class Steps:
+    """One process's share of every optimizer step: a pure function of (seed, step)."""
 
-    def __init__(
-        self,
-        parts: Sequence[Sequence[Example | Row]],
-        draws: Draws,
-        seed: int,
-        global_batch_size: int,
-        rank: int = 0,
-        ranks: int = 1,
-    ) -> None:
-        self.parts, self.draws, self.seed = parts, draws, seed
-        self.global_batch_size, self.rank, self.ranks = global_batch_size, rank, ranks
-        self._counts = [[0, 0] for _ in parts]
+    def __init__(self, data: RunData, rank: int = 0, ranks: int = 1) -> None:
+        self.recipe, self.rank, self.ranks = data.recipe, rank, ranks
+        self._counts = [[0, 0] for _ in data.sources]
+        if data.stream is None:
+            self.parts = data.row_parts
+            # Weights are those of records: a row of a source with short records has more of them.
+            weights = [
+                source.weight * len(rows) / len(part)
+                for source, rows, part in zip(data.sources, self.parts, data.parts, strict=True)
+            ]
+            epochs = [source.epochs for source in data.sources]
+            stop = data.recipe.data.on_source_end == "stop"
+            self.draws = Draws(list(map(len, self.parts)), weights, epochs, seed=self.recipe.seed, stop=stop)
 
     def at(self, step: int) -> list[Unit] | None:
-        """Return this process's rows of a step; None after the last whole batch of data that end."""
-        first = step * self.global_batch_size
-        if self.draws.locate(first + self.global_batch_size - 1) is None:
+        """Return the rows of a step with place % ranks == rank, in order of place; None = data ended."""
+        first, size = step * self.recipe.global_batch_size, self.recipe.global_batch_size
+        if self.draws.locate(first + size - 1) is None:
             return None
-        units = []
-        for place in range(self.rank, self.global_batch_size, self.ranks):
-            located = self.draws.locate(first + place)
-            assert located is not None
-            source, count = located
-            epoch, index = divmod(count, len(self.parts[source]))
-            row = self.parts[source][
-                int(permutation(self.seed, source, epoch, len(self.parts[source]))[index])
-            ]
-            units.append(Unit(row, epoch, place))
-            count_row(self._counts[source], row)
-        return units
+        return [self._count(self._unit(first, place)) for place in range(self.rank, size, self.ranks)]
+
+    def _unit(self, first: int, place: int) -> Unit:
+        source, count = cast(tuple[int, int], self.draws.locate(first + place))
+        epoch, index = divmod(count, len(self.parts[source]))
+        order = permutation(self.recipe.seed, source, epoch, len(self.parts[source]))
+        return Unit(self.parts[source][int(order[index])], epoch, place)
+
+    def _count(self, unit: Unit) -> Unit:
+        for example in examples_of(unit.row):
+            self._counts[example.source][0] += 1
+            self._counts[example.source][1] += len(example.input_ids)
+        return unit
+
+    def counts(self) -> list[list[int]]:
+        """Examples and tokens of each source that this process has been given."""
+        return [list(pair) for pair in self._counts]
 
     def state_dict(self) -> dict[str, Any]:
+        """Return what a resume needs: nothing, where a batch is a function of (seed, step)."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        """Resume from `state_dict`'s result."""
 
-    def counts(self) -> list[list[int]]:
-        return [list(pair) for pair in self._counts]
+
+def examples_of(row: Example | Row) -> list[Example]:
+    """The examples of a packed row, or the one that a row is."""
+    return [row] if isinstance(row, Example) else row
 
 
 class Draws:
-    """Which source draw n of a run is from, and how many it has had before: a pure function of n.
+    """Which source draw n of a run is from, and how many draws it has had before: a pure function of n.
 
-    Draws come in rounds, in each of which every source has the same quota, by largest remainder, in an
-    order that is shuffled for each round. Where a source leaves, or all begin anew, a new phase of rounds
-    begins.
+    Draws come in rounds in which each source has its quota, in a shuffled order. A round ends early where a
+    source has had its epochs, or is through and makes all begin anew (`stop`).
 
     Args:
         sizes: rows of each source.
@@ -245,87 +208,63 @@ class Draws:
         self,
         sizes: Sequence[int],
         weights: Sequence[float],
-        epochs: Sequence[int | None] | None = None,
+        epochs: Sequence[int | None],
         *,
         seed: int = 0,
         stop: bool = False,
     ) -> None:
-        self.sizes, self.seed, self.stop = sizes, seed, stop
-        self.epochs = list(epochs or [None] * len(sizes))
-        self.weights = [Fraction(weight).limit_denominator(10**6) for weight in weights]
-        self._phases = [self._phase(0, [0] * len(sizes))]
+        self.sizes, self.weights, self.epochs = sizes, weights, epochs
+        self.seed, self.stop = seed, stop and len(sizes) > 1
+        # Stretches of rounds with the same quotas: first draw, draws of each source before it, quotas.
+        self.stretches: list[tuple[int, list[int], dict[int, int]]] = []
+        self.ends: list[float] = []
+        self._add(0, [0] * len(sizes))
 
     def locate(self, n: int) -> tuple[int, int] | None:
         """Return the source of draw n, and its draws before; None after the last one."""
-        while (end := self._phases[-1].end) is not None and n >= end:
-            if not self._phases[-1].quotas:
-                return None
-            self._phases.append(self._next_phase())
-        phase = self._phases[bisect_right(self._phases, n, key=lambda phase: phase.start) - 1]
-        if not phase.quotas:
+        while n >= self.ends[-1]:
+            self._add(int(self.ends[-1]), self.after)
+        start, counts, quotas = self.stretches[bisect_right(self.ends, n)]
+        if not quotas:
             return None
-        number, at = divmod(n - phase.start, sum(phase.quotas.values()))
-        order, before = self._round(phase.start, number)
+        number, at = divmod(n - start, sum(quotas.values()))
+        order = shuffled_round(self.seed, start, number, tuple(quotas.items()))
         source = int(order[at])
-        return source, phase.counts[source] + number * phase.quotas[source] + int(before[at])
+        return source, counts[source] + number * quotas[source] + int((order[:at] == source).sum())
 
-    def _phase(self, start: int, counts: list[int]) -> _Phase:
-        limits = [None if e is None else e * size for e, size in zip(self.epochs, self.sizes, strict=True)]
-        left = [s for s, limit in enumerate(limits) if limit is None or counts[s] < limit]
-        phase = _Phase(start, counts, draw_quotas({s: self.weights[s] for s in left}))
-        ends = []
-        for source in left:
-            limit = limits[source]
-            if limit is None and self.stop:
-                limit = (counts[source] // self.sizes[source] + 1) * self.sizes[source]
-            if limit is not None:
-                number, at = divmod(limit - counts[source] - 1, phase.quotas[source])
-                order, before = self._round(start, number, phase.quotas)
-                place = np.flatnonzero((order == source) & (before == at))[0]
-                ends.append(start + number * len(order) + int(place) + 1)
-        phase.end = min(ends, default=None if left else start)
-        return phase
-
-    def _next_phase(self) -> _Phase:
-        """What comes where the last phase ends."""
-        phase = self._phases[-1]
-        assert phase.end is not None
-        number, at = divmod(phase.end - phase.start, sum(phase.quotas.values()))
-        order, _ = self._round(phase.start, number, phase.quotas)
-        had = np.bincount(order[:at], minlength=len(self.sizes))
-        counts = [c + number * phase.quotas.get(s, 0) + int(had[s]) for s, c in enumerate(phase.counts)]
-        free = [s for s, epochs in enumerate(self.epochs) if epochs is None]
-        if self.stop and any(counts[s] % self.sizes[s] == 0 and counts[s] > phase.counts[s] for s in free):
-            for s in free:
-                counts[s] = -(-counts[s] // self.sizes[s]) * self.sizes[s]
-        return self._phase(phase.end, counts)
-
-    def _round(
-        self, start: int, number: int, quotas: dict[int, int] | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The sources of a round's draws, and the draws of the same source before each in the round."""
-        if quotas is None:
-            phase = self._phases[bisect_right(self._phases, start, key=lambda phase: phase.start) - 1]
-            quotas = phase.quotas
-        return shuffled_round(self.seed, start, number, tuple(quotas.items()))
+    def _add(self, start: int, counts: list[int]) -> None:
+        """Add the rounds in which no source reaches its limit, or the one that ends where the first does."""
+        limits: dict[int, float] = {}
+        for source, (size, epochs) in enumerate(zip(self.sizes, self.epochs, strict=True)):
+            if epochs is not None:
+                limits[source] = epochs * size
+            else:
+                limits[source] = (counts[source] // size + 1) * size if self.stop else inf
+        left = {source: limit - counts[source] for source, limit in limits.items() if counts[source] < limit}
+        quotas = draw_quotas({source: self.weights[source] for source in left})
+        self.stretches.append((start, counts, quotas))
+        whole = min(((left[source] - 1) // quota for source, quota in quotas.items()), default=inf)
+        if whole:
+            self.ends.append(start + whole * sum(quotas.values()) if whole < inf else inf)
+            self.after = [
+                n + int(whole) * quotas.get(s, 0) if whole < inf else n for s, n in enumerate(counts)
+            ]
+            return
+        order = shuffled_round(self.seed, start, 0, tuple(quotas.items()))
+        ends = {s: np.flatnonzero(order == s)[int(left[s]) - 1] + 1 for s in quotas if left[s] <= quotas[s]}
+        end = int(min(ends.values()))
+        self.after = (np.array(counts) + np.bincount(order[:end], minlength=len(counts))).tolist()
+        if self.stop and self.epochs[min(ends, key=lambda source: ends[source])] is None:
+            for source, size in enumerate(self.sizes):
+                if self.epochs[source] is None:
+                    self.after[source] = -(-self.after[source] // size) * size
+        self.ends.append(start + end)
 
 
-@dataclass
-class _Phase:
-    """Rounds with the same quotas, by source. `counts`: draws before; `end` None = there is none."""
-
-    start: int
-    counts: list[int]
-    quotas: dict[int, int]
-    end: int | None = field(default=None)
-
-
-def draw_quotas(weights: dict[int, Fraction]) -> dict[int, int]:
-    """Draws of each source in a round: exact where a round of `ROUND` allows it."""
-    if not weights:
-        return {}
-    total = sum(weights.values())
-    shares = {source: weight / total for source, weight in weights.items()}
+def draw_quotas(weights: dict[int, float]) -> dict[int, int]:
+    """Draws of each source in a round: exact where a round of `ROUND` allows it, else by largest remainder."""
+    exact = {source: Fraction(weight).limit_denominator(10**6) for source, weight in weights.items()}
+    shares = {source: weight / sum(exact.values()) for source, weight in exact.items()}
     size = lcm(*(share.denominator for share in shares.values()))
     if size > ROUND:
         size = max(ROUND, ceil(1 / min(shares.values())))
@@ -334,24 +273,17 @@ def draw_quotas(weights: dict[int, Fraction]) -> dict[int, int]:
                 f"data.sources: a weight is less than a {ROUNDS:,}th of all; remove the source."
             )
     quotas = {source: int(share * size) for source, share in shares.items()}
-    rest = sorted(quotas, key=lambda source: (quotas[source] - shares[source] * size, source))
+    rest = sorted(quotas, key=lambda source: quotas[source] - shares[source] * size)
     for source in rest[: size - sum(quotas.values())]:
         quotas[source] += 1
     return quotas
 
 
 @lru_cache(maxsize=64)
-def shuffled_round(
-    seed: int, start: int, number: int, quotas: tuple[tuple[int, int], ...]
-) -> tuple[np.ndarray, np.ndarray]:
-    """The sources of a round's draws in a shuffled order, and the draws of the same source before each."""
+def shuffled_round(seed: int, start: int, number: int, quotas: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """The sources of a round's draws, in a shuffled order."""
     sources = np.repeat([source for source, _ in quotas], [quota for _, quota in quotas])
-    before = np.concatenate([np.arange(quota) for _, quota in quotas])
-    order = np.argsort(keyed(seed, DRAW, start, number, np.arange(len(sources))), kind="stable")
-    shuffled = sources[order]
-    for source, quota in quotas:
-        before[shuffled == source] = np.arange(quota)
-    return shuffled, before
+    return sources[np.argsort(keyed(seed, DRAW, start, number, np.arange(len(sources))), kind="stable")]
 
 
 @lru_cache(maxsize=16)
@@ -381,8 +313,7 @@ def run_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     Raises:
         UnmaskError: There is none, or it has no end or padding token.
     """
-    name = recipe.model.tokenizer or recipe.model.name_or_path
-    assert name is not None
+    name = cast(str, recipe.model.tokenizer or recipe.model.name_or_path)
     tokenizer = load_tokenizer(name)
     add_mask_token(tokenizer)
     check_tokenizer(tokenizer, name=name)
@@ -407,54 +338,56 @@ def make_encoder(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Encoder:
     return encoder
 
 
-def data_sources(recipe: Recipe) -> list[DataSource]:
-    """Return the recipe's sources, each with its own format and columns."""
-    data = recipe.data
-    own = custom_fields(recipe)
-    if data.sources is None:
-        names = [data.dataset_name] if isinstance(data.dataset_name, str) else list(data.dataset_name or ())
-        return [DataSource(names, data.split, data.dataset_config, data.text_field, data.sft.format, own)]
-    sources = []
-    for source in data.sources:
-        format = source.format or data.sft.format
-        given = CustomFields(**source.custom_format.model_dump())
-        if format != "custom" or (given == CustomFields() and own is not None):
-            given = own if format == "custom" else None
-        place = ([source.dataset_name], source.split, source.dataset_config, source.text_field)
-        sources.append(DataSource(*place, format, given, source.weight, source.epochs))
-    return sources
-
-
 def custom_fields(recipe: Recipe) -> CustomFields | None:
     """Build the field names of `data.sft.format: custom`; None for every other format."""
     sft = recipe.data.sft
     return CustomFields(**sft.custom_format.model_dump()) if sft.format == "custom" else None
 
 
-def eval_names(recipe: Recipe) -> list[str]:
-    """The names in `data.eval_dataset_name`."""
-    given = recipe.data.eval_dataset_name
-    return [given] if isinstance(given, str) else list(given or ())
+def data_sources(recipe: Recipe) -> list[DataSource]:
+    """Return the recipe's sources, each with its own format and columns."""
+    data, fields = recipe.data, custom_fields(recipe)
+    if data.sources is None:
+        return [_source(recipe, listed(data.dataset_name))]
+    sources = []
+    for source in data.sources:
+        format = source.format or data.sft.format
+        if format == "custom" and (source.custom_format.changed() or fields is None):
+            custom = CustomFields(**source.custom_format.model_dump())
+        else:
+            custom = fields if format == "custom" else None
+        columns = (source.split, source.dataset_config, source.text_field, format, custom)
+        sources.append(DataSource([source.dataset_name], *columns, source.weight, source.epochs))
+    return sources
+
+
+def _source(recipe: Recipe, names: list[str]) -> DataSource:
+    """What is read with the format and columns of the recipe itself."""
+    data = recipe.data
+    columns = (data.split, data.dataset_config, data.text_field, data.sft.format, custom_fields(recipe))
+    return DataSource(names, *columns)
+
+
+def listed(names: str | Sequence[str] | None) -> list[str]:
+    """The names that a key of the recipe has."""
+    return [names] if isinstance(names, str) else list(names or ())
 
 
 def source_names(recipe: Recipe) -> list[str]:
     """The names of the recipe's sources in order, of files without their folders where that is plain."""
-    if recipe.data.sources is None:
-        given = recipe.data.dataset_name
-        names = [given] if isinstance(given, str) else [", ".join(map(_short, given or ()))]
-    else:
-        names = [source.dataset_name for source in recipe.data.sources]
-    return short_names(names)
+    if recipe.data.sources is not None:
+        return short_names([source.dataset_name for source in recipe.data.sources])
+    names = listed(recipe.data.dataset_name)
+    return short_names(names) if len(names) == 1 else [", ".join(map(_short, names))]
 
 
 def short_names(names: list[str]) -> list[str]:
     """Names of sources as people are told them, each another one."""
-    short = [_short(name) for name in names]
+    short = list(map(_short, names))
     if len(set(short)) == len(names):
         return short
-    if len(set(names)) == len(names):
-        return names
-    return [f"{name} ({number})" for number, name in enumerate(names, 1)]
+    twice = len(set(names)) < len(names)
+    return [f"{name} ({number})" if twice else name for number, name in enumerate(names, 1)]
 
 
 def _short(name: str) -> str:
@@ -470,86 +403,72 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
     """
     data = recipe.data
     encoder = make_encoder(recipe, tokenizer) if recipe.training_mode == "sft" else None
-    sources, evaluated = data_sources(recipe), eval_names(recipe)
-    run = RunData([], [], encoder, EncodeReport(), held_out_report=EncodeReport())
-    run.sources, run.seed, run.on_source_end = sources, recipe.seed, data.on_source_end
-    run.global_batch_size = recipe.global_batch_size
-    run.row_length = data.block_size if data.packing else None
+    run = RunData(recipe, encoder, data_sources(recipe))
+
+    def read(source: DataSource, number: int, report: EncodeReport, limit: int | None) -> EncodedExamples:
+        encoding = Encoding(recipe, source, tokenizer, encoder)
+        try:
+            if any(map(is_prepared, source.names)):
+                found = open_prepared(encoding, limit, number)
+            else:
+                files = source.files(text=encoder is None)
+                processes = data.num_workers or cores()
+                found = open_cached(encoding, files, limit=limit, processes=processes, source=number)
+        except UnmaskError as error:
+            if not str(error).startswith("no record can be used"):
+                raise
+            raise UnmaskError(f"{', '.join(source.names)}: {error}") from error
+        report.merge(found.manifest.report)
+        return found
+
+    evaluated = listed(data.eval_dataset_name)
     run.held_out_sources = short_names(evaluated)
-    fields = (data.split, data.dataset_config, data.text_field, data.sft.format, custom_fields(recipe))
-    reader = _Reader(recipe, tokenizer, encoder)
-    if evaluated:
-        own = [DataSource([name], *fields) for name in evaluated]
-        run.held_out = _joined([reader.read(one, n, run.held_out_report)[0] for n, one in enumerate(own)])
+    run.held_out_parts = [
+        read(_source(recipe, [name]), number, run.held_out_report, None)
+        for number, name in enumerate(evaluated)
+    ]
     if data.streaming:
         from unmask.data.stream import open_stream
 
-        open_stream(run, recipe, tokenizer)
+        open_stream(run, tokenizer)
         return run
-    found = [reader.read(source, n, run.report, data.max_records) for n, source in enumerate(sources)]
-    run.train = _joined([examples for examples, _ in found])
-    joined_text = encoder is None and not data.packing  # an example is then not of one record
-    run.files = [] if joined_text else [labels for _, labels in found]
+    parts = [read(source, n, run.report, data.max_records) for n, source in enumerate(run.sources)]
+    run.parts = list(parts)
+    if encoder is not None or data.packing:  # else an example is not of one record
+        run.files = [part.manifest.identity["files"] for part in parts]
     if data.eval_size:
-        if data.eval_size >= len(run.train):
+        [examples] = parts
+        if data.eval_size >= len(examples):
             raise UnmaskError(
-                f"data.eval_size: {data.eval_size} are to be held out, but there are only {len(run.train)}"
+                f"data.eval_size: {data.eval_size} are to be held out, but there are only {len(examples)}"
                 " examples; use less or more data."
             )
-        run.held_out = run.train[-data.eval_size :]
-        run.train = run.train[: -data.eval_size]
+        run.parts, run.held_out_parts = [examples[: -data.eval_size]], [examples[-data.eval_size :]]
     return run
-
-
-@dataclass(frozen=True)
-class _Reader:
-    recipe: Recipe
-    tokenizer: PreTrainedTokenizerBase
-    encoder: Encoder | None
-
-    def read(
-        self, source: DataSource, number: int, report: EncodeReport | None, limit: int | None = None
-    ) -> tuple[EncodedExamples, list[str]]:
-        """The examples of a source, of which there must be some, and the names of its files."""
-        if any(map(is_prepared, source.names)):
-            found = load_prepared(source, number, limit, self.recipe, self.tokenizer, self.encoder)
-            labels = found.manifest.identity["origin"]["files"]
-        else:
-            files = source.files(text=self.encoder is None)
-            labels = [file.label for file in files]
-            identity = identity_of(self.recipe, source, self.tokenizer, self.encoder, limit)
-            encoding = Encoding(source, self.tokenizer, self.encoder, self.recipe.data)
-            try:
-                found = cached(identity, encoding, files, limit=limit, processes=cores(), source=number)
-            except UnmaskError as error:
-                if str(error).startswith("no record can be used"):
-                    raise UnmaskError(f"{', '.join(source.names)}: {error}") from error
-                raise
-        if report is not None:
-            report.merge(found.manifest.report)
-        return found, labels
 
 
 def first_rows(data: RunData, count: int) -> list[Example | Row]:
     """The rows that a run begins with, at most about `count` of them."""
     steps, rows = data.steps(), list[Example | Row]()
-    while len(rows) < count and (units := steps.at(len(rows) // data.global_batch_size)):
+    while len(rows) < count and (units := steps.at(len(rows) // data.recipe.global_batch_size)):
         rows += [unit.row for unit in units]
     return rows
 
 
 def first_shares(data: RunData, names: Sequence[str]) -> str:
     """Say which share each source of a mixture has of the first rows of the run."""
-    counts = [[0, 0] for _ in names]
-    rows = first_rows(data, 1000)
-    for row in rows:
-        for example in [row] if isinstance(row, Example) else row:
-            count_row(counts[example.source], example)
-    return f"the run's first {len(rows):,} rows: {shares(counts, names)}"
+    steps = data.steps()
+    rows = sum(len(steps.at(step) or ()) for step in range(-(-1000 // data.recipe.global_batch_size)))
+    examples, tokens = (max(1, sum(column)) for column in zip(*steps.counts(), strict=True))
+    said = [
+        f"{name} {count / examples:.1%} of the examples, {size / tokens:.1%} of the tokens"
+        for name, (count, size) in zip(names, steps.counts(), strict=True)
+    ]
+    return f"the run's first {rows:,} rows: {'; '.join(said)}"
 
 
 def prepare(
-    recipe: Recipe, out: str | Path, *, workers: int | None = None, shard_records: int | None = None
+    recipe: Recipe, out: str | Path, *, workers: int | None = None, shard_records: int = SHARD
 ) -> Manifest:
     """Encode the training data of a recipe into the folder `out`, in parallel; returns its manifest.
 
@@ -557,7 +476,7 @@ def prepare(
     examples, in the order and with the sample ids, that it would have encoded itself.
 
     Args:
-        workers: processes that encode; one for each core by default.
+        workers: processes that encode; by default those of `data.num_workers`.
         shard_records: records, or documents, of a shard.
 
     Raises:
@@ -569,30 +488,19 @@ def prepare(
             " and name the folders in data.sources."
         )
     if recipe.data.streaming:
-        raise UnmaskError(
-            "data.streaming has no effect on a preparation, which never holds all data; set it to false."
-        )
+        raise UnmaskError("data.streaming has no effect on a preparation; set it to false.")
     [source] = data_sources(recipe)
-    for name in source.names:
-        if is_prepared(name):
-            raise UnmaskError(f"data.dataset_name: {name} is prepared data already.")
+    for name in filter(is_prepared, source.names):
+        raise UnmaskError(f"data.dataset_name: {name} is prepared data already.")
     tokenizer = run_tokenizer(recipe)
     encoder = make_encoder(recipe, tokenizer) if recipe.training_mode == "sft" else None
-    files = source.files(text=encoder is None)
-    limit = recipe.data.max_records
-    identity = identity_of(recipe, source, tokenizer, encoder, limit)
-    identity["origin"]["files"] = [file.label for file in files]
-    identity["inputs"] = {stamp[0]: stamp[1:] for stamp in (file.stamp() for file in files)}
-    encoding = Encoding(source, tokenizer, encoder, recipe.data)
-    of_shards: dict[str, Any] = {} if shard_records is None else {"shard_records": shard_records}
     return encode_folder(
         Path(out).expanduser(),
-        identity,
-        encoding,
-        files,
-        limit=limit,
-        processes=workers or cores(),
-        **of_shards,
+        Encoding(recipe, source, tokenizer, encoder),
+        source.files(text=encoder is None),
+        limit=recipe.data.max_records,
+        processes=workers or recipe.data.num_workers or cores(),
+        shard_records=shard_records,
     )
 
 
@@ -601,40 +509,5 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def count_row(counts: list[int], row: Example | Row) -> None:
-    """Add the examples and the tokens of a row to the two counts."""
-    examples = [row] if isinstance(row, Example) else row
-    counts[0] += len(examples)
-    counts[1] += sum(len(example.input_ids) for example in examples)
-
-
-def shares(counts: Sequence[Sequence[int]], labels: Sequence[str]) -> str:
-    """Say what share each source has, of (examples, tokens) counted for each.
-
-    >>> shares([(3, 60), (1, 40)], ["a", "b"])
-    'a 75.0% of the examples, 60.0% of the tokens; b 25.0%, 40.0%'
-    """
-    totals = [max(1, sum(column)) for column in zip(*counts, strict=True)]
-    said = []
-    for number, (label, (examples, tokens)) in enumerate(zip(labels, counts, strict=True)):
-        of = ("", "") if number else (" of the examples", " of the tokens")
-        said.append(f"{label} {examples / totals[0]:.1%}{of[0]}, {tokens / totals[1]:.1%}{of[1]}")
-    return "; ".join(said)
-
-
-def _joined(parts: Sequence[Sequence[Example]]) -> Sequence[Example]:
-    return parts[0] if len(parts) == 1 else Joined(parts)
-
-
-def _parts(examples: Sequence[Example]) -> Sequence[Sequence[Example]]:
-    return examples.parts if isinstance(examples, Joined) else [examples]
-
-
-def _totals(part: Sequence[Example]) -> tuple[int, int]:
-    if isinstance(part, EncodedExamples):
-        return part.totals()
-    return sum(len(example.input_ids) for example in part), sum(example.supervised for example in part)
-
-
-def _lengths(part: Sequence[Example]) -> list[int]:
-    return part.lengths() if isinstance(part, EncodedExamples) else [len(e.input_ids) for e in part]
+def _joined(parts: Sequence[Sequence[Any]]) -> Any:
+    return parts[0] if len(parts) == 1 else ConcatDataset(cast(Any, parts)) if parts else []

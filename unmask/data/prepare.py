@@ -1,9 +1,9 @@
 """Records -> encoded data on disk: the one form of examples that training reads.
 
 A folder of encoded data has `shard-00000.arrow`, ... and `manifest.json`. A shard is what a fixed range of
-records gives, written aside and moved, and a `shard-00000.json` says that it is finished: the folder is the
-same however often the work was interrupted and whatever the number of processes. `unmask prepare` writes
-such a folder where it is told; training writes one into the cache of `datasets`, named by a hash of all that
+records gives, and until all are there `shard-00000.json` says that it is finished: the folder is the same
+however often the work was interrupted and whatever the number of processes. `unmask prepare` writes such a
+folder where it is told; training writes one into the cache of `datasets`, named by a hash of all that
 determines it, and uses it again.
 """
 
@@ -13,12 +13,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from itertools import chain, count, islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from transformers import PreTrainedTokenizerBase
 
@@ -37,20 +36,20 @@ from unmask.data.files import Record, Source, document_text, find_files
 from unmask.data.hub import first_line
 from unmask.data.records import CustomFields
 from unmask.errors import UnmaskError
-from unmask.io import ASIDE, atomic_write, directory_lock, sha256
+from unmask.io import ASIDE, atomic_write, directory_lock, sha256, sync
 
 if TYPE_CHECKING:
-    from unmask.config import DataRecipe, Recipe
+    from unmask.config import Recipe
 
-VERSION = 3
+VERSION = 4
 KIND = "unmask encoded data"
-MANIFEST, PROGRESS = "manifest.json", "progress.json"
+MANIFEST = "manifest.json"
 SHARD = 8192  # records, or documents, of a shard
 BATCH = 1024  # rows written together
-VERIFIED = 4 << 30  # bytes up to which every checksum is verified before a run
-# Which data: that of a prepared folder is what it was when it was prepared.
+VERIFIED = 4 << 30  # bytes up to which checksums are verified before a run
+# Keys of `data` that say which records; a run on prepared data may leave them out.
 ORIGIN = ("dataset_name", "dataset_config", "split", "text_field", "max_records")
-# What is done with encoded data.
+# Keys of `data` that say what is done with encoded data.
 USE = (
     *("eval_dataset_name", "eval_size", "num_workers", "sources", "on_source_end", "streaming"),
     "shuffle_buffer",
@@ -80,10 +79,10 @@ class DataSource:
 class Encoding:
     """How the records of a source become examples. `encoder` is None in pre-training."""
 
+    recipe: Recipe
     source: DataSource
     tokenizer: PreTrainedTokenizerBase
     encoder: Encoder | None
-    data: DataRecipe
 
     def examples(
         self, records: Iterable[tuple[int, Record]], report: EncodeReport, shard: int
@@ -93,67 +92,92 @@ class Encoding:
         Raises:
             UnmaskError: A record cannot be used, and `data.on_bad_record` is "stop".
         """
+        data, source = self.recipe.data, self.source
         if self.encoder is not None:
-            yield from encode_each(
-                ((record.load(), record.where, file, record.index) for file, record in records),
-                self.encoder,
-                self.source.format,
-                self.source.custom_format,
-                on_bad_record=self.data.on_bad_record,
-                report=report,
-            )
+            items = ((record.load(), record.where, file, record.index) for file, record in records)
+            way: Any = {"on_bad_record": data.on_bad_record, "report": report}
+            yield from encode_each(items, self.encoder, source.format, source.custom_format, **way)
             return
         texts = (
-            (document_text(record.load(), self.source.text_field), record.where, file, record.index)
+            (document_text(record.load(), source.text_field), record.where, file, record.index)
             for file, record in records
         )
         there = (item for item in texts if not isinstance(item[0], str) or item[0].strip())
-        documents = usable_documents(there, self.tokenizer, report, self.data.on_bad_record)
-        if self.data.packing:
-            way = self.data.long_documents
-            yield from split_documents(documents, self.tokenizer, self.data.block_size, way, report=report)
-            return
-        if (first := next(documents, None)) is None:
-            return
-        joined = (text for text, _, _ in chain([first], documents))
-        for number, block in enumerate(pack_text(joined, self.tokenizer, self.data.block_size)):
-            # A block is of several records: it is known by its shard, and by its number there.
-            block.sample_id, block.record = sample_id(shard, number), -1
-            report.tokens += len(block.input_ids)
-            report.supervised_tokens += len(block.input_ids)
-            yield block
+        documents = usable_documents(there, self.tokenizer, report, data.on_bad_record)
+        if data.packing:
+            long = data.long_documents
+            yield from split_documents(documents, self.tokenizer, data.block_size, long, report=report)
+        elif (first := next(documents, None)) is not None:
+            joined = (text for text, _, _ in chain([first], documents))
+            for number, block in enumerate(pack_text(joined, self.tokenizer, data.block_size)):
+                # A block is of several records: it is known by its shard, and by its number there.
+                block.sample_id, block.record = sample_id(shard, number), -1
+                report.tokens += len(block.input_ids)
+                report.supervised_tokens += len(block.input_ids)
+                yield block
 
+    def identity(self, limit: int | None) -> dict[str, Any]:
+        """What decides the examples, by name, as JSON: settings, template, tokenizer, and which records.
 
-class Shard(NamedTuple):
-    """One file of encoded data."""
-
-    file: str
-    rows: int
-    tokens: int
-    supervised_tokens: int
-    bytes: int
-    sha256: str
+        Args:
+            limit: records wanted; None = all.
+        """
+        source, encoder = self.source, self.encoder
+        origin = (source.names, source.config_name, source.split, source.text_field, limit)
+        data = {**self.recipe.data.model_dump(), **dict(zip(ORIGIN, origin, strict=True))}
+        sft, left_out = data.pop("sft"), (*USE, *(TEXT if encoder else ()))
+        found = {f"data.{name}": value for name, value in data.items() if name not in left_out}
+        if encoder is not None:
+            fields = asdict(source.custom_format or CustomFields())
+            sft |= {"format": source.format, "custom_format": fields, "thinking": encoder.thinking}
+            found |= {f"data.sft.{name}": value for name, value in sft.items()}
+            found |= {"chat_template": encoder.chat_template, "end_token_id": encoder.end_token_id}
+        found |= {"training_mode": self.recipe.training_mode, "mask_token_id": self.tokenizer.mask_token_id}
+        return json.loads(json.dumps({**found, "tokenizer": tokenizer_fingerprint(self.tokenizer)}))
 
 
 @dataclass
 class Manifest:
-    """What a folder of encoded data holds. `identity` is what decided it, by name."""
+    """What a folder of encoded data has.
+
+    Attributes:
+        identity: what decided it, by name.
+        report: what became of the records.
+        shards: file, rows, tokens, supervised_tokens, bytes and sha256 of each; [] = not finished.
+    """
 
     identity: dict[str, Any]
-    report: EncodeReport = field(default_factory=EncodeReport)
-    shards: list[Shard] = field(default_factory=list)
+    report: EncodeReport
+    shards: list[dict[str, Any]]
 
     @property
     def counts(self) -> dict[str, int]:
-        """Sequences and tokens over all shards."""
+        """Sequences, tokens and bytes over all shards."""
         names = ("rows", "tokens", "supervised_tokens", "bytes")
-        return {name: sum(getattr(shard, name) for shard in self.shards) for name in names}
+        return {name: sum(shard[name] for shard in self.shards) for name in names}
 
-    def to_json(self) -> str:
-        """Write it out, for `manifest.json`."""
-        tree = {"kind": KIND, "version": VERSION, **self.identity, "counts": self.counts}
-        shards = [shard._asdict() for shard in self.shards]
-        return json.dumps({**tree, "report": asdict(self.report), "shards": shards}, indent=1) + "\n"
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json`."""
+        tree = {"kind": KIND, "version": VERSION, "identity": self.identity, "counts": self.counts}
+        tree |= {"report": asdict(self.report), "shards": self.shards}
+        atomic_write(folder / MANIFEST, json.dumps(tree, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read `manifest.json`.
+
+        Raises:
+            UnmaskError: It is damaged, or of another version.
+        """
+        try:
+            tree = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            if tree["version"] != VERSION:
+                raise ValueError(f"version {tree['version']}, expected {VERSION}")
+            return cls(tree["identity"], EncodeReport.from_json(tree["report"]), tree["shards"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UnmaskError(
+                f"{folder / MANIFEST}: cannot be used ({first_line(error)}); prepare into a new folder."
+            ) from error
 
 
 class EncodedExamples(Sequence[Example]):
@@ -166,8 +190,7 @@ class EncodedExamples(Sequence[Example]):
 
     def __init__(self, dataset: Any, manifest: Manifest, source: int = 0) -> None:
         self.dataset = dataset.with_format("numpy")
-        self.manifest = manifest
-        self.source = source
+        self.manifest, self.source = manifest, source
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -183,45 +206,21 @@ class EncodedExamples(Sequence[Example]):
             view = self.dataset.select(range(*index.indices(len(self))))
             return EncodedExamples(view, self.manifest, self.source)
         row = self.dataset[range(len(self))[index]]
-        return Example(
-            row["input_ids"].tolist(),
-            row["src_mask"].tolist(),
-            of_source(int(row["sample_id"]), self.source),
-            self.source,
-            int(row["file"]),
-            int(row["record"]),
-        )
-
-    def __iter__(self) -> Iterator[Example]:
-        return (self[index] for index in range(len(self)))
+        number = of_source(int(row["sample_id"]), self.source)
+        ids, src_mask = row["input_ids"].tolist(), row["src_mask"].tolist()
+        return Example(ids, src_mask, number, self.source, int(row["file"]), int(row["record"]))
 
     def lengths(self) -> list[int]:
-        """Read the tokens of each row."""
-        from pyarrow import compute
-
-        tables = self.dataset.with_format("arrow").iter(batch_size=10_000)
-        return [
-            size
-            for table in tables
-            for size in cast(Any, compute).list_value_length(table["input_ids"]).to_pylist()
-        ]
+        """Tokens of each row."""
+        return self.dataset["tokens"][:].tolist()
 
     def totals(self) -> tuple[int, int]:
         """Count tokens, and those that may be masked."""
-        from pyarrow import compute
-
-        if len(self) == self.manifest.counts["rows"]:
-            return self.manifest.counts["tokens"], self.manifest.counts["supervised_tokens"]
-        tokens = source = 0
-        for table in self.dataset.with_format("arrow").iter(batch_size=10_000):
-            masks = cast(Any, compute).list_flatten(table["src_mask"])
-            tokens, source = tokens + len(masks), source + (cast(Any, compute).sum(masks).as_py() or 0)
-        return tokens, tokens - source
+        return sum(self.lengths()), int(self.dataset["supervised"][:].sum())
 
 
 def encode_folder(
     folder: Path,
-    identity: Mapping[str, Any],
     encoding: Encoding,
     files: Sequence[Source],
     *,
@@ -229,118 +228,52 @@ def encode_folder(
     processes: int = 1,
     shard_records: int = SHARD,
     wait: bool = False,
-    progress: Callable[[int], None] = lambda shards: None,
 ) -> Manifest:
-    """Encode the records of `files` into `folder`, or go on where an interrupted call stopped.
+    """Encode the records of `files` into `folder`, or resume where an interrupted call stopped.
 
     Args:
-        identity: what decides the encoding and where the records come from, as JSON.
         limit: records wanted; None = all.
         processes: that encode.
+        shard_records: records, or documents, of a shard.
         wait: wait for another process that is at work on the folder.
-        progress: called with the number of finished shards.
 
     Raises:
         UnmaskError: The folder has other things or another preparation; a record is bad input, none can
             be used, or a shard cannot be written: finished shards stay, and the same call resumes.
     """
-    identity = json.loads(json.dumps({**identity, "shard_records": shard_records}))
-    write = partial(_write_shards, folder, encoding, files, limit, shard_records)
+    identity = {**encoding.identity(limit), "files": [file.label for file in files]}
+    identity |= {"stamps": [file.stamp() for file in files], "shard_records": shard_records}
+    manifest = Manifest(identity, EncodeReport(), [])
     try:
         with directory_lock(folder, "encoding data", wait=wait):
             if (folder / MANIFEST).exists():
-                manifest = read_manifest(folder)
-                _check_same(folder, manifest.identity, identity)
-                return manifest
-            _begin(folder, identity)
-            shards = -(-_count(files, limit) // shard_records) if processes > 1 else 1
-            if shards == 1:
-                write(None, progress)
-            else:
-                _write_with(write, folder, shards, processes)
-            return _finish(folder, identity)
+                before = Manifest.read(folder)
+                if found := differences(before.identity, identity):
+                    raise UnmaskError(
+                        f"{folder}: has data prepared otherwise ({found}); name another folder, or remove it."
+                    )
+                if before.shards:
+                    return before
+            elif others := sorted(e.name for e in folder.iterdir() if not e.name.endswith(ASIDE)):
+                raise UnmaskError(f"{folder}: has other things ({others[0]}); name another folder.")
+            manifest.write(folder)
+            _write_shards(folder, encoding, files, limit, shard_records, processes)
+            lines = sorted(folder.glob("shard-*.json"))
+            for tree in map(_read_json, lines):
+                manifest.shards.append(tree["shard"])
+                manifest.report.merge(EncodeReport.from_json(tree["report"]))
+            if not manifest.counts["rows"]:
+                why = "; ".join(manifest.report.left_out()) or "there is none"
+                raise UnmaskError(f"no record can be used: {why}.")
+            manifest.write(folder)
+            for line in lines:
+                line.unlink()
+            return manifest
     except OSError as error:
         reason = error.strerror or first_line(error)
         raise UnmaskError(
             f"{folder}: cannot be written: {reason}; the finished shards stay, and the same command resumes."
         ) from error
-
-
-def _begin(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Check that the folder is free or has the begin of the same, and remove what was not finished."""
-    progress = folder / PROGRESS
-    if progress.exists():
-        before = json.loads(progress.read_text(encoding="utf-8"))
-        if before.get("kind") != KIND or before.get("version") != VERSION:
-            raise UnmaskError(f"{progress}: not of this version of unmask; name another folder.")
-        _check_same(folder, before["identity"], identity)
-    elif others := sorted(e.name for e in folder.iterdir() if not e.name.endswith(ASIDE)):
-        raise UnmaskError(f"{folder}: holds other things ({others[0]}); name another folder.")
-    for stale in folder.glob(f".shard-*{ASIDE}"):
-        stale.unlink()
-    for line in folder.glob("shard-*.json"):  # a shard that was damaged meanwhile is encoded again
-        if fault(folder, Shard(**json.loads(line.read_text())["shard"])):
-            line.unlink()
-    atomic_write(progress, json.dumps({"kind": KIND, "version": VERSION, "identity": identity}))
-
-
-def _finish(folder: Path, identity: Mapping[str, Any]) -> Manifest:
-    manifest = Manifest(dict(identity))
-    lines = sorted(folder.glob("shard-*.json"))
-    for line in lines:
-        tree = json.loads(line.read_text(encoding="utf-8"))
-        manifest.shards.append(Shard(**tree["shard"]))
-        manifest.report.merge(EncodeReport.from_json(tree["report"]))
-    if not manifest.counts["rows"]:
-        why = "; ".join(manifest.report.left_out()) or "there is none"
-        raise UnmaskError(f"no record can be used: {why}.")
-    atomic_write(folder / MANIFEST, manifest.to_json())
-    for file in [*lines, folder / PROGRESS]:
-        file.unlink()
-    return manifest
-
-
-def _records(files: Sequence[Source], limit: int | None) -> Iterator[tuple[int, Record]]:
-    records = ((number, record) for number, file in enumerate(files) for record in file.read())
-    return islice(records, limit)
-
-
-def _count(files: Sequence[Source], limit: int | None) -> int:
-    return sum(1 for _ in _records(files, limit))
-
-
-def _write_with(write: Callable[..., None], folder: Path, shards: int, processes: int) -> None:
-    """Write the shards that are not there yet, with several processes of `datasets`."""
-    from datasets import Dataset
-
-    there = {path.stem for path in folder.glob("shard-*.json")}
-    numbers = [n for n in range(shards) if _name(n) not in there]
-    if not numbers:
-        return
-    processes = min(processes, len(numbers))
-    try:
-        Dataset.from_dict({"shard": numbers}).map(
-            partial(_work, write),
-            batched=True,
-            batch_size=-(-len(numbers) // (8 * processes)),  # each batch reads past what is before it
-            num_proc=processes,
-            remove_columns=["shard"],
-            load_from_cache_file=False,
-            keep_in_memory=True,
-            new_fingerprint=digest([str(folder), numbers])[:16],
-            desc="encoding shards",
-        )
-    except RuntimeError as error:
-        raise UnmaskError(
-            f"{folder}: a process that encodes was killed, possibly out of memory ({first_line(error)}); the"
-            " same command resumes, with fewer processes if need be."
-        ) from error
-
-
-def _work(write: Callable[..., None], batch: Mapping[str, list[int]]) -> dict[str, list[int]]:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is a core: threads would only be in the way
-    write(batch["shard"])
-    return {"done": batch["shard"]}
 
 
 def _write_shards(
@@ -349,269 +282,186 @@ def _write_shards(
     files: Sequence[Source],
     limit: int | None,
     shard_records: int,
-    numbers: Sequence[int] | None,
-    progress: Callable[[int], None] = lambda shards: None,
+    processes: int,
 ) -> None:
-    """Write shards in order: those of `numbers`, or all that are not there yet."""
-    records = _records(files, limit)
-    for number in count():
-        if numbers is not None and number > max(numbers):
-            return
-        some = islice(records, shard_records)
-        wanted = number in numbers if numbers is not None else not (folder / f"{_name(number)}.json").exists()
-        if not wanted:
-            if not sum(1 for _ in some):
-                return
-            continue
-        if (first := next(some, None)) is None:
-            return
-        report = EncodeReport()
-        examples = encoding.examples(chain([first], some), report, number)
-        shard = _write_shard(folder, number, examples, report)
-        line = {"shard": shard._asdict(), "report": asdict(report)}
-        atomic_write(folder / f"{_name(number)}.json", json.dumps(line))
-        progress(number + 1)
+    """Write the shards that are not there yet, with several processes of `datasets`."""
+
+    def all_records() -> Iterator[tuple[int, Record]]:
+        records = ((number, record) for number, file in enumerate(files) for record in file.read())
+        return islice(records, limit)
+
+    def work(process: int) -> dict[str, int]:
+        records, shard = all_records(), 0
+        while (first := next(records, None)) is not None:
+            some = chain([first], islice(records, shard_records - 1))
+            if shard % processes == process and not _is_finished(folder, shard):
+                _write_shard(folder, encoding, shard, some)
+            for _ in some:  # of other processes; a record that is not decoded costs little
+                pass
+            shard += 1
+        return {"shards": shard}
+
+    if processes == 1 or next(islice(all_records(), shard_records, None), None) is None:
+        processes = 1
+        work(0)
+        return
+    from datasets import Dataset
+
+    try:
+        Dataset.from_dict({"process": list(range(processes))}).map(
+            work,
+            input_columns="process",
+            num_proc=processes,
+            keep_in_memory=True,
+            new_fingerprint=digest([str(folder), os.getpid()])[:16],
+            desc="encoding, one line a process",
+        )
+    except RuntimeError as error:
+        raise UnmaskError(
+            f"{folder}: a process that encodes was killed, possibly out of memory ({first_line(error)}); the"
+            " same command resumes, with fewer processes if need be."
+        ) from error
+
+
+def _write_shard(
+    folder: Path, encoding: Encoding, number: int, records: Iterable[tuple[int, Record]]
+) -> None:
+    """Encode a range of records; when its JSON file is there the shard is finished."""
+    import pyarrow as pa
+
+    report = EncodeReport()
+    examples = encoding.examples(records, report, number)
+    file = folder / f"{_name(number)}.arrow"
+    types = {"input_ids": pa.list_(pa.int32()), "src_mask": pa.list_(pa.bool_()), "sample_id": pa.int64()}
+    schema = pa.schema({**types, "file": pa.int32(), "record": pa.int64()})
+    counts = pa.schema({"tokens": pa.int32(), "supervised": pa.int32()})
+    rows = 0
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, pa.schema([*schema, *counts])) as writer:
+        while batch := list(islice(examples, BATCH)):
+            columns = [[getattr(example, name) for example in batch] for name in schema.names]
+            columns += [[len(e.input_ids) for e in batch], [e.supervised for e in batch]]
+            typed = [pa.array(c, t) for c, t in zip(columns, [*schema.types, *counts.types], strict=True)]
+            writer.write_batch(pa.record_batch(typed, schema=pa.schema([*schema, *counts])))
+            rows += len(batch)
+    sync(file)
+    shard = {"file": file.name, "rows": rows, "tokens": report.tokens}
+    shard |= {"supervised_tokens": report.supervised_tokens, "bytes": file.stat().st_size}
+    tree = {"shard": {**shard, "sha256": sha256(file)}, "report": asdict(report)}
+    atomic_write(folder / f"{_name(number)}.json", json.dumps(tree))
+
+
+def _is_finished(folder: Path, number: int) -> bool:
+    """Whether a shard is there and whole."""
+    line = folder / f"{_name(number)}.json"
+    return line.exists() and _fault(folder, _read_json(line)["shard"]) is None
 
 
 def _name(number: int) -> str:
     return f"shard-{number:05d}"
 
 
-def _write_shard(folder: Path, number: int, examples: Iterator[Example], report: EncodeReport) -> Shard:
-    import pyarrow as pa
+def _read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
 
-    schema = pa.schema(
-        {
-            "input_ids": pa.list_(pa.int32()),
-            "src_mask": pa.list_(pa.bool_()),
-            "sample_id": pa.int64(),
-            "file": pa.int32(),
-            "record": pa.int64(),
-        }
-    )
-    aside = folder / f".{_name(number)}.{os.getpid()}{ASIDE}"
-    rows = 0
-    try:
-        with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            while batch := list(islice(examples, BATCH)):
-                columns = [
-                    pa.array([getattr(e, name) for e in batch], schema.field(name).type)
-                    for name in schema.names
-                ]
-                writer.write_batch(pa.record_batch(columns, schema=schema))
-                rows += len(batch)
-        size, checksum = aside.stat().st_size, sha256(aside)
-        name = f"{_name(number)}.arrow"
-        os.replace(aside, folder / name)
-    finally:
-        aside.unlink(missing_ok=True)
-    return Shard(name, rows, report.tokens, report.supervised_tokens, size, checksum)
+
+def _fault(folder: Path, shard: Mapping[str, Any], contents: bool = True) -> str | None:
+    """What is wrong with a shard."""
+    file = folder / shard["file"]
+    if not file.is_file():
+        return "missing"
+    whole = file.stat().st_size == shard["bytes"] and (not contents or sha256(file) == shard["sha256"])
+    return None if whole else "damaged"
 
 
 def is_prepared(name: str | Path) -> bool:
     """Whether `name` is a folder of encoded data, finished or not."""
-    folder = Path(name).expanduser()
-    if (folder / PROGRESS).is_file():
-        return True
     try:
-        return KIND in (folder / MANIFEST).read_text(encoding="utf-8", errors="replace")[:200]
+        with (Path(name).expanduser() / MANIFEST).open(encoding="utf-8", errors="replace") as file:
+            return KIND in file.read(200)
     except OSError:
         return False
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read `manifest.json`.
+def open_encoded(folder: Path, source: int = 0) -> EncodedExamples:
+    """Open a folder of encoded data; checksums are compared if there are at most 4 GiB to read.
 
     Raises:
-        UnmaskError: There is none, it is damaged, or it is of another version.
-    """
-    file = folder / MANIFEST
-    if not file.exists():
-        raise UnmaskError(f"{folder}: the preparation was interrupted; run the same `unmask prepare` again.")
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-        if tree.pop("kind") != KIND:
-            raise ValueError
-        version = tree.pop("version")
-        if version == VERSION:
-            counts, shards = tree.pop("counts"), [Shard(**shard) for shard in tree.pop("shards")]
-            manifest = Manifest(tree, EncodeReport.from_json(tree.pop("report")), shards)
-            if manifest.counts != counts:
-                raise ValueError
-            return manifest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnmaskError(
-            f"{file}: not a manifest of encoded data, or a damaged one; prepare again into a new folder."
-        ) from error
-    raise UnmaskError(f"{file}: version {version}, but this is for version {VERSION}; prepare again.")
-
-
-def open_encoded(folder: str | Path, source: int = 0, *, verify: bool = True) -> EncodedExamples:
-    """Open a folder of encoded data.
-
-    Args:
-        verify: compare checksums, if there are at most 4 GiB to read; sizes are compared always.
-
-    Raises:
-        UnmaskError: The preparation was not finished, the manifest is damaged or of another version, or a
-            shard is missing or damaged.
+        UnmaskError: The preparation was not finished, or the manifest or a shard cannot be used.
     """
     from datasets import Dataset, concatenate_datasets
 
-    folder = Path(folder).expanduser()
-    manifest = read_manifest(folder)
-    contents = verify and manifest.counts["bytes"] <= VERIFIED
+    manifest = Manifest.read(folder)
+    if not manifest.shards:
+        raise UnmaskError(f"{folder}: the preparation was interrupted; run the same `unmask prepare` again.")
     for shard in manifest.shards:
-        if found := fault(folder, shard, contents):
-            raise UnmaskError(
-                f"{folder / shard.file}: this shard is {found}; prepare again into a new folder."
-            )
-    shards = [Dataset.from_file(str(folder / shard.file)) for shard in manifest.shards if shard.rows]
+        if found := _fault(folder, shard, contents=manifest.counts["bytes"] <= VERIFIED):
+            raise UnmaskError(f"{folder / shard['file']}: this shard is {found}; prepare into a new folder.")
+    shards = [Dataset.from_file(str(folder / shard["file"])) for shard in manifest.shards if shard["rows"]]
     return EncodedExamples(concatenate_datasets(shards), manifest, source)
 
 
-def fault(folder: Path, shard: Shard, contents: bool = True) -> str | None:
-    """What is wrong with a shard."""
-    file = folder / shard.file
-    if not file.is_file():
-        return "missing"
-    whole = file.stat().st_size == shard.bytes and (not contents or sha256(file) == shard.sha256)
-    return None if whole else "damaged"
-
-
-def cached(
-    identity: Mapping[str, Any],
-    encoding: Encoding,
-    files: Sequence[Source],
-    *,
-    limit: int | None = None,
-    processes: int = 1,
-    source: int = 0,
+def open_cached(
+    encoding: Encoding, files: Sequence[Source], *, limit: int | None, processes: int, source: int
 ) -> EncodedExamples:
-    """Open the cached encoding of `files`, made first where there is none; see `cache_folder`.
+    """Open the encoding of `files` in the cache, made first where there is none.
+
+    It is in the folder "unmask" of the cache of `datasets` (the environment variable HF_DATASETS_CACHE says
+    where that is), which may be removed at any time.
 
     Raises:
         UnmaskError: As for `encode_folder`.
     """
-    stamps = [file.stamp() for file in files]
-    folder = cache_folder() / digest({**identity, "stamps": stamps})[:32]
-    if not (folder / MANIFEST).exists():
-        try:
-            encode_folder(folder, identity, encoding, files, limit=limit, processes=processes, wait=True)
-        except UnmaskError:
-            shutil.rmtree(folder, ignore_errors=True)  # the data will be others, or the recipe
-            raise
-    return open_encoded(folder, source, verify=False)
-
-
-def cache_folder() -> Path:
-    """The folder with the encoded data of earlier runs: "unmask" in the cache of `datasets`.
-
-    The environment variable HF_DATASETS_CACHE decides where that is. It may be removed at any time.
-    """
-    if given := os.environ.get("HF_DATASETS_CACHE"):
-        return Path(given).expanduser() / "unmask"
     from datasets import config
 
-    return Path(config.HF_DATASETS_CACHE) / "unmask"
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or config.HF_DATASETS_CACHE).expanduser() / "unmask"
+    folder = cache / digest([encoding.identity(limit), [file.stamp() for file in files]])[:32]
+    try:
+        encode_folder(folder, encoding, files, limit=limit, processes=processes, wait=True)
+        return open_encoded(folder, source)
+    except UnmaskError:
+        shutil.rmtree(folder, ignore_errors=True)  # the data will be others, or the recipe
+        raise
 
 
-def identity_of(
-    recipe: Recipe,
-    source: DataSource,
-    tokenizer: PreTrainedTokenizerBase,
-    encoder: Encoder | None,
-    limit: int | None = None,
-) -> dict[str, Any]:
-    """List what decides the encoding: settings, chat template and tokenizer, and the data, as JSON.
-
-    Args:
-        source: what is encoded.
-        encoder: that of the recipe; None in pre-training.
-        limit: records wanted; None = all.
-    """
-    left_out = (*ORIGIN, *USE, *(TEXT if encoder is not None else ("sft",)))
-    data = {name: value for name, value in recipe.data.model_dump().items() if name not in left_out}
-    if encoder is not None:
-        custom = asdict(source.custom_format or CustomFields())
-        data["sft"] = {
-            **data["sft"],
-            "format": source.format,
-            "custom_format": custom,
-            "thinking": encoder.thinking,
-        }
-    return {
-        "settings": {"training_mode": recipe.training_mode, "data": data},
-        "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
-        "chat_template": None if encoder is None else encoder.chat_template,
-        "end_token_id": tokenizer.eos_token_id if encoder is None else encoder.end_token_id,
-        "mask_token_id": tokenizer.mask_token_id,
-        "origin": {"data": _origin(source, limit)},
-    }
-
-
-def load_prepared(
-    source: DataSource,
-    number: int,
-    limit: int | None,
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-    encoder: Encoder | None,
-) -> EncodedExamples:
-    """Open prepared data, the only name of `source`, for a run of `recipe`.
+def open_prepared(encoding: Encoding, limit: int | None, source: int) -> EncodedExamples:
+    """Open prepared data, the only name of the source of `encoding`.
 
     Args:
-        number: of the source in the recipe.
         limit: records wanted; None = all.
+        source: number of the source in the recipe.
 
     Raises:
-        UnmaskError: It does not fit the recipe or its tokenizer, or it is unfinished or damaged, or there
-            are further names.
+        UnmaskError: It does not fit the recipe or its tokenizer, it is unfinished or damaged, or it is not
+            the only name.
     """
-    from unmask.config import DataRecipe
-
-    if len(source.names) > 1:
-        name = next(name for name in source.names if is_prepared(name))
+    names = encoding.source.names
+    if len(names) > 1:
         raise UnmaskError(
-            f"data.dataset_name: {name} is prepared data, which comes alone; prepare all files together, or"
-            " name each in data.sources."
+            f"data.dataset_name: {next(filter(is_prepared, names))} is prepared data, which comes alone;"
+            " prepare all files together, or name each in data.sources."
         )
-    [name] = source.names
-    before = read_manifest(Path(name).expanduser()).identity
-    now = identity_of(recipe, source, tokenizer, encoder)
-    found = differences(before["settings"], now["settings"])
-    for key, value in _origin(source, limit).items():  # a value that is given is meant
-        prepared = before["origin"]["data"][key]
-        if key != "dataset_name" and value not in (DataRecipe.model_fields[key].default, prepared):
-            found.append((f"data.{key}", prepared, value))
-    if before["tokenizer_sha256"] != now["tokenizer_sha256"]:
+    folder, now = Path(names[0]).expanduser(), encoding.identity(limit)
+    fields = type(encoding.recipe.data).model_fields
+    for name in ORIGIN:  # a value that is given is meant; by default it is that of the preparation
+        if name == "dataset_name" or now[f"data.{name}"] == fields[name].default:
+            del now[f"data.{name}"]
+    if found := differences(Manifest.read(folder).identity, now):
         raise UnmaskError(
-            f"{name}: the tokenizer has changed since it was prepared (sha256"
-            f" {before['tokenizer_sha256'][:12]}, now {now['tokenizer_sha256'][:12]}); use that one, or"
+            f"{folder}: was prepared for other settings than the recipe's ({found}); set them alike, or"
             " prepare the data again with `unmask prepare`."
         )
-    if not found:  # settings first: a template may follow from one
-        names = ("chat_template", "end_token_id", "mask_token_id")
-        found = [(key, before[key], now[key]) for key in names if before[key] != now[key]]
-    if found:
-        raise UnmaskError(
-            f"{name}: was prepared for other settings than the recipe's ({_said(found)}); set them"
-            " alike, or prepare the data again with `unmask prepare`."
-        )
-    return open_encoded(name, number)
+    return open_encoded(folder, source)
 
 
-def _origin(source: DataSource, limit: int | None) -> dict[str, Any]:
-    values = (source.names, source.config_name, source.split, source.text_field, limit)
-    return dict(zip(ORIGIN, values, strict=True))
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Name each key of `now` that had another value before, with both."""
 
+    def short(value: Any) -> str:
+        text = json.dumps(value, ensure_ascii=False)
+        return text if len(text) <= 60 else f"{text[:40]}... (sha256 {digest(value)[:12]})"
 
-def _check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    if found := differences(before, now):
-        raise UnmaskError(
-            f"{folder}: holds data prepared otherwise ({_said(found)}); name another folder, or remove this"
-            " one."
-        )
+    differ = [key for key in now if before.get(key) != now[key]]
+    return "; ".join(f"{key}: prepared {short(before.get(key))}, now {short(now[key])}" for key in differ)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -621,42 +471,13 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        tree: Any = {"vocab": tokenizer.get_vocab(), "class": type(tokenizer).__name__}
-        tree["added"] = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
-    else:
-        tree = json.loads(backend.to_str())
-        for setting in ("padding", "truncation"):  # of the last call
-            tree.pop(setting, None)
-        tree["added_tokens"] = sorted(tree["added_tokens"], key=lambda token: token["id"])
-    return digest(tree)
+        added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
+        return digest([type(tokenizer).__name__, tokenizer.get_vocab(), added])
+    tree = json.loads(backend.to_str())
+    tree["added_tokens"] = sorted(tree["added_tokens"], key=lambda token: token["id"])
+    return digest({**tree, "padding": None, "truncation": None})  # those of the last call
 
 
 def digest(tree: Any) -> str:
     """Hash a value of JSON's types; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
-
-
-def differences(
-    before: Mapping[str, Any], now: Mapping[str, Any], group: str = ""
-) -> list[tuple[str, Any, Any]]:
-    """List the keys, dotted, in which two identities differ, with both values."""
-    found = []
-    for key in dict.fromkeys([*before, *now]):
-        one, other = before.get(key), now.get(key)
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            inner = "" if key in ("settings", "origin") else f"{group}{key}."  # these two hold recipe keys
-            found += differences(one, other, inner)
-        elif one != other:
-            found.append((f"{group}{key}", one, other))
-    return found
-
-
-def _said(found: Sequence[tuple[str, Any, Any]]) -> str:
-    """Name each key with what was prepared and what is wanted now; what follows from others is left out."""
-    told = [item for item in found if not item[0].endswith("sha256")] or found
-    return "; ".join(f"{key}: prepared {_short(one)}, now {_short(other)}" for key, one, other in told)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:40]}... (sha256 {digest(value)[:12]})"

@@ -151,7 +151,7 @@ class Run:
         self.average = None if decay is None else WeightAverage(self.shared.parameters, decay)
         self.curriculum = make_curriculum(recipe)
         self.source_names = source_names(recipe)
-        self.steps = self.data.steps(group.rank, group.ranks, recipe.data.num_workers)
+        self.steps = self.data.steps(group.rank, group.ranks)
         self.origin = provenance(recipe, self.tokenizer, group) if group.main else {}
 
         self.state = point.state
