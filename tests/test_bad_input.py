@@ -171,7 +171,7 @@ CASES = {
     ),
     "page in a missing folder, named before the data are read": Case(
         "data recipe.yaml data.dataset_name=none.jsonl --html none/page.html",
-        ("--html: none/page.html: there is no folder none", "make it first"),
+        ("--html: none/page.html", "there is no folder", "make it first"),
     ),
     "page that is a folder": Case(
         "data recipe.yaml --html folder", ("--html: folder is a folder; name a file",)

@@ -1,7 +1,16 @@
+"""From a recipe's data section to examples: read, encoded, held out, prepared ahead of time, streamed."""
+
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import random
+import resource
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +19,9 @@ from tiny import autoregressive_folder
 from transformers import PreTrainedTokenizerBase
 
 from unmask.config import Recipe, recipe_from_dict
-from unmask.data.dataset import custom_fields, load_data, make_encoder, run_tokenizer
+from unmask.data.dataset import load_data, make_encoder, prepare, run_tokenizer
 from unmask.data.encode import Encoder, Example, encode_records, pack_text
 from unmask.data.files import read_records
-from unmask.data.records import CustomFields
 from unmask.errors import UnmaskError
 
 
@@ -28,15 +36,17 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def recipe(**data: Any) -> Recipe:
-    """An SFT recipe, or one of pre-training where the data is text."""
-    name = data.setdefault("dataset_name", "a.jsonl")
-    text = str(name).endswith(("txt", "txt']"))
+def recipe(mode: str = "sft", **data: Any) -> Recipe:
+    """A recipe of steps of four records; its data are a.jsonl unless given."""
+    if "sources" not in data:
+        data.setdefault("dataset_name", "a.jsonl")
     return recipe_from_dict(
         {
-            "training_mode": "pretrain" if text else "sft",
+            "training_mode": mode,
+            "seed": 3,
             "model": {"config": {}, "tokenizer": "bytes"},
             "data": {"block_size": 64, **data},
+            "global_batch_size": 4,
         }
     )
 
@@ -52,118 +62,258 @@ def texts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> li
 def test_sft_data_is_what_the_encoder_makes_of_the_records(tokenizer: PreTrainedTokenizerBase) -> None:
     loaded = load_data(recipe(), tokenizer)
     assert list(loaded.train) == encode_records(read_records("a.jsonl"), Encoder(tokenizer, block_size=64))[0]
-    assert loaded.held_out == []
-    assert loaded.report is not None and loaded.report.formats == {"prompt_completion": 10}
+    assert len(loaded.held_out) == 0
+    assert loaded.report.formats == {"prompt_completion": 10}
     assert texts(loaded.train, tokenizer) == [f"{n}!<|im_end|>" for n in range(10)]
 
 
-def test_several_sources_follow_one_another_with_ids_of_their_own(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_several_names_follow_one_another_with_ids_of_their_own(tokenizer: PreTrainedTokenizerBase) -> None:
     loaded = load_data(recipe(dataset_name=["a.jsonl", "b.jsonl"]), tokenizer)
     assert texts(loaded.train, tokenizer) == [f"{n}!<|im_end|>" for n in range(20)]
     assert [example.record for example in loaded.train] == [*range(10), *range(10)]
     assert len({example.sample_id for example in loaded.train}) == 20
 
 
-def test_the_end_is_held_out(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_end_is_held_out_unless_evaluation_data_are_named(tokenizer: PreTrainedTokenizerBase) -> None:
     loaded = load_data(recipe(dataset_name=["a.jsonl", "b.jsonl"], max_records=14, eval_size=3), tokenizer)
     ids = [*range(10), *range(4)]
     assert [example.record for example in loaded.train] == ids[:11]
     assert [example.record for example in loaded.held_out] == ids[11:]
-
-
-def test_evaluation_data_of_its_own_is_read_whole(tokenizer: PreTrainedTokenizerBase) -> None:
     loaded = load_data(recipe(eval_dataset_name="b.jsonl", max_records=4), tokenizer)
     assert texts(loaded.train, tokenizer) == [f"{n}!<|im_end|>" for n in range(4)]
     assert texts(loaded.held_out, tokenizer) == [f"{n}!<|im_end|>" for n in range(10, 20)]
-    assert loaded.report is not None and loaded.report.records == 4  # the training data's
+    assert loaded.report.records == 4  # the training data's
+    for size in (10, 11):
+        with pytest.raises(UnmaskError, match=r"data.eval_size: .* only 10 examples"):
+            load_data(recipe(eval_size=size), tokenizer)
 
 
 def test_pretraining_data_is_packed_text(tokenizer: PreTrainedTokenizerBase) -> None:
-    loaded = load_data(recipe(dataset_name=["one.txt", "two.txt"], block_size=16, eval_size=2), tokenizer)
+    loaded = load_data(
+        recipe("pretrain", dataset_name=["one.txt", "two.txt"], block_size=16, eval_size=2), tokenizer
+    )
     whole = list(pack_text(["abcdefghij" * 5, "0123456789" * 3], tokenizer, 16))
     assert [one.input_ids for one in (*loaded.train, *loaded.held_out)] == [one.input_ids for one in whole]
-    assert len(loaded.held_out) == 2 and loaded.encoder is None
-    assert loaded.report is not None and loaded.report.formats == {"text": 2}
+    assert len(loaded.held_out) == 2 and loaded.encoder is None and loaded.report.formats == {"text": 2}
     ids = [i for example in whole for i in example.input_ids]
     assert tokenizer.decode(ids) == "abcdefghij" * 5 + "<|im_end|>" + "0123456789" * 3
-
-
-def test_pretraining_with_text_columns_and_evaluation_data(
-    place: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    (place / "c.json").write_text(json.dumps([{"body": "aaa"}, {"body": "bbb"}, {"body": "ccc"}]))
-    plan = recipe_from_dict(
-        {
-            "training_mode": "pretrain",
-            "model": {"config": {}, "tokenizer": "bytes"},
-            "data": {
-                "dataset_name": "c.json",
-                "text_field": "body",
-                "max_records": 2,
-                "eval_dataset_name": "one.txt",
-            },
-        }
-    )
-    loaded = load_data(plan, tokenizer)
+    Path("c.json").write_text(json.dumps([{"body": "aaa"}, {"body": "bbb"}, {"body": "ccc"}]))
+    data = {"text_field": "body", "max_records": 2, "eval_dataset_name": "one.txt"}
+    loaded = load_data(recipe("pretrain", dataset_name="c.json", **data), tokenizer)
     assert texts(loaded.train, tokenizer) == ["aaa<|im_end|>bbb"]
     assert texts(loaded.held_out, tokenizer) == ["abcdefghij" * 5]
 
 
-@pytest.mark.parametrize("size", [10, 11])
-def test_not_all_can_be_held_out(tokenizer: PreTrainedTokenizerBase, size: int) -> None:
-    with pytest.raises(UnmaskError, match=f"data.eval_size: {size} are to be held out, .* only 10 examples"):
-        load_data(recipe(eval_size=size), tokenizer)
-
-
 def test_if_nothing_can_be_used_the_reason_is_given(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(UnmaskError) as caught:
-        load_data(recipe(block_size=8, eval_size=2), tokenizer)
-    assert str(caught.value) == (
-        "a.jsonl: no record can be used: 10 dropped: response would vanish: the prompt alone fills block_size"
-        " (first: a.jsonl line 1)."
-    )
+    for streaming in (False, True):
+        with pytest.raises(
+            UnmaskError, match=r"^a.jsonl: no record can be used: 10 dropped: .*a.jsonl line 1"
+        ):
+            load_data(recipe(block_size=8, streaming=streaming), tokenizer)
 
 
 def test_the_recipe_reaches_the_encoder(tokenizer: PreTrainedTokenizerBase) -> None:
-    sft = {
-        "layout": "separator",
-        "instruction_response_separator": " => ",
-        "train_on": "last",
-        "include_system_prompt": False,
-        "end_fill": 4,
-        "too_long": "drop",
-    }
-    encoder = make_encoder(recipe(sft=sft, block_size=40), tokenizer)
-    expected = Encoder(
+    same = {"layout": "separator", "train_on": "last", "include_system_prompt": False, "end_fill": 4}
+    encoder = make_encoder(
+        recipe(sft={**same, "instruction_response_separator": " => ", "too_long": "drop"}, block_size=40),
         tokenizer,
-        layout="separator",
-        separator=" => ",
-        train_on="last",
-        include_system_prompt=False,
-        end_fill=4,
-        too_long="drop",
-        block_size=40,
     )
+    expected = Encoder(tokenizer, **same, separator=" => ", too_long="drop", block_size=40)  # pyright: ignore
     for name in ("chat_template", "train_on", "include_system_prompt", "end_fill", "too_long", "block_size"):
         assert getattr(encoder, name) == getattr(expected, name)
 
 
 def test_custom_fields_reach_the_records(tokenizer: PreTrainedTokenizerBase) -> None:
     names = {"instruction_field": "q", "response_field": "a", "system_field": "s", "input_field": "i"}
-    plan = recipe(sft={"format": "custom", "custom_format": names})
-    assert custom_fields(plan) == CustomFields("q", "i", "a", "s")
-    assert custom_fields(recipe()) is None
     Path("a.jsonl").write_text(json.dumps({"q": "Why", "a": "Because", "s": "Be kind", "i": "?"}))
-    [example] = load_data(plan, tokenizer).train
-    assert texts([example], tokenizer) == ["Because<|im_end|>"]
-    assert "Be kind" in str(tokenizer.decode(example.input_ids))
+    custom = {"format": "custom", "custom_format": names}
+    for data in (recipe(sft=custom), recipe(sources=[{"dataset_name": "a.jsonl", **custom}])):
+        [example] = load_data(data, tokenizer).train
+        assert texts([example], tokenizer) == ["Because<|im_end|>"]
+        assert "Be kind" in str(tokenizer.decode(example.input_ids))
 
 
 def test_the_runs_tokenizer_has_a_mask_token(place: Path) -> None:
     autoregressive_folder(place / "base")
-    plan = recipe_from_dict({"model": {"name_or_path": "base"}, "data": {"dataset_name": "one.txt"}})
-    assert run_tokenizer(plan).mask_token_id == 259
-    bytes_ = recipe_from_dict(
-        {"model": {"name_or_path": "base", "tokenizer": "bytes"}, "data": {"dataset_name": "one.txt"}}
-    )
-    assert run_tokenizer(bytes_).mask_token_id == 259 and len(run_tokenizer(bytes_)) == 260
+    for model, size in ({"name_or_path": "base"}, 260), ({"name_or_path": "base", "tokenizer": "bytes"}, 260):
+        found = run_tokenizer(recipe_from_dict({"model": model, "data": {"dataset_name": "one.txt"}}))
+        assert found.mask_token_id == 259 and len(found) == size
+
+
+# Prepared data
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("mode", ["sft", "pretrain", "packed"])
+def test_the_folder_is_the_same_for_any_number_of_processes(
+    mode: str, place: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    if mode == "sft":
+        plan = recipe(dataset_name=["a.jsonl", "b.jsonl"])
+    else:
+        lines = [json.dumps({"text": "x" * (n % 7) + str(n) * 5}) for n in range(20)]
+        Path("t.jsonl").write_text("\n".join(lines))
+        plan = recipe("pretrain", dataset_name="t.jsonl", block_size=16, packing=mode == "packed")
+    for number in (1, 3):
+        manifest = prepare(plan, f"out{number}", workers=number, shard_records=6)
+    assert contents(place / "out1") == contents(place / "out3") and len(manifest.shards) == 4
+    assert manifest.report.kept == 20
+    if mode != "pretrain":  # where documents are joined within a shard
+        rows = load_data(
+            recipe(plan.training_mode, **{**plan.data.model_dump(), "dataset_name": "out3"}), tokenizer
+        )
+        assert list(rows.train) == list(load_data(plan, tokenizer).train)
+        assert rows.totals() == (manifest.counts["tokens"], manifest.counts["supervised_tokens"])
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_the_same_call_resumes_to_the_same_bytes(place: Path) -> None:
+    records = [{"prompt": f"Say {n}", "completion": f"{n}! " * 20} for n in range(4000)]
+    Path("a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    plan = recipe(block_size=512)
+    prepare(plan, "whole", shard_records=200, workers=1)
+    draw, kills = random.Random(0), 0
+    for attempt in count(1):
+        child = os.fork()
+        if not child:
+            os.setpgid(0, 0)
+            prepare(plan, "killed", shard_records=200, workers=1 + attempt % 2)
+            os._exit(0)
+        time.sleep(draw.uniform(0, attempt / 10))
+        if os.waitpid(child, os.WNOHANG)[0]:
+            break
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kills += 1
+    assert kills > 1 and contents(place / "killed") == contents(place / "whole")
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file of this process can grow beyond some bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_loses_nothing_that_is_finished(place: Path) -> None:
+    records = [{"prompt": f"Say {n}", "completion": "x" * (40 if n > 39 else 1)} for n in range(80)]
+    Path("a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    plan = recipe()
+    prepare(plan, "whole", shard_records=40, workers=1)
+    sizes = [shard["bytes"] for shard in json.loads(Path("whole/manifest.json").read_text())["shards"]]
+    error = r"^out: cannot be written: .* same command resumes"
+    with full_disk(sizes[0]), pytest.raises(UnmaskError, match=error):
+        prepare(plan, "out", shard_records=40, workers=1)
+    assert {"shard-00000.arrow", "shard-00000.json"} < set(contents(place / "out"))
+    with pytest.raises(UnmaskError, match=r"was interrupted; run the same `unmask prepare` again"):
+        load_data(recipe(dataset_name="out"), run_tokenizer(plan))
+    prepare(plan, "out", shard_records=40)
+    assert contents(place / "out") == contents(place / "whole")
+
+
+def test_what_does_not_fit_prepared_data_is_refused_by_name(tokenizer: PreTrainedTokenizerBase) -> None:
+    prepare(recipe(max_records=8), "out", shard_records=5)
+    assert len(load_data(recipe(dataset_name="out"), tokenizer).train) == 8
+    for changes, words in (
+        ({"block_size": 32}, r"data.block_size: prepared 64, now 32"),
+        ({"max_records": 5}, r"data.max_records: prepared 8, now 5"),
+        ({"sft": {"end_fill": 2}}, r"data.sft.end_fill: prepared 1, now 2"),
+        ({"dataset_name": ["out", "a.jsonl"]}, r"data.dataset_name: out is prepared data, which comes alone"),
+        ({"streaming": True}, r"data.streaming: out is prepared data"),
+    ):
+        with pytest.raises(UnmaskError, match=words):
+            load_data(recipe(**{"dataset_name": "out", **changes}), tokenizer)
+    with pytest.raises(UnmaskError, match=r"out: has data prepared otherwise \(data.block_size: prepared 64"):
+        prepare(recipe(max_records=8, block_size=32), "out", shard_records=5)
+    Path("other").mkdir()
+    Path("other/notes.md").write_text("")
+    with pytest.raises(UnmaskError, match=r"other: has other things \(notes.md\)"):
+        prepare(recipe(), "other")
+    shard = Path("out/shard-00001.arrow")
+    shard.write_bytes(shard.read_bytes()[::-1])
+    with pytest.raises(UnmaskError, match=r"shard-00001.arrow: this shard is damaged"):
+        load_data(recipe(dataset_name="out"), tokenizer)
+    shard.unlink()
+    with pytest.raises(UnmaskError, match=r"shard-00001.arrow: this shard is missing"):
+        load_data(recipe(dataset_name="out"), tokenizer)
+    Path("out/manifest.json").write_text('{"kind": "unmask encoded data"}')
+    with pytest.raises(UnmaskError, match=r"out/manifest.json: cannot be used"):
+        load_data(recipe(dataset_name="out"), tokenizer)
+
+
+# Streams
+
+MIX = [{"dataset_name": "a.jsonl", "weight": 3}, {"dataset_name": "b.jsonl", "weight": 1}]
+STREAMS: dict[str, dict[str, Any]] = {
+    "files": {"dataset_name": ["a.jsonl", "b.jsonl"], "shuffle_buffer": 6},
+    "mixture": {"sources": MIX, "shuffle_buffer": 7},
+    "mixture that stops": {"sources": MIX, "shuffle_buffer": 7, "on_source_end": "stop"},
+    "packed": {"dataset_name": ["a.jsonl", "b.jsonl"], "shuffle_buffer": 6, "packing": True},
+    "held out": {"dataset_name": ["a.jsonl", "b.jsonl"], "shuffle_buffer": 6, "eval_size": 3},
+    "epochs": {"sources": [{**MIX[0], "epochs": 2}, {**MIX[1], "epochs": 1}], "shuffle_buffer": 7},
+}
+
+
+def rows_of(
+    plan: Recipe, steps: range, rank: int = 0, ranks: int = 1, state: Any = None
+) -> tuple[list[list[Any]], Any]:
+    """(ids, sample id, epoch, place) of the examples of each step, and the state after them."""
+    source = load_data(plan, run_tokenizer(plan)).steps(rank, ranks)
+    if state is not None:
+        source.load_state_dict(json.loads(json.dumps(state)))
+    found = []
+    for step in steps:
+        if (units := source.at(step)) is None:
+            break
+        examples = [
+            (example, unit) for unit in units for example in getattr(unit.row, "examples", [unit.row])
+        ]
+        found.append([(e.input_ids, e.sample_id, unit.epoch, unit.place) for e, unit in examples])
+    return found, source.state_dict()
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_stream_resumes_as_the_uninterrupted_one(name: str) -> None:
+    plan = recipe(streaming=True, **STREAMS[name])
+    for ranks in (1, 2):
+        for rank in range(ranks):
+            whole, _ = rows_of(plan, range(12), rank, ranks)
+            for stop in (1, 2, 5):
+                before, state = rows_of(plan, range(stop), rank, ranks)
+                after, _ = rows_of(plan, range(stop, 12), rank, ranks, state)
+                assert before + after == whole
+    with pytest.raises(UnmaskError, match=r"resume_from_checkpoint: .* 2 processes"):
+        rows_of(plan, range(5, 6), state=state)
+
+
+@pytest.mark.parametrize("name", [name for name in STREAMS if name != "packed"])
+def test_a_stream_has_the_same_steps_on_any_number_of_processes(name: str) -> None:
+    plan = recipe(streaming=True, **STREAMS[name])
+    whole, _ = rows_of(plan, range(12))
+    parts = [rows_of(plan, range(12), rank, 2)[0] for rank in (0, 1)]
+    for step, units in enumerate(whole):
+        assert sorted(parts[0][step] + parts[1][step], key=lambda unit: unit[3]) == units
+
+
+def test_every_record_of_a_stream_comes_once_a_pass(tokenizer: PreTrainedTokenizerBase) -> None:
+    plan = recipe(streaming=True, **{**STREAMS["files"], "shuffle_buffer": 5})
+    for ranks in (1, 2):
+        parts = [rows_of(plan, range(10), rank, ranks)[0] for rank in range(ranks)]
+        seen = [(sample, epoch) for part in parts for step in part for _, sample, epoch, _ in step]
+        assert len(seen) == len(set(seen)) == 40 and {epoch for _, epoch in seen} == {0, 1}
+    held_out = load_data(recipe(streaming=True, **STREAMS["held out"]), tokenizer).held_out
+    assert [example.record for example in held_out] == [0, 1, 2]
+    steps, _ = rows_of(recipe(streaming=True, **STREAMS["held out"]), range(20))
+    assert not {e.sample_id for e in held_out} & {sample for step in steps for _, sample, _, _ in step}
+    ended, _ = rows_of(recipe(streaming=True, **STREAMS["epochs"]), range(20))
+    assert len(ended) == 7  # 30 records: the last step would not be whole
+    Path("array.json").write_text('[{"prompt": "q", "completion": "a"}]')
+    with pytest.raises(UnmaskError, match=r"array.json: a JSON array cannot be streamed"):
+        load_data(recipe(dataset_name="array.json", streaming=True), tokenizer)

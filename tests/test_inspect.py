@@ -14,10 +14,6 @@ from unmask.data import inspect
 from unmask.data.collate import Row, collate, pack
 from unmask.data.encode import Encoder, EncodeReport, Example, encode_records, pack_text
 from unmask.data.inspect import (
-    Duplicates,
-    Filling,
-    SourceShare,
-    check_page,
     location,
     record_rows,
     show_examples,
@@ -298,15 +294,7 @@ def test_nothing_to_show(tmp_path: Path) -> None:
     assert "0 sequences" in text and "article" not in shown.tags
 
 
-def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_page(tmp_path / "new.html")
-    with pytest.raises(UnmaskError, match=r"--html: .* is a folder; name a file in it"):
-        check_page(tmp_path)
-    with pytest.raises(UnmaskError, match=r"--html: .*there is no folder .*none; make it first"):
-        check_page(tmp_path / "none" / "a.html")
-    monkeypatch.setattr(inspect.os, "access", lambda *_: False)
-    with pytest.raises(UnmaskError, match=r"--html: .*new.html cannot be written to"):
-        check_page(tmp_path / "new.html")
+def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(UnmaskError, match=r"--html: .* cannot be written: Is a directory"):
         write_page(tmp_path, [], survey([]), TOKENIZER, title="t")
 
@@ -320,11 +308,11 @@ def example(ids: list[int], sources: int = 0, source: int = 0, number: int = 0, 
 def test_tokens_per_source() -> None:
     examples = [example([1] * 6, 2, 0, 0), example([2] * 4, 1, 1, 7), example([3] * 2, 0, 1, 8)]
     found = survey(examples, names=["a.jsonl", "b.jsonl", "none.jsonl"])
-    assert found.sources == (
-        SourceShare("a.jsonl", 1, 6, 4),
-        SourceShare("b.jsonl", 2, 6, 5),
-        SourceShare("none.jsonl", 0, 0, 0),
-    )
+    assert found.tables["tokens per source"] == [
+        ("a.jsonl", "6", "50.0% of the tokens; 1 sequences, 4 tokens supervised"),
+        ("b.jsonl", "6", "50.0% of the tokens; 2 sequences, 5 tokens supervised"),
+        ("none.jsonl", "0", "0.0% of the tokens; 0 sequences, 0 tokens supervised"),
+    ]
     assert (found.sequences, found.tokens, found.supervised, found.lengths) == (3, 12, 9, (2, 4, 6))
     assert sum(count for _, _, count in found.histogram) == 3
 
@@ -336,72 +324,46 @@ def test_duplicates_of_whole_sequences_and_of_prompts() -> None:
         example([1, 2, 3, 4], 2, 1, 0),  # all of it, in another source
         example([1, 2, 3, 4], 3, 1, 1),  # the same tokens, with a longer prompt
         example([1, 2, 3, 4], 0, 1, 2),  # without one
+        example([1, 2, 3, 9], 0, 1, 3),
     ]
-    whole, prompt = survey(examples, names=["a", "b"]).duplicates
-    assert whole.repeats == 3
-    assert whole.places[:2] == (("a record 1", "b record 1"), ("a record 1", "b record 2"))
-    assert prompt.repeats == 2
-    assert prompt.places == (("a record 1", "a record 2"), ("a record 1", "b record 1"))
+    held_out = [example([1, 2, 9], 2), example([1, 2, 3], 1), example([1, 2, 3, 4], 3), example([7], 0)]
+    assert survey(examples, names=["a", "b"], held_out=held_out).tables["duplicates"] == [
+        ("whole sequence", "3", "b record 1 = a record 1; b record 2 = a record 1; b record 3 = a record 1"),
+        ("prompt (all before the first response)", "2", "a record 2 = a record 1; b record 1 = a record 1"),
+        ("held-out prompt that is trained on, too", "2", ""),
+    ]
+    blocks = [example([n % 2, 2], number=n) for n in range(6)]
+    assert survey(blocks, held_out=[example([1, 2]), example([3, 5])]).tables["duplicates"] == [
+        ("whole sequence", "4", "record 3 = record 1; record 4 = record 2; record 5 = record 1; and 1 more"),
+        ("held-out sequence that is trained on, too", "1", ""),
+    ]
 
 
-def test_a_record_of_several_files_is_named_by_its_file() -> None:
+def test_a_record_is_named_by_its_source_and_file() -> None:
     files = [["one.jsonl"], ["a.jsonl", "b.jsonl", "c.jsonl"]]
-    row = example([1], source=1, file=2, number=16)
-    assert location(row, ["x", "parts"], files) == "parts c.jsonl record 17"
-    assert location(replace(row, source=0), ["parts"], files[1:]) == "c.jsonl record 17"
+    row = example([1], source=1, file=2, number=1233)
+    assert location(row, ["x", "parts"], files) == "parts c.jsonl record 1,234"
+    assert location(replace(row, source=0), ["parts"], files[1:]) == "c.jsonl record 1,234"
     assert location(example([1], number=16), ["x", "parts"], files) == "x record 17"
-    repeats = survey([row, row], names=["x", "parts"], files=files).duplicates[0]
-    assert repeats.places == (("parts c.jsonl record 17",) * 2,)
-
-
-def test_a_prompt_is_no_duplicate_of_its_beginning() -> None:
-    whole, prompt = survey([example([1, 2, 3], 1), example([1, 2, 4], 2), example([259, 0], 1)]).duplicates
-    assert (whole.repeats, prompt.repeats) == (0, 0)
-
-
-def test_held_out_prompts_that_are_trained_on() -> None:
-    examples = [example([1, 2, 3], 2), example([4, 5, 6], 2), example([4, 5, 6], 2)]
-    held_out = [example([1, 2, 9], 2), example([1, 2, 3], 1), example([4, 5, 6], 2), example([7, 7], 0)]
-    assert survey(examples, held_out=held_out).duplicates[2] == Duplicates(
-        "held-out prompt that is trained on, too", 2, ()
-    )
-    blocks = [example([1, 2]), example([3, 4])]
-    _, held = survey(blocks, held_out=[example([3, 4]), example([3, 5])]).duplicates
-    assert held == Duplicates("held-out sequence that is trained on, too", 1, ())
+    assert location(example([1], number=16), ["a"]) == "record 17"
+    assert location(Example([1], [False]), ["a", "b"]) == "a"
+    assert location(Example([1], [False])) == ""
 
 
 def test_filled_positions_are_those_of_real_batches() -> None:
     draw = random.Random(0)
     sizes = [draw.randrange(5, 60) for _ in range(100)]
     examples = [example([7] * size, 1, 0, number) for number, size in enumerate(sizes)]
-    found = survey(examples, block_size=64, micro_batch=100)
-    block, longest, packed = (filling.share for filling in found.filling)
-    assert block == pytest.approx(sum(sizes) / (100 * 64))
-    batch = collate(examples, pad_token_id=0)["attention_mask"]
-    assert longest == pytest.approx(batch.float().mean().item())
-    rows = list(pack(examples, 64))
-    assert packed == pytest.approx(sum(sizes) / (len(rows) * 64)) and packed > 0.9
-    assert longest < survey(examples, micro_batch=4).filling[0].share < 1  # of few, fewer are much shorter
-
-
-def test_the_rows_of_the_run_are_named() -> None:
-    examples = [example([7] * 10) for _ in range(6)]
-    for packed, words in ((False, "packed into rows of 64"), (True, "packed into rows of 64, as here")):
-        filling = survey(examples, block_size=64, packed=packed).filling
-        assert filling[1:] == (Filling(words, 60 / 64),)
-
-
-def test_the_last_batch_may_be_small() -> None:
-    examples = [example([7] * 10), example([7] * 10), example([7] * 5)]
-    [filling] = survey(examples, micro_batch=2).filling
-    assert filling.share in (pytest.approx(25 / 25), pytest.approx(25 / 30))
-
-
-def test_places() -> None:
-    assert location(example([1], 0, 1, 1233), ["a", "b"]) == "b record 1,234"
-    assert location(example([1], 0, 0, 4), ["a"]) == "record 5"
-    assert location(Example([1], [False]), ["a", "b"]) == "a"
-    assert location(Example([1], [False])) == ""
+    found = survey(examples, block_size=64, micro_batch=100, packed=True).tables
+    mask, rows = collate(examples, pad_token_id=0)["attention_mask"], pack(examples, 64)
+    assert found["positions that hold a token"] == [
+        ("padded to block_size 64", f"{sum(sizes) / 6400:.1%}", ""),
+        ("padded to the longest of 100 in random order", f"{mask.float().mean().item():.1%}", ""),
+        ("packed into rows of 64, as here", f"{sum(sizes) / (len(rows) * 64):.1%}", ""),
+    ]
+    # Of few, fewer are much shorter; and the last batch may be small.
+    [(_, share, _)] = survey(examples, micro_batch=3).tables["positions that hold a token"]
+    assert mask.float().mean().item() < float(share[:-1]) / 100 < 1
 
 
 def test_every_reason_has_a_row_with_its_first_location() -> None:

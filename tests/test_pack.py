@@ -32,7 +32,7 @@ def test_every_example_is_in_one_row_and_no_row_is_too_long(
     sizes: list[int], length: int, window: int
 ) -> None:
     examples = examples_of(sizes)
-    rows = list(pack(examples, length, window))
+    rows = pack(examples, length, window)
     ids = [example.sample_id for row in rows for example in row]
     assert sorted(ids) == list(range(len(sizes)))
     assert all(example is examples[example.sample_id] for row in rows for example in row)
@@ -49,16 +49,10 @@ def test_every_example_is_in_one_row_and_no_row_is_too_long(
 def test_a_window_is_packed_by_itself(sizes: list[int], length: int, window: int, start: int) -> None:
     """A position in a stream is (window, row): a stream entered at a window goes on with the same rows."""
     examples = examples_of(sizes)
-    rows = list(pack(iter(examples), length, window))
-    before = list(pack(examples[: start * window], length, window))
-    after = list(pack(examples[start * window :], length, window))
+    rows = pack(examples, length, window)
+    before = pack(examples[: start * window], length, window)
+    after = pack(examples[start * window :], length, window)
     assert before + after == rows
-
-
-def test_a_stream_is_read_a_window_at_a_time() -> None:
-    stream = iter(examples_of([3] * 100))
-    next(pack(stream, 9, window=10))
-    assert next(stream).sample_id == 10
 
 
 def test_the_longest_come_first_and_each_goes_where_least_room_is_left() -> None:
@@ -69,15 +63,13 @@ def test_the_longest_come_first_and_each_goes_where_least_room_is_left() -> None
 
 def test_rows_are_full() -> None:
     for sizes in (spread(1000), spread(5000, 78, 550), spread(999, 1, 1024)):
-        rows = list(pack(examples_of(sizes), 1024))
+        rows = pack(examples_of(sizes), 1024)
         assert filled(rows, 1024) >= 0.97
         # No packing has fewer rows than the tokens take.
         assert len(rows) <= -(-sum(sizes) // 1024) * 1.03 + 1
 
 
 def test_an_example_as_long_as_a_row_fills_it_and_a_longer_one_is_refused() -> None:
-    assert sizes_of(list(pack(examples_of([4, 8, 4]), 8))) == [[4, 4], [8]]
+    assert sizes_of(pack(examples_of([4, 8, 4]), 8)) == [[4, 4], [8]]
     with pytest.raises(UnmaskError, match=r"an example of 9 tokens does not fit a row of 8\."):
-        list(pack(examples_of([4, 9]), 8))
-    with pytest.raises(UnmaskError, match="must hold at least 1 example; got 0"):
-        list(pack(examples_of([4]), 8, window=0))
+        pack(examples_of([4, 9]), 8)

@@ -101,14 +101,15 @@ def data(
     settings = load_recipe(recipe, overrides or [])  # before the imports that take seconds
     hide_progress_bars()
     from unmask.data.dataset import first_rows, first_shares, load_data, run_tokenizer, source_names
-    from unmask.data.inspect import SEQUENCES, check_page, show_examples, show_report, survey, write_page
+    from unmask.data.inspect import SEQUENCES, show_examples, show_report, survey, write_page
+    from unmask.io import check_output_file
     from unmask.plots import check_picture, draw_curriculum
     from unmask.training.build import check_base, check_block_sizes, make_curriculum, schedule_notes
 
     if curriculum is not None:
         check_picture(curriculum, "--curriculum")
     if html is not None:
-        check_page(html)
+        check_output_file(html, "--html")
     check_base(settings)
     tokenizer = run_tokenizer(settings)
     loaded = load_data(settings, tokenizer)

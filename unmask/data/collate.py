@@ -7,16 +7,15 @@ processes. A window of examples is packed by itself, so a stream can be packed a
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice, takewhile
-from typing import Any, Literal, overload
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from typing import Any, Literal, cast, overload
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from unmask.data.encode import SEPARATOR, DropRecord, Encoder, Example
+from unmask.data.encode import DropRecord, Encoder, Example
 from unmask.data.records import Conversation, CustomFields, to_conversation
-from unmask.data.template import Thinking
 from unmask.data.tokenizer import check_tokenizer
 from unmask.errors import UnmaskError
 
@@ -32,7 +31,7 @@ class Row(list[Example]):
         return self
 
 
-def pack(examples: Iterable[Example], length: int, window: int = WINDOW) -> Iterator[Row]:
+def pack(examples: Sequence[Example], length: int, window: int = WINDOW) -> list[Row]:
     """Put examples into rows of at most `length` tokens: longest first, each into the fullest row it fits.
 
     Nothing is carried from one window of examples to the next. Rows come in the order of their first
@@ -43,18 +42,14 @@ def pack(examples: Iterable[Example], length: int, window: int = WINDOW) -> Iter
         window: examples looked at together; more of them fill the rows better.
 
     Raises:
-        UnmaskError: a window below 1, or an example longer than a row.
+        UnmaskError: an example is longer than a row.
 
     >>> examples = [Example([7] * size, [False] * size) for size in (3, 5, 2, 4)]
     >>> [[len(example.input_ids) for example in row] for row in pack(examples, 7)]
     [[3, 4], [5, 2]]
     """
-    if window < 1:
-        raise UnmaskError(f"the window of packing must hold at least 1 example; got {window}.")
-    source = iter(examples)
-    while taken := list(islice(source, window)):
-        for row in _rows([len(example.input_ids) for example in taken], length):
-            yield Row(taken[index] for index in row)
+    sizes = [len(example.input_ids) for example in examples]
+    return [Row(examples[index] for index in row) for row in _packed(sizes, length, window)]
 
 
 class PackedRows(Sequence[Row]):
@@ -67,12 +62,7 @@ class PackedRows(Sequence[Row]):
     """
 
     def __init__(self, examples: Sequence[Example], sizes: Sequence[int], length: int) -> None:
-        self.examples = examples
-        self.indices = [
-            [start + index for index in row]
-            for start in range(0, len(sizes), WINDOW)
-            for row in _rows(sizes[start : start + WINDOW], length)
-        ]
+        self.examples, self.indices = examples, _packed(sizes, length, WINDOW)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -89,27 +79,31 @@ class PackedRows(Sequence[Row]):
         return Row(self.examples[number] for number in self.indices[index])
 
 
+def _packed(sizes: Sequence[int], length: int, window: int) -> list[list[int]]:
+    """Best-fit decreasing in each window: the indices that share each row, in order."""
+    if (longest := max(sizes, default=0)) > length:
+        raise UnmaskError(f"an example of {longest} tokens does not fit a row of {length}.")
+    packed: list[list[int]] = []
+    for start in range(0, len(sizes), window):
+        rows: list[list[int]] = []
+        room: list[tuple[int, int]] = []  # (free tokens, row), fullest row first
+        taken = range(start, min(start + window, len(sizes)))
+        for index in sorted(taken, key=lambda index: (-sizes[index], index)):
+            place = bisect_left(room, (sizes[index], -1))
+            if place < len(room):
+                free, row = room.pop(place)
+            else:
+                free, row = length, len(rows)
+                rows.append([])
+            rows[row].append(index)
+            insort(room, (free - sizes[index], row))
+        packed += sorted(map(sorted, rows))
+    return packed
+
+
 def filled(rows: Sequence[Row], length: int) -> float:
     """Compute the share of the positions of rows of `length` that hold a token."""
     return sum(len(example.input_ids) for row in rows for example in row) / (len(rows) * length)
-
-
-def _rows(sizes: Sequence[int], length: int) -> list[list[int]]:
-    """Best-fit decreasing: the indices that share each row, in order."""
-    if max(sizes) > length:
-        raise UnmaskError(f"an example of {max(sizes)} tokens does not fit a row of {length}.")
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, row), fullest row first
-    for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
-        place = bisect_left(room, (sizes[index], -1))
-        if place < len(room):
-            free, row = room.pop(place)
-        else:
-            free, row = length, len(rows)
-            rows.append([])
-        rows[row].append(index)
-        insort(room, (free - sizes[index], row))
-    return sorted(map(sorted, rows))
 
 
 def collate(
@@ -148,25 +142,22 @@ def collate(
     sizes = [sum(len(example.input_ids) for example in row) for row in rows]
     shape = (len(rows), max(sizes) + -max(sizes) % pad_to_multiple_of)
     input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
     src_mask = torch.ones(shape, dtype=torch.bool)
     segment_ids = torch.zeros(shape, dtype=torch.int64)
     for number, (row, size) in enumerate(zip(rows, sizes, strict=True)):
         stop = shape[1] - size if padding_side == "left" else 0
         for segment, example in enumerate(row, 1):
             start, stop = stop, stop + len(example.input_ids)
-            place = (number, slice(start, stop))
-            input_ids[place] = torch.tensor(example.input_ids, dtype=torch.int64)
-            attention_mask[place] = 1
-            src_mask[place] = torch.tensor(example.src_mask, dtype=torch.bool)
-            segment_ids[place] = segment
-    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "src_mask": src_mask}
+            input_ids[number, start:stop] = torch.tensor(example.input_ids, dtype=torch.int64)
+            src_mask[number, start:stop] = torch.tensor(example.src_mask, dtype=torch.bool)
+            segment_ids[number, start:stop] = segment
+    batch = {"input_ids": input_ids, "attention_mask": (segment_ids > 0).long(), "src_mask": src_mask}
     most = max(map(len, rows))
     if most > 1:
         batch["segment_ids"] = segment_ids
-    ids_of = [[example.sample_id for example in row] for row in rows]
+    ids_of = [[example.sample_id for example in row] + [-1] * (most - len(row)) for row in rows]
     if max(map(max, ids_of)) >= 0:
-        table = torch.tensor([row + [-1] * (most - len(row)) for row in ids_of])
+        table = torch.tensor(ids_of)
         batch["sample_ids"] = table if any(isinstance(one, Row) for one in examples) else table[:, 0]
     return batch
 
@@ -174,8 +165,12 @@ def collate(
 class SFTDataCollator:
     """Collates raw records, conversations or encoded examples for supervised fine-tuning.
 
-    The keyword arguments of the encoding are those of `Encoder`. A batch may mix raw record dicts,
-    `Conversation`, `Example` and dicts with `input_ids` and `src_mask`.
+    A batch may mix raw record dicts, `Conversation`, `Example` and dicts with `input_ids` and `src_mask`.
+
+    Args:
+        format: of the records, see `data.sft.format` of a recipe; likewise `custom_format`.
+        padding_side: see `collate`; likewise `pad_to_multiple_of`.
+        encoding: arguments of `Encoder`: `layout`, `separator`, `train_on`, `end_fill`, `block_size`, ...
 
     Returns from a call:
         What `collate` returns, and instruction_lengths int64 (B,): source tokens before the first response.
@@ -194,52 +189,32 @@ class SFTDataCollator:
         self,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        layout: Literal["auto", "chat", "separator"] = "auto",
-        separator: str = SEPARATOR,
-        train_on: Literal["all", "last"] = "all",
-        include_system_prompt: bool = True,
-        end_fill: int = 1,
-        block_size: int | None = None,
-        too_long: Literal["truncate", "drop"] = "truncate",
-        thinking: Thinking | None = None,
         format: str = "auto",
         custom_format: CustomFields | None = None,
         padding_side: Literal["right", "left"] = "right",
         pad_to_multiple_of: int = 1,
+        **encoding: Any,
     ) -> None:
         check_tokenizer(tokenizer, mask=False)
-        self.tokenizer = tokenizer
-        self.encoder = Encoder(
-            tokenizer,
-            layout=layout,
-            separator=separator,
-            train_on=train_on,
-            include_system_prompt=include_system_prompt,
-            end_fill=end_fill,
-            block_size=block_size,
-            too_long=too_long,
-            thinking=thinking,
-        )
-        self.format = format
-        self.custom_format = custom_format
+        self.tokenizer, self.encoder = tokenizer, Encoder(tokenizer, **encoding)
+        self.format, self.custom_format = format, custom_format
         self.padding_side: Literal["right", "left"] = padding_side
         self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(
         self, records: Sequence[Mapping[str, Any] | Conversation | Example]
     ) -> dict[str, torch.Tensor]:
-        examples = [self._example(record, number) for number, record in enumerate(records)]
+        examples = [self._example(record, f"record {n} of the batch") for n, record in enumerate(records)]
         batch = collate(
             examples,
-            self.tokenizer.pad_token_id,  # pyright: ignore[reportArgumentType]
+            cast(int, self.tokenizer.pad_token_id),
             padding_side=self.padding_side,
             pad_to_multiple_of=self.pad_to_multiple_of,
         )
         lengths = [sum(1 for _ in takewhile(bool, example.src_mask)) for example in examples]
         return {**batch, "instruction_lengths": torch.tensor(lengths)}
 
-    def _example(self, record: Mapping[str, Any] | Conversation | Example, number: int) -> Example:
-        where = f"record {number} of the batch"
+    def _example(self, record: Any, where: str) -> Example:
         if isinstance(record, Example):
             return record
         if isinstance(record, Mapping) and "input_ids" in record:

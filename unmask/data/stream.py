@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import count, islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -87,6 +87,10 @@ class Stream(NamedTuple):
                 found.append((place, row, epoch))
         return [(row, epoch) for _, row, epoch in sorted(found, key=lambda item: item[0])]
 
+    def examples(self, records: Sequence[Taken], report: EncodeReport) -> list[Example]:
+        """Encode records to examples in their order."""
+        return [cast(Example, row) for row, _ in self.encode(records, report)]
+
 
 def _read(files: Sequence[tuple[int, Source, int]]) -> Iterator[dict[str, Any]]:
     for number, file, left_out in files:
@@ -145,6 +149,7 @@ class StreamSteps(Steps):
         super().__init__(data, rank, ranks)
         assert data.stream is not None
         self.stream, self.row_length = data.stream, data.row_length
+        self.report = data.report = EncodeReport()  # of the records that this process encodes
         # The window that is being read: its number, records before it, where its sources were, rows given.
         self._state = {"window": 0, "before": 0, "sources": [{} for _ in data.sources], "rows": 0}
         self._step = 0
@@ -199,7 +204,7 @@ class StreamSteps(Steps):
                 row
                 for start in range(0, len(mine), CHUNK)
                 for row in self.stream.encode(
-                    [records[place] for place in mine[start : start + CHUNK]], EncodeReport(), self.row_length
+                    [records[place] for place in mine[start : start + CHUNK]], self.report, self.row_length
                 )
             )
             for row in islice(rows, given, None):
@@ -255,13 +260,13 @@ def open_stream(run: RunData, tokenizer: PreTrainedTokenizerBase) -> None:
                 f"data.eval_size: {wanted} are to be held out, but there are only {len(records)} records; use"
                 " less or more data."
             )
-        run.held_out_parts = [[row for row, _ in run.stream.encode(records, run.held_out_report)]]
+        run.held_out_parts = [run.stream.examples(records, run.held_out_report)]
         for taken in records:
             run.stream.held_out[taken.file] = run.stream.held_out.get(taken.file, 0) + 1
     for number, source in enumerate(run.sources):
         records, report, examples = run.stream.beginning(number), EncodeReport(), []
         while not examples and (chunk := list(islice(records, CHUNK))):
-            examples = [row for row, _ in run.stream.encode(chunk, report)]
+            examples = run.stream.examples(chunk, report)
         if not examples:
             why = "; ".join(report.left_out()) or "there is no record to train on"
             raise UnmaskError(f"{', '.join(source.names)}: no record can be used: {why}.")
