@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from unmask.config import recipe_from_dict
 from unmask.data import inspect
-from unmask.data.collate import Row, collate, pack
+from unmask.data.collate import collate, pack
+from unmask.data.dataset import RunData
 from unmask.data.encode import Encoder, EncodeReport, Example, encode_records, pack_text
 from unmask.data.inspect import (
     location,
@@ -27,6 +30,27 @@ from unmask.data.tokenizer import byte_tokenizer
 from unmask.errors import UnmaskError
 
 TOKENIZER = byte_tokenizer()
+
+
+def run_data(
+    examples: Sequence[Example],
+    report: EncodeReport | None = None,
+    names: Sequence[str] = ("data",),
+    files: Sequence[Sequence[str]] = (),
+    held_out: Sequence[Example] = (),
+    **changes: Any,
+) -> RunData:
+    """What a run of these examples sees; their sources have these names."""
+    micro_batch = changes.pop("micro_batch", 1)
+    tree = {
+        "training_mode": "sft",
+        "model": {"config": {}, "tokenizer": "bytes"},
+        "data": {"sources": [{"dataset_name": name} for name in names], **changes},
+        "global_batch_size": micro_batch,
+    }
+    recipe = recipe_from_dict(tree)
+    report = report or EncodeReport()
+    return RunData(recipe, None, [], [examples], [held_out] if held_out else [], files=files, report=report)
 
 
 def console(*, terminal: bool = False, encoding: str = "utf-8") -> tuple[Console, io.BytesIO]:
@@ -51,7 +75,7 @@ def encoded(**settings: Any) -> tuple[list[Example], EncodeReport]:
 
 def test_examples_without_colour() -> None:
     out, raw = console()
-    show_examples(encoded(end_fill=16)[0], TOKENIZER, console=out, limit=1)
+    show_examples(run_data(encoded(end_fill=16)[0]), TOKENIZER, console=out, limit=1)
     assert lines(raw) == [
         "example 1 of 2, record 1: 65 tokens, 32 supervised",
         "source    33  <|im_start|>user⏎",
@@ -67,7 +91,7 @@ def test_examples_without_colour() -> None:
 
 def test_kinds_have_colours_in_a_terminal() -> None:
     out, raw = console(terminal=True)
-    show_examples(encoded()[0], TOKENIZER, console=out, limit=1)
+    show_examples(run_data(encoded()[0]), TOKENIZER, console=out, limit=1)
     text = raw.getvalue().decode()
     assert "\x1b[2msource" in text
     assert "\x1b[32mresponse" in text
@@ -77,10 +101,10 @@ def test_kinds_have_colours_in_a_terminal() -> None:
 
 def test_ascii_terminals() -> None:
     out, raw = console(encoding="ascii")
-    show_examples([Example(list("é\n".encode()), [False] * 3)], TOKENIZER, console=out)
+    show_examples(run_data([Example(list("é\n".encode()), [False] * 3)]), TOKENIZER, console=out)
     examples, report = encoded()
     report.skip(RecordError("ü.jsonl line 1", "no field 'é'"))
-    show_report(survey(examples, report), console=out)
+    show_report(survey(run_data(examples, report)), console=out)
     text = raw.getvalue().decode("ascii")
     assert "\\xe9\\n" in text and "no field '\\xe9'; first: \\xfc.jsonl line 1" in text
     assert "#" * 40 in text
@@ -89,7 +113,7 @@ def test_ascii_terminals() -> None:
 def test_report() -> None:
     examples, report = encoded()
     out, raw = console()
-    show_report(survey(examples, report, block_size=100), console=out)
+    show_report(survey(run_data(examples, report, block_size=100)), console=out)
     found = lines(raw)
     assert found[0] == ("length in tokens (block_size 100): shortest 53, median 100, longest 100")
     assert found[1] == "   53 to  57  " + "█" * 40 + " 1"
@@ -98,10 +122,11 @@ def test_report() -> None:
     assert found[12:] == [
         "supervised: 99 of 153 tokens (64.7%) in 2 sequences",
         "tokens per source:",
-        "  source 1  153  100.0% of the tokens; 2 sequences, 99 tokens supervised",
+        "  data  153  100.0% of the tokens; 2 sequences, 99 tokens supervised",
         "positions that hold a token:",
-        "  padded to block_size 100  76.5%",
-        "  packed into rows of 100   76.5%",
+        "  padded to block_size 100                     76.5%",
+        "  padded to the longest of 1 in random order  100.0%",
+        "  packed into rows of 100                      76.5%",
         "duplicates:",
         "  whole sequence                          0",
         "  prompt (all before the first response)  0",
@@ -119,8 +144,8 @@ def test_report() -> None:
 def test_pretraining() -> None:
     examples = list(pack_text(["abcdef" * 5], TOKENIZER, 8))
     out, raw = console()
-    show_examples(examples, TOKENIZER, console=out, limit=1)
-    show_report(survey(examples), console=out)
+    show_examples(run_data(examples), TOKENIZER, console=out, limit=1)
+    show_report(survey(run_data(examples)), console=out)
     found = lines(raw)
     assert found[1] == "text  8  abcdefab"
     assert found[3] == "text: supervised"
@@ -132,15 +157,15 @@ def test_nothing_kept() -> None:
     out, raw = console()
     report = EncodeReport(records=1)
     report.drop("too [long]", "x line 1")
-    show_examples([], TOKENIZER, console=out)
-    show_report(survey([], report), console=out)
+    show_examples(run_data([]), TOKENIZER, console=out)
+    show_report(survey(run_data([], report)), console=out)
     assert "supervised: 0 of 0 tokens (0.0%) in 0 sequences" in lines(raw)
     assert any("too [long]; first: x line 1" in line for line in lines(raw))
 
 
 def test_long_pieces_lose_their_middle() -> None:
     out, raw = console()
-    show_examples([Example([97] * 5000, [False] * 5000)], TOKENIZER, console=out)
+    show_examples(run_data([Example([97] * 5000, [False] * 5000)]), TOKENIZER, console=out)
     assert "[... 4600 characters ...]" in " ".join(lines(raw))
     assert len(lines(raw)) < 20
 
@@ -191,19 +216,17 @@ def encoded_page(records: list[dict[str, Any]], **settings: Any) -> list[Example
     return encode_records([(r, "x") for r in records], Encoder(TOKENIZER, **settings))[0]
 
 
-def written(tmp_path: Path, rows: list[Example] | list[Row], **given: Any) -> tuple[Page, str]:
+def written(tmp_path: Path, data: RunData, title: str = "t") -> tuple[Page, str]:
     file = tmp_path / "page.html"
-    examples = [example for row in rows for example in ([row] if isinstance(row, Example) else row)]
-    found = given.pop("found", None) or survey(examples)
-    write_page(file, rows, found, TOKENIZER, title=given.pop("title", "t"), **given)
+    write_page(file, data, survey(data), TOKENIZER, title=title)
     text = file.read_text(encoding="utf-8")
     return Page(text), text
 
 
 def test_what_stands_in_the_data_is_text(tmp_path: Path) -> None:
     rows = encoded_page([{"instruction": ODD, "output": ODD}, {"instruction": "q", "output": "a"}])
-    names = ["<i>1</i>", "b"]
-    shown, text = written(tmp_path, rows, title="<u>t</u>", names=names, found=survey(rows, names=names))
+    data = run_data(rows, names=["<i>1</i>", "b"])
+    shown, text = written(tmp_path, data, title="<u>t</u>")
     assert {"script", "u", "i", "b onclick"}.isdisjoint(shown.tags)
     assert shown.of("response") == [visible(ODD), "a"]
     assert visible(ODD) in shown.of("source")[0]
@@ -212,7 +235,7 @@ def test_what_stands_in_the_data_is_text(tmp_path: Path) -> None:
 
 
 def test_nothing_comes_from_elsewhere(tmp_path: Path) -> None:
-    shown, text = written(tmp_path, encoded_page([{"instruction": "q", "output": "a"}]))
+    shown, text = written(tmp_path, run_data(encoded_page([{"instruction": "q", "output": "a"}])))
     assert {"script", "link", "img", "iframe", "object"}.isdisjoint(shown.tags)
     names = {name for name, _ in shown.attributes}
     assert names <= {"lang", "charset", "name", "content", "class", "style", "title"}
@@ -223,7 +246,7 @@ def test_nothing_comes_from_elsewhere(tmp_path: Path) -> None:
 def test_the_pieces_are_the_example_with_its_padding(tmp_path: Path) -> None:
     records = [{"instruction": "q" * n, "output": "a" * (3 * n)} for n in range(1, 6)]
     rows = encoded_page(records, end_fill=8)
-    shown, _ = written(tmp_path, rows, micro_batch=2)
+    shown, _ = written(tmp_path, run_data(rows, micro_batch=2))
     assert shown.of("response") == ["a" * (3 * n) for n in range(1, 6)]
     assert shown.of("end") == [
         f"<|im_end|> ×{8 - 3 * n % 8}" if 3 * n % 8 < 7 else "<|im_end|>" for n in range(1, 6)
@@ -239,8 +262,8 @@ def test_the_pieces_are_the_example_with_its_padding(tmp_path: Path) -> None:
 
 def test_packed_rows_show_their_documents_apart(tmp_path: Path) -> None:
     examples = encoded_page([{"instruction": f"q{n}", "output": "a" * (5 + 7 * n)} for n in range(7)])
-    rows = list(pack(examples, 128))
-    shown, text = written(tmp_path, rows, width=128)
+    rows = pack(examples, 128)
+    shown, text = written(tmp_path, run_data(examples, block_size=128, packing=True))
     assert shown.tags.count("article") == len(rows) < len(examples)
     assert shown.tags.count("section") == len(examples)
     colours = [value for name, value in shown.attributes if name == "style" and "--document" in str(value)]
@@ -256,7 +279,7 @@ def test_packed_rows_show_their_documents_apart(tmp_path: Path) -> None:
 
 
 def test_blocks_of_plain_text(tmp_path: Path) -> None:
-    shown, text = written(tmp_path, [Example([*b"ab\n\ncd", 258], [False] * 7)])
+    shown, text = written(tmp_path, run_data([Example([*b"ab\n\ncd", 258], [False] * 7)]))
     assert shown.of("text")[-1] == "ab⏎⏎\ncd" and shown.of("end")[-1] == "<|im_end|>"
     assert "documents that share rows" not in text
 
@@ -264,39 +287,34 @@ def test_blocks_of_plain_text(tmp_path: Path) -> None:
 def test_of_thousands_the_first_are_shown_and_that_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [Example([97] * 10, [False] * 10, n) for n in range(1203)]
-    shown, text = written(tmp_path, rows)
+    data = run_data([Example([97] * 10, [False] * 10, n) for n in range(1203)])
+    shown, text = written(tmp_path, data)
     assert shown.tags.count("article") == 1000
-    assert "the first 1,000 of 1,203 rows" in text and "row 7 of 1,203" in text
-    _, begun = written(tmp_path, rows, first_of_run=True)
-    assert "the first 1,000 rows of the run, padded" in begun and "row 7<" in begun
-    assert "the order of the data" not in begun and "not shown" not in begun
-    assert "the order of the data" in text and "203 more rows are not shown" in text
+    assert "the first 1,000 of 1,203 rows" in text and "the order of the data" in text
     monkeypatch.setattr(inspect, "TOKENS", 95)
-    shown, text = written(tmp_path, rows)
+    shown, text = written(tmp_path, data)
     assert shown.tags.count("article") == 9 and "the first 9 of 1,203 rows" in text
-    shown, text = written(tmp_path, [Example([97] * 500, [False] * 500)])  # one always is
+    shown, text = written(tmp_path, run_data([Example([97] * 500, [False] * 500)]))  # one always is
     assert shown.tags.count("article") == 1 and "all 1 rows" in text
 
 
 def test_the_report_stands_above(tmp_path: Path) -> None:
     records = [({"instruction": "q", "output": "a"}, "x line 1")] * 3 + [({"instruction": "q"}, "x|<line> 4")]
     rows, report = encode_records(records, Encoder(TOKENIZER), on_bad_record="skip")
-    found = survey(rows, report, names=["a.jsonl"], block_size=64, micro_batch=2)
-    _, text = written(tmp_path, rows, found=found)
+    _, text = written(tmp_path, run_data(rows, report, names=["a.jsonl"], block_size=64, micro_batch=2))
     assert "no known format has these fields; first: x|&lt;line&gt; 4" in text
     assert "packed into rows of 64" in text and "record 2 = record 1; record 3 = record 1" in text
     assert text.index("a.jsonl") < text.index("<article>")
 
 
 def test_nothing_to_show(tmp_path: Path) -> None:
-    shown, text = written(tmp_path, [])
+    shown, text = written(tmp_path, run_data([]))
     assert "0 sequences" in text and "article" not in shown.tags
 
 
 def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(UnmaskError, match=r"--html: .* cannot be written: Is a directory"):
-        write_page(tmp_path, [], survey([]), TOKENIZER, title="t")
+        write_page(tmp_path, run_data([]), survey(run_data([])), TOKENIZER, title="t")
 
 
 def example(ids: list[int], sources: int = 0, source: int = 0, number: int = 0, file: int = 0) -> Example:
@@ -307,7 +325,7 @@ def example(ids: list[int], sources: int = 0, source: int = 0, number: int = 0, 
 
 def test_tokens_per_source() -> None:
     examples = [example([1] * 6, 2, 0, 0), example([2] * 4, 1, 1, 7), example([3] * 2, 0, 1, 8)]
-    found = survey(examples, names=["a.jsonl", "b.jsonl", "none.jsonl"])
+    found = survey(run_data(examples, names=["a.jsonl", "b.jsonl", "none.jsonl"]))
     assert found.tables["tokens per source"] == [
         ("a.jsonl", "6", "50.0% of the tokens; 1 sequences, 4 tokens supervised"),
         ("b.jsonl", "6", "50.0% of the tokens; 2 sequences, 5 tokens supervised"),
@@ -327,13 +345,13 @@ def test_duplicates_of_whole_sequences_and_of_prompts() -> None:
         example([1, 2, 3, 9], 0, 1, 3),
     ]
     held_out = [example([1, 2, 9], 2), example([1, 2, 3], 1), example([1, 2, 3, 4], 3), example([7], 0)]
-    assert survey(examples, names=["a", "b"], held_out=held_out).tables["duplicates"] == [
+    assert survey(run_data(examples, names=["a", "b"], held_out=held_out)).tables["duplicates"] == [
         ("whole sequence", "3", "b record 1 = a record 1; b record 2 = a record 1; b record 3 = a record 1"),
         ("prompt (all before the first response)", "2", "a record 2 = a record 1; b record 1 = a record 1"),
         ("held-out prompt that is trained on, too", "2", ""),
     ]
     blocks = [example([n % 2, 2], number=n) for n in range(6)]
-    assert survey(blocks, held_out=[example([1, 2]), example([3, 5])]).tables["duplicates"] == [
+    assert survey(run_data(blocks, held_out=[example([1, 2]), example([3, 5])])).tables["duplicates"] == [
         ("whole sequence", "4", "record 3 = record 1; record 4 = record 2; record 5 = record 1; and 1 more"),
         ("held-out sequence that is trained on, too", "1", ""),
     ]
@@ -341,20 +359,21 @@ def test_duplicates_of_whole_sequences_and_of_prompts() -> None:
 
 def test_a_record_is_named_by_its_source_and_file() -> None:
     files = [["one.jsonl"], ["a.jsonl", "b.jsonl", "c.jsonl"]]
+    several, single = run_data([], names=["x", "parts"], files=files), run_data([], files=files[1:])
     row = example([1], source=1, file=2, number=1233)
-    assert location(row, ["x", "parts"], files) == "parts c.jsonl record 1,234"
-    assert location(replace(row, source=0), ["parts"], files[1:]) == "c.jsonl record 1,234"
-    assert location(example([1], number=16), ["x", "parts"], files) == "x record 17"
-    assert location(example([1], number=16), ["a"]) == "record 17"
-    assert location(Example([1], [False]), ["a", "b"]) == "a"
-    assert location(Example([1], [False])) == ""
+    assert location(row, several) == "parts c.jsonl record 1,234"
+    assert location(replace(row, source=0), single) == "c.jsonl record 1,234"
+    assert location(example([1], number=16), several) == "x record 17"
+    assert location(example([1], number=16), run_data([])) == "record 17"
+    assert location(Example([1], [False]), several) == "x"
+    assert location(Example([1], [False]), single) == ""
 
 
 def test_filled_positions_are_those_of_real_batches() -> None:
     draw = random.Random(0)
     sizes = [draw.randrange(5, 60) for _ in range(100)]
     examples = [example([7] * size, 1, 0, number) for number, size in enumerate(sizes)]
-    found = survey(examples, block_size=64, micro_batch=100, packed=True).tables
+    found = survey(run_data(examples, block_size=64, micro_batch=100, packing=True)).tables
     mask, rows = collate(examples, pad_token_id=0)["attention_mask"], pack(examples, 64)
     assert found["positions that hold a token"] == [
         ("padded to block_size 64", f"{sum(sizes) / 6400:.1%}", ""),
@@ -362,7 +381,7 @@ def test_filled_positions_are_those_of_real_batches() -> None:
         ("packed into rows of 64, as here", f"{sum(sizes) / (len(rows) * 64):.1%}", ""),
     ]
     # Of few, fewer are much shorter; and the last batch may be small.
-    [(_, share, _)] = survey(examples, micro_batch=3).tables["positions that hold a token"]
+    _, (_, share, _), _ = survey(run_data(examples, micro_batch=3)).tables["positions that hold a token"]
     assert mask.float().mean().item() < float(share[:-1]) / 100 < 1
 
 

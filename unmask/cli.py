@@ -100,8 +100,8 @@ def data(
 
     settings = load_recipe(recipe, overrides or [])  # before the imports that take seconds
     hide_progress_bars()
-    from unmask.data.dataset import first_rows, first_shares, load_data, run_tokenizer, source_names
-    from unmask.data.inspect import SEQUENCES, show_examples, show_report, survey, write_page
+    from unmask.data.dataset import first_shares, load_data, run_tokenizer
+    from unmask.data.inspect import show_examples, show_report, survey, write_page
     from unmask.io import check_output_file
     from unmask.plots import check_picture, draw_curriculum
     from unmask.training.build import check_base, check_block_sizes, make_curriculum, schedule_notes
@@ -119,25 +119,13 @@ def data(
     if settings.data.streaming:
         title += ", the beginning of each source"
         console.print("a stream: what follows is of the beginning of each source", highlight=False)
-    names = source_names(settings)
-    micro_batch = settings.micro_batch_size or settings.global_batch_size
-    show_examples(loaded.train, tokenizer, limit=show, names=names, files=loaded.files, console=console)
-    found = survey(
-        loaded.train,
-        loaded.report,
-        names=names,
-        files=loaded.files,
-        block_size=settings.data.block_size,
-        micro_batch=micro_batch,
-        packed=settings.data.packing,
-        held_out=loaded.held_out,
-        seed=settings.seed,
-    )
+    show_examples(loaded, tokenizer, limit=show, console=console)
+    found = survey(loaded)
     show_report(found, console=console)
     if settings.data.streaming:
         console.print("stream: the figures are of the beginning of each source", highlight=False)
     if settings.data.sources is not None:
-        console.print(first_shares(loaded, names), highlight=False, markup=False)
+        console.print(first_shares(loaded), highlight=False, markup=False)
     if loaded.held_out:
         console.print(f"held out: {len(loaded.held_out):,} sequences", highlight=False)
     for line in loaded.left_out(trained=[]):
@@ -149,22 +137,8 @@ def data(
         draw_curriculum(make_curriculum(settings), settings.max_steps, epoch, curriculum)
         console.print(f"curriculum: {curriculum}", highlight=False)
     if html is not None:
-        stream = loaded.stream
-        rows = loaded.rows if stream is None else first_rows(loaded, SEQUENCES)
-        shown = write_page(
-            html,
-            rows,
-            found,
-            tokenizer,
-            title=title,
-            names=names,
-            files=loaded.files,
-            width=loaded.row_length,
-            micro_batch=micro_batch,
-            first_of_run=stream is not None,
-        )
-        which = f"{shown:,} of {len(rows):,}" if stream is None else f"the run's first {shown:,}"
-        console.print(f"page: {html} ({which} rows)", highlight=False)
+        which = write_page(html, loaded, found, tokenizer, title=title)
+        console.print(f"page: {html} ({which})", highlight=False)
 
 
 @app.command()

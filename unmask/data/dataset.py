@@ -443,7 +443,8 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
                 f"data.eval_size: {data.eval_size} are to be held out, but there are only {len(examples)}"
                 " examples; use less or more data."
             )
-        run.parts, run.held_out_parts = [examples[: -data.eval_size]], [examples[-data.eval_size :]]
+        split = len(examples) - data.eval_size
+        run.parts, run.held_out_parts = [examples.part(0, split)], [examples.part(split, len(examples))]
     return run
 
 
@@ -455,9 +456,9 @@ def first_rows(data: RunData, count: int) -> list[Example | Row]:
     return rows
 
 
-def first_shares(data: RunData, names: Sequence[str]) -> str:
+def first_shares(data: RunData) -> str:
     """Say which share each source of a mixture has of the first rows of the run."""
-    steps = data.steps()
+    steps, names = data.steps(), source_names(data.recipe)
     rows = sum(len(steps.at(step) or ()) for step in range(-(-1000 // data.recipe.global_batch_size)))
     examples, tokens = (max(1, sum(column)) for column in zip(*steps.counts(), strict=True))
     said = [

@@ -6,14 +6,13 @@ import random
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from hashlib import blake2b
 from importlib.resources import files as package_files
 from itertools import groupby, islice, takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment
 from rich.console import Console
@@ -21,9 +20,13 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from unmask.data.collate import Row, filled, pack
+from unmask.data.collate import filled, pack
+from unmask.data.dataset import RunData, first_rows, source_names
 from unmask.data.encode import EncodeReport, Example
 from unmask.errors import UnmaskError
+
+if TYPE_CHECKING:
+    from unmask.config import Recipe
 
 BINS = 10
 PAIRS = 3  # named of each kind of duplicates
@@ -62,75 +65,49 @@ class Survey:
     block_size: int | None
 
 
-def survey(
-    examples: Sequence[Example],
-    report: EncodeReport | None = None,
-    *,
-    names: Sequence[str] = (),
-    files: Sequence[Sequence[str]] = (),
-    block_size: int | None = None,
-    micro_batch: int | None = None,
-    packed: bool = False,
-    held_out: Sequence[Example] = (),
-    seed: int = 0,
-) -> Survey:
-    """Count what is in `examples`.
-
-    Args:
-        report: what became of the records.
-        names: of the sources, in the recipe's order.
-        files: names of the files of each, see `location`.
-        block_size: tokens of the longest row, for the share of filled positions.
-        micro_batch: sequences of one forward pass, likewise.
-        packed: whether the run packs rows, likewise.
-        held_out: sequences of the evaluation, to be found among `examples`.
-        seed: of the order in which these batches are drawn.
-    """
+def survey(data: RunData) -> Survey:
+    """Count what is in the training data of a run."""
+    recipe, names, examples = data.recipe, source_names(data.recipe), data.train
     sizes: list[int] = []
-    counts = {source: [0, 0, 0] for source in range(len(names))}
+    counts = [[0, 0, 0] for _ in names]
     for example in examples:
         sizes.append(len(example.input_ids))
-        count = counts.setdefault(example.source, [0, 0, 0])
-        count[:] = [count[0] + 1, count[1] + sizes[-1], count[2] + example.supervised]
+        for number, count in enumerate((1, sizes[-1], example.supervised)):
+            counts[example.source][number] += count
     tokens, ordered = sum(sizes), sorted(sizes)
     tables: dict[str, Rows] = {}
-    if counts:
-        tables["tokens per source"] = [
-            (
-                names[source] if source < len(names) else f"source {source + 1}",
-                f"{size:,}",
-                f"{size / max(1, tokens):.1%} of the tokens; {number:,} sequences, {learnt:,} tokens supervised",
-            )
-            for source, (number, size, learnt) in sorted(counts.items())
+    tables["tokens per source"] = [
+        (
+            name,
+            f"{size:,}",
+            f"{size / max(1, tokens):.1%} of the tokens; {number:,} sequences, {learnt:,} tokens supervised",
+        )
+        for name, (number, size, learnt) in zip(names, counts, strict=True)
+    ]
+    if sizes:
+        tables["positions that hold a token"] = [
+            (way, f"{share:.1%}", "") for way, share in _filling(sizes, recipe)
         ]
-    if sizes and (block_size or micro_batch):
-        shares = _filling(sizes, block_size, micro_batch, packed, seed)
-        tables["positions that hold a token"] = [(way, f"{share:.1%}", "") for way, share in shares]
-    tables["duplicates"] = list(_duplicates(examples, held_out, partial(location, names=names, files=files)))
-    if report is not None:
-        tables["records"] = list(record_rows(report))
+    tables["duplicates"] = list(_duplicates(data))
+    tables["records"] = list(record_rows(data.report))
     return Survey(
         sequences=len(sizes),
         tokens=tokens,
-        supervised=sum(learnt for _, _, learnt in counts.values()),
+        supervised=sum(learnt for _, _, learnt in counts),
         lengths=(ordered[0], ordered[len(ordered) // 2], ordered[-1]) if ordered else None,
         histogram=_histogram(sizes) if sizes else [],
         tables=tables,
-        block_size=block_size,
+        block_size=recipe.data.block_size,
     )
 
 
-def location(example: Example, names: Sequence[str] = (), files: Sequence[Sequence[str]] = ()) -> str:
-    """Name the record of `example`: "alpaca.json record 17"; of a single source just "record 17".
-
-    Args:
-        names: of the sources.
-        files: names of the files of each source; where there are several, the record is one of its file.
-    """
+def location(example: Example, data: RunData) -> str:
+    """Name the record of `example`: "alpaca.json record 17"; of a single source just "record 17"."""
+    names = source_names(data.recipe)
     said = [names[example.source]] if len(names) > 1 else []
     if example.record >= 0:
-        labels = files[example.source] if example.source < len(files) else ()
-        said += [labels[example.file]] if len(labels) > 1 else []
+        files = data.files[example.source] if data.files else ()
+        said += [files[example.file]] if len(files) > 1 else []
         said.append(f"record {example.record + 1:,}")
     return " ".join(said)
 
@@ -166,9 +143,7 @@ def _histogram(sizes: Sequence[int]) -> list[tuple[int, int, int]]:
     ]
 
 
-def _duplicates(
-    examples: Sequence[Example], held_out: Sequence[Example], where: Callable[[Example], str]
-) -> Iterator[tuple[str, str, str]]:
+def _duplicates(data: RunData) -> Iterator[tuple[str, str, str]]:
     """Sequences, prompts and held-out ones that repeat an earlier one, by a hash of their ids."""
 
     def whole(example: Example) -> list[int]:
@@ -180,7 +155,7 @@ def _duplicates(
     def digest(ids: list[int]) -> bytes:
         return blake2b(array("q", ids).tobytes(), digest_size=16).digest()
 
-    parts = {"whole sequence": whole}
+    examples, parts = data.train, {"whole sequence": whole}
     if any(example.src_mask[:1] == [True] for example in examples):
         parts["prompt (all before the first response)"] = prompt
     first: dict[bytes, int] = {}
@@ -190,55 +165,47 @@ def _duplicates(
             if (ids := part(example)) and (earlier := first.setdefault(digest(ids), index)) != index:
                 repeats += 1
                 if repeats <= PAIRS:
-                    pairs.append(f"{where(example)} = {where(examples[earlier])}")
+                    pairs.append(f"{location(example, data)} = {location(examples[earlier], data)}")
         if repeats > PAIRS:
             pairs.append(f"and {repeats - PAIRS:,} more")
         yield what, f"{repeats:,}", "; ".join(pairs)
-    if held_out:  # `first` has the prompts now, if there are any
+    if len(data.held_out):  # `first` has the prompts now, if there are any
         kind, part = ("prompt", prompt) if len(parts) > 1 else ("sequence", whole)
-        repeats = sum(bool(ids := part(example)) and digest(ids) in first for example in held_out)
+        repeats = sum(bool(ids := part(example)) and digest(ids) in first for example in data.held_out)
         yield f"held-out {kind} that is trained on, too", f"{repeats:,}", ""
 
 
-def _filling(
-    sizes: list[int], block_size: int | None, micro_batch: int | None, packed: bool, seed: int
-) -> Iterator[tuple[str, float]]:
+def _filling(sizes: list[int], recipe: Recipe) -> Iterator[tuple[str, float]]:
     """The share of positions that hold a token when sequences are laid out in a way."""
-    total = sum(sizes)
-    if block_size is not None:
-        yield f"padded to block_size {block_size:,}", total / (len(sizes) * block_size)
-    if micro_batch is not None:
-        shuffled = random.Random(seed).sample(sizes, len(sizes))
-        batches = [shuffled[start : start + micro_batch] for start in range(0, len(sizes), micro_batch)]
-        computed = sum(max(batch) * len(batch) for batch in batches)
-        yield f"padded to the longest of {micro_batch:,} in random order", total / computed
-    if block_size is not None:
-        rows = pack([Example([0] * size, []) for size in sizes], block_size)
-        yield f"packed into rows of {block_size:,}{', as here' if packed else ''}", filled(rows, block_size)
+    total, length, size = sum(sizes), recipe.data.block_size, micro_batch(recipe)
+    yield f"padded to block_size {length:,}", total / (len(sizes) * length)
+    shuffled = random.Random(recipe.seed).sample(sizes, len(sizes))
+    batches = [shuffled[start : start + size] for start in range(0, len(sizes), size)]
+    computed = sum(max(batch) * len(batch) for batch in batches)
+    yield f"padded to the longest of {size:,} in random order", total / computed
+    rows = pack([Example([0] * size, []) for size in sizes], length)
+    yield f"packed into rows of {length:,}{', as here' if recipe.data.packing else ''}", filled(rows, length)
+
+
+def micro_batch(recipe: Recipe) -> int:
+    """Rows of one forward pass, on one process."""
+    return recipe.micro_batch_size or recipe.global_batch_size
 
 
 def show_examples(
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    limit: int = 3,
-    names: Sequence[str] = (),
-    files: Sequence[Sequence[str]] = (),
-    console: Console | None = None,
+    data: RunData, tokenizer: PreTrainedTokenizerBase, *, limit: int = 3, console: Console | None = None
 ) -> None:
     """Print the first `limit` examples piece by piece, each piece with its kind and its tokens.
-
-    `names` are those of the sources, in the recipe's order, `files` those of their files.
 
     Kinds: source (never masked), response, and the end tokens that close one; "text" in place of
     response where nothing is source (pre-training). A line break shows as ⏎ before it breaks.
     """
     console = console or Console()
     kinds = set[str]()
-    for number, example in enumerate(islice(examples, limit), 1):
-        name = f", {of}" if (of := location(example, names, files)) else ""
+    for number, example in enumerate(islice(data.train, limit), 1):
+        name = f", {of}" if (of := location(example, data)) else ""
         size = f"{len(example.input_ids)} tokens, {example.supervised} supervised"
-        console.print(f"example {number} of {len(examples)}{name}: {size}", style="bold", highlight=False)
+        console.print(f"example {number} of {len(data.train)}{name}: {size}", style="bold", highlight=False)
         table = Table(box=None, show_header=False, pad_edge=False)
         table.add_column(no_wrap=True)
         table.add_column(justify="right", no_wrap=True, style="dim")
@@ -327,62 +294,45 @@ def pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[tup
 
 
 def write_page(
-    file: Path,
-    rows: Sequence[Example | Row],
-    found: Survey,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    title: str,
-    names: Sequence[str] = (),
-    files: Sequence[Sequence[str]] = (),
-    width: int | None = None,
-    micro_batch: int = 1,
-    first_of_run: bool = False,
-) -> int:
-    """Write the page, and return how many rows it shows: `SEQUENCES` at most, of about `TOKENS` tokens.
+    file: Path, data: RunData, found: Survey, tokenizer: PreTrainedTokenizerBase, *, title: str
+) -> str:
+    """Write the page, and say which rows it shows: `SEQUENCES` at most, of about `TOKENS` tokens.
 
     Args:
-        rows: what batches are made of, in order.
         found: the report above them.
         title: heading of the page.
-        names: of the sources, in the recipe's order.
-        files: names of the files of each, see `location`.
-        width: tokens of a packed row; None = each row is padded to the longest of its micro batch.
-        micro_batch: rows of one forward pass.
-        first_of_run: rows are those that a run begins with, in its order, and not all there are.
 
     Raises:
         UnmaskError: The file cannot be written.
     """
+    rows = data.rows if data.stream is None else first_rows(data, SEQUENCES)
     counts: Counter[str] = Counter()
     shown: list[dict[str, Any]] = []
-    tokens = 0
-    for start in range(0, min(len(rows), SEQUENCES), micro_batch):
-        taken = (rows[i] for i in range(start, min(len(rows), start + micro_batch)))
+    tokens, size = 0, micro_batch(data.recipe)
+    for start in range(0, min(len(rows), SEQUENCES), size):
+        taken = (rows[number] for number in range(start, min(len(rows), start + size)))
         batch = [[row] if isinstance(row, Example) else row for row in taken]
         sizes = [sum(len(example.input_ids) for example in row) for row in batch]
-        for row, size in zip(batch, sizes, strict=True):
-            tokens += size
+        for row, filled_with in zip(batch, sizes, strict=True):
+            tokens += filled_with
             if shown and (tokens > TOKENS or len(shown) == SEQUENCES):
                 break
-            padding = (max(sizes) if width is None else width) - size
-            documents = [_document(example, tokenizer, location(example, names, files)) for example in row]
+            padding = (data.row_length or max(sizes)) - filled_with
+            documents = [_document(example, tokenizer, data) for example in row]
             for kind, count, _ in (piece for document in documents for piece in document["pieces"]):
                 counts[kind] += count
             counts.update(documents=len(row), pad=padding)
-            learnt = sum(example.supervised for example in row)
-            shown.append({"size": size, "supervised": learnt, "padding": padding, "documents": documents})
+            shown.append({"size": filled_with, "padding": padding, "documents": documents})
         if tokens > TOKENS:
             break
-    which = f"the first {len(shown):,} rows of the run"
-    laid = f"packed into rows of {width:,} tokens" if width else f"padded to the longest of {micro_batch:,}"
-    if not first_of_run:
-        which = (
-            f"the first {len(shown):,} of {len(rows):,} rows"
-            if len(shown) < len(rows)
-            else f"all {len(rows):,} rows"
-        )
-        laid += "" if width else ", in the order of the data (training draws its own)"
+    laid = f"padded to the longest of {size:,}"
+    if data.row_length is not None:
+        laid = f"packed into rows of {data.row_length:,} tokens"
+    if data.stream is not None:
+        which = f"the first {len(shown):,} rows of the run"
+    else:
+        which = f"{f'the first {len(shown):,} of' if len(shown) < len(rows) else 'all'} {len(rows):,} rows"
+        laid += ", in the order of the data (training draws its own)"
     kinds = {**MEANINGS, "pad": "padding, never masked or attended"}
     text = (package_files("unmask") / "templates" / "data.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -392,9 +342,7 @@ def write_page(
         found=found,
         most=max((count for _, _, count in found.histogram), default=1),
         rows=shown,
-        total=None if first_of_run else len(rows),
-        which=which,
-        laid=laid,
+        which=f"{which}, {laid}",
         legend=[(kind, counts[kind], meaning) for kind, meaning in kinds.items() if counts[kind]],
         documents=counts["documents"] if counts["documents"] > len(shown) else 0,
         colours=DOCUMENTS,
@@ -404,14 +352,14 @@ def write_page(
         file.write_text(content, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UnmaskError(f"--html: {file} cannot be written: {error.strerror}.") from error
-    return len(shown)
+    return which
 
 
-def _document(example: Example, tokenizer: PreTrainedTokenizerBase, where: str) -> dict[str, Any]:
+def _document(example: Example, tokenizer: PreTrainedTokenizerBase, data: RunData) -> dict[str, Any]:
     """An example as the template of the page reads it."""
     shown = []
     for kind, count, text in pieces(example, tokenizer):
         repeated = f" ×{count}" if kind == "end" and count > 1 else ""
         shown.append((kind, count, visible(text) + "\n" * text.endswith("\n") + repeated))
     size, learnt = len(example.input_ids), example.supervised
-    return {"where": visible(where), "tokens": size, "supervised": learnt, "pieces": shown}
+    return {"where": visible(location(example, data)), "tokens": size, "supervised": learnt, "pieces": shown}

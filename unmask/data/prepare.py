@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -181,7 +181,7 @@ class Manifest:
 
 
 class EncodedExamples(Sequence[Example]):
-    """The rows of encoded data, memory-mapped; a slice is a view.
+    """The rows of encoded data, memory-mapped.
 
     Args:
         dataset: a `datasets.Dataset` of the shards.
@@ -195,20 +195,15 @@ class EncodedExamples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> EncodedExamples: ...
-
-    def __getitem__(self, index: int | slice) -> Example | EncodedExamples:
-        if isinstance(index, slice):
-            view = self.dataset.select(range(*index.indices(len(self))))
-            return EncodedExamples(view, self.manifest, self.source)
-        row = self.dataset[range(len(self))[index]]
+    def __getitem__(self, index: int) -> Example:  # pyright: ignore[reportIncompatibleMethodOverride]
+        row = self.dataset[index]
         number = of_source(int(row["sample_id"]), self.source)
         ids, src_mask = row["input_ids"].tolist(), row["src_mask"].tolist()
         return Example(ids, src_mask, number, self.source, int(row["file"]), int(row["record"]))
+
+    def part(self, start: int, stop: int) -> EncodedExamples:
+        """Some of the rows."""
+        return EncodedExamples(self.dataset.select(range(start, stop)), self.manifest, self.source)
 
     def lengths(self) -> list[int]:
         """Tokens of each row."""
