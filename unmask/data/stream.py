@@ -16,14 +16,14 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from unmask.data.collate import Row, pack
-from unmask.data.dataset import RunData, Steps, Unit, draw_quotas, keyed, permutation, shuffled_round
+from unmask.data.dataset import RunData, Steps, Unit
 from unmask.data.encode import EncodeReport, Example, of_source, sample_id
 from unmask.data.files import Record, RecordFile, Source, Table
+from unmask.data.mixture import WINDOW, draw_quotas, keyed, permutation, shuffled_round
 from unmask.data.prepare import Encoding, is_prepared
 from unmask.errors import UnmaskError
 
 CHUNK = 1024  # records encoded, and packed, together
-WINDOW = 3  # what a keyed hash is for
 
 
 class Taken(NamedTuple):
