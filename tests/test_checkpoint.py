@@ -243,7 +243,8 @@ def test_fit_leaves_spare_rows_and_forbids_them(tokenizer: PreTrainedTokenizerBa
     assert torch.equal(model.model.embed_tokens.weight, before)
     for config in (model.config, model.generation_config):
         assert (config.mask_token_id, config.eos_token_id, config.pad_token_id) == (259, 258, 256)
-    assert model.generation_config.suppress_tokens == [256, *range(260, 272)]
+    assert model.generation_config.suppress_tokens == [256]
+    assert model.generation_config.unused_tokens == list(range(260, 272))
 
 
 def test_fit_does_not_forbid_a_padding_token_that_is_the_end_token() -> None:

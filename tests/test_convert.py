@@ -66,9 +66,18 @@ def test_spare_rows_take_the_mask_token_without_a_resize(family: str, tmp_path: 
 
     generation = loaded.generation_config
     assert (generation.mask_token_id, generation.eos_token_id, generation.pad_token_id) == (259, 258, 256)
-    assert generation.suppress_tokens == [256, *range(260, 272)]  # padding, and ids without a token
+    assert generation.suppress_tokens == [256]  # padding
+    assert generation.unused_tokens == list(range(260, 272))
     made = loaded.generate(random_ids(2, 4, vocab=256), max_new_tokens=12).sequences
     assert not torch.isin(made[:, 4:], torch.tensor([259, *range(260, 272)])).any()
+
+    # A vocabulary that changes afterwards: fewer rows, then a token that was not there.
+    ids, settings = random_ids(2, 4, vocab=256), {"max_new_tokens": 12, "eos_token_id": []}
+    loaded.resize_token_embeddings(260)
+    assert loaded.generate(ids, **settings).sequences.max() < 259
+    again.add_tokens(["<new>"])
+    loaded.resize_token_embeddings(len(again))
+    assert (loaded.generate(ids, suppress_tokens=list(range(260)), **settings).sequences[:, 4:] == 260).all()
 
 
 def test_in_blocks_of_one_token_it_is_the_base_model(tmp_path: Path) -> None:
@@ -81,7 +90,9 @@ def test_in_blocks_of_one_token_it_is_the_base_model(tmp_path: Path) -> None:
     log_p = stock(input_ids=ids).logits[:, :-1].log_softmax(dim=-1)
     expected = -log_p.gather(2, ids[:, 1:, None]).flatten()
     torch.testing.assert_close(blocks.masked_nll(ids, ~first, None, first), expected, rtol=0, atol=1e-4)
-    greedy = blocks.generate(ids, max_new_tokens=6, eos_token_id=[], suppress_tokens=[]).sequences[:, 12:]
+    greedy = blocks.generate(
+        ids, max_new_tokens=6, eos_token_id=[], suppress_tokens=[], unused_tokens=[]
+    ).sequences[:, 12:]
     text = ids
     for _ in range(6):
         logits = stock(input_ids=text).logits[:, -1]
@@ -126,7 +137,7 @@ def test_what_a_base_has_is_kept_and_what_it_lacks_is_added(tmp_path: Path) -> N
     model, again = load(out), AutoTokenizer.from_pretrained(out)
     assert again.pad_token_id == made.eos_token_id == model.config.pad_token_id == 258
     assert model.generation_config.eos_token_id == 258
-    assert model.generation_config.suppress_tokens == list(range(260, 272))
+    assert model.generation_config.suppress_tokens is None
     assert "auto_map" not in json.loads((out / "config.json").read_text())  # no code travels with it
 
 

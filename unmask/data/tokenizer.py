@@ -124,6 +124,11 @@ def check_tokenizer(
         )
 
 
+def ids_without_token(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:
+    """List the ids below `rows`, the size of an embedding, that have no token."""
+    return sorted(set(range(rows)).difference(tokenizer.get_vocab().values()))
+
+
 def _byte_alphabet() -> dict[str, int]:
     """The printable character that stands for each byte in byte-level BPE, with the byte as id."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

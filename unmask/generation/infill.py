@@ -25,8 +25,9 @@ from transformers import PreTrainedTokenizerBase
 
 from unmask.data.collate import collate
 from unmask.data.encode import Example
+from unmask.data.tokenizer import ids_without_token
 from unmask.errors import UnmaskError
-from unmask.generation.text import following_ids, ids_without_token
+from unmask.generation.text import following_ids
 
 MOST_COMBINATIONS = 256  # of lengths
 _GAP = re.compile(r"(\\*)\[\[gap(?::\s*(\d+)\s*(?:-\s*(\d+)\s*)?\]\])?")

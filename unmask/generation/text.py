@@ -19,6 +19,7 @@ from unmask.data.collate import collate
 from unmask.data.encode import Encoder, Example, document_ids
 from unmask.data.files import read_records
 from unmask.data.records import ROLES, Conversation, Turn, to_conversation
+from unmask.data.tokenizer import ids_without_token
 from unmask.errors import UnmaskError, UnmaskWarning
 
 MISSING = "?"  # takes the place of a missing answer, so that a record without one is read like any other
@@ -120,11 +121,6 @@ def prompt_example(
     turns = [Turn("user", text)] if system is None else [Turn("system", system), Turn("user", text)]
     example = chat_example(chat_encoder(tokenizer), turns, to_answer=to_answer)
     return with_prefix(example, prefix, tokenizer)
-
-
-def ids_without_token(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:
-    """List the ids below `rows`, the size of an embedding, that have no token."""
-    return sorted(set(range(rows)).difference(tokenizer.get_vocab().values()))
 
 
 class StopStrings(StoppingCriteria):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from unmask.data.hub import HUB_NAME, first_line, offline_hint, require_hub
-from unmask.data.tokenizer import add_mask_token, check_tokenizer, load_tokenizer
+from unmask.data.tokenizer import add_mask_token, check_tokenizer, ids_without_token, load_tokenizer
 from unmask.errors import UnmaskError
 from unmask.generation.config import DiffusionGenerationConfig
 from unmask.io import atomic_dir
@@ -194,21 +194,20 @@ def _check_new(out: str | Path) -> None:
 
 
 def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Fit a model to a tokenizer with a mask token: embedding rows, special tokens, suppressed ids.
+    """Fit a model to a tokenizer with a mask token: embedding rows, special tokens, what is not generated.
 
     Rows are added only when the tokenizer has ids beyond the embedding, and start as the mean of the rest.
     """
-    ids = set(tokenizer.get_vocab().values())
-    _add_rows(model, max(ids) + 1)
+    _add_rows(model, max(tokenizer.get_vocab().values()) + 1)
     config, generation = model.config, model.generation_config
     assert generation is not None
     for name in ("mask_token_id", *_TOKENS):
         setattr(config, name, getattr(tokenizer, name))
         setattr(generation, name, getattr(tokenizer, name))
-    suppressed = set(range(config.vocab_size)) - ids
-    if tokenizer.pad_token_id != tokenizer.eos_token_id:
-        suppressed.add(cast(int, tokenizer.pad_token_id))
-    generation.suppress_tokens = sorted(suppressed) or None
+    pads_alone = tokenizer.pad_token_id != tokenizer.eos_token_id
+    generation.suppress_tokens = [tokenizer.pad_token_id] if pads_alone else None
+    # For `model.generate`, which has no tokenizer; whatever has one finds them anew.
+    cast(Any, generation).unused_tokens = ids_without_token(tokenizer, config.vocab_size) or None
 
 
 def _add_rows(model: Any, rows: int) -> None:

@@ -71,6 +71,7 @@ class MaskedDiffusionMixin(GenerateMixin):
     config: Any
     model: Any
     lm_head: Any
+    generation_config: Any
     training: bool
 
     generation_config_class = DiffusionGenerationConfig
@@ -104,6 +105,13 @@ class MaskedDiffusionMixin(GenerateMixin):
         # An autoregressive folder's temperature and top-p were tuned for another sampler.
         model.generation_config = DiffusionGenerationConfig.from_generic(model.generation_config)
         return loaded
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Give the embedding as many rows as a tokenizer has ids, all of which may then be generated."""
+        layer = cast(Any, super()).resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        unused, rows = self.generation_config.unused_tokens, new_num_tokens or 0
+        self.generation_config.unused_tokens = [i for i in unused or () if i >= rows] or None
+        return layer
 
     def get_correct_attn_implementation(self, requested_attention: str | None, *_: Any, **__: Any) -> str:
         """Choose our attention function, whatever kernel is requested; see `unmask.model.attention`."""
