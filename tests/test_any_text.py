@@ -262,7 +262,7 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "a NUL outside a text": ("x.jsonl", jsonl(b"\x00" + record(b"a")), "x.jsonl line 2: not valid JSON"),
     "a NUL not escaped": ("x.jsonl", jsonl(record(b"a\x00")), "x.jsonl line 2: not valid JSON"),
     "brackets without end": ("x.jsonl", jsonl(b"[" * 100_000), "x.jsonl line 2: not valid JSON"),
-    "brackets without end in an array": ("x.json", b"[" * 100_000, "x.json: not valid JSON"),
+    "brackets without end in an array": ("x.json", b"[" * 100_000, "x.json record 1: not valid JSON"),
     "a number without end": (
         "x.jsonl",
         jsonl(b'{"n": ' + b"1" * 5000 + b"}"),
@@ -289,7 +289,7 @@ def test_what_is_no_text_is_refused_with_its_place(name: str, mode: str) -> None
 
 def test_plain_text_in_another_encoding() -> None:
     Path("x.txt").write_bytes(b"fine\nfine\n" + LATIN + b"\n")
-    with pytest.raises(UnmaskError, match=r"^x\.txt: not UTF-8 text \(line 3\b"):
+    with pytest.raises(UnmaskError, match=r"^x\.txt line 3: not UTF-8 text"):
         loaded("x.txt", "pretrain")
 
 
@@ -323,7 +323,7 @@ def test_every_bad_record_is_counted_and_the_rest_is_as_without_them() -> None:
     assert {reason: count for reason, (count, _) in data.report.skipped.items()} == {
         "not valid JSON": 20,
         "expected a record {...}": 20,
-        "field 'prompt' must be a list of messages": 20,
+        "field 'prompt' must be a list": 20,
         "field 'completion' is empty": 20,
         "not UTF-8 text": 20,
     }

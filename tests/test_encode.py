@@ -20,7 +20,7 @@ from unmask.data.encode import (
     encode_records,
     separator_template,
 )
-from unmask.data.records import BadRecord, Conversation, CustomFields, RecordError, Turn
+from unmask.data.records import Conversation, CustomFields, RecordError, Turn
 from unmask.data.tokenizer import CHATML_TEMPLATE, byte_tokenizer
 from unmask.errors import UnmaskError
 
@@ -503,10 +503,10 @@ def test_bad_records_are_skipped_with_their_reasons() -> None:
     good: dict[str, Any] = {"instruction": "q", "output": "a"}
     records: list[tuple[Any, str]] = [
         (good, "x line 1"),
-        (BadRecord("not valid JSON", " (column 3)"), "x line 2"),
+        (RecordError("x line 2", "not valid JSON", " (column 3)"), "x line 2"),
         ({**good, "output": 1}, "x line 3"),
         (good, "x line 4"),
-        (BadRecord("not valid JSON", " (column 9)"), "x line 5"),
+        (RecordError("x line 5", "not valid JSON", " (column 9)"), "x line 5"),
         ({"instruction": "q" * 99, "output": "a"}, "x line 6"),
     ]
     encoder = encoder_of("chatml", block_size=60)

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from unmask.data.records import (
-    BadRecord,
+    MESSAGE,
+    READ,
+    ROLES,
     CustomFields,
     RecordError,
     Turn,
@@ -17,174 +20,8 @@ from unmask.data.records import (
 from unmask.errors import UnmaskError
 
 WHERE = "x.jsonl line 4"
-
-
-def turns(record: dict[str, Any], format: str = "auto", **kwargs: Any) -> list[tuple[str, str]]:
-    conversation = to_conversation(record, format, where=WHERE, **kwargs)
-    assert conversation.where == WHERE
-    return [(turn.role, turn.content) for turn in conversation.turns]
-
-
-@pytest.mark.parametrize(
-    ("format", "record", "expected"),
-    [
-        ("alpaca", {"instruction": "Add.", "output": "3"}, [("user", "Add."), ("assistant", "3")]),
-        (
-            "alpaca",
-            {"instruction": "Add.", "input": "1 2", "output": "3", "system": "Count."},
-            [("system", "Count."), ("user", "Add.\n1 2"), ("assistant", "3")],
-        ),
-        (
-            "alpaca",
-            {"instruction": "b", "input": "", "output": "B", "history": [["a", "A"]]},
-            [("user", "a"), ("assistant", "A"), ("user", "b"), ("assistant", "B")],
-        ),
-        (
-            "sharegpt",
-            {
-                "system": "s",
-                "conversations": [
-                    {"from": "human", "value": "q"},
-                    {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
-                    {"from": "observation", "value": "1"},
-                    {"from": "gpt", "value": "a"},
-                ],
-            },
-            [
-                ("system", "s"),
-                ("user", "q"),
-                ("assistant", ""),  # the call is in tool_calls
-                ("tool", "1"),
-                ("assistant", "a"),
-            ],
-        ),
-        (
-            "messages",
-            {
-                "messages": [
-                    {"role": "developer", "content": "s"},
-                    {"role": "user", "content": [{"type": "text", "text": "q"}]},
-                    {"role": "assistant", "content": "a"},
-                ]
-            },
-            [("system", "s"), ("user", "q"), ("assistant", "a")],
-        ),
-        (
-            "prompt_completion",
-            {"prompt": "q", "completion": "a"},
-            [("user", "q"), ("assistant", "a")],
-        ),
-        (
-            "alpaca",
-            {"instruction": "q", "response": "a"},
-            [("user", "q"), ("assistant", "a")],
-        ),
-    ],
-)
-def test_formats(format: str, record: dict[str, Any], expected: list[tuple[str, str]]) -> None:
-    assert detect_format(record, WHERE) == format
-    assert turns(record) == expected
-    assert turns(record, format) == expected
-
-
-def test_custom_field_names() -> None:
-    names = CustomFields("question", "table", "answer", "rule")
-    record = {"question": "q", "table": "t", "answer": "a", "rule": "r"}
-    expected = [("system", "r"), ("user", "q\nt"), ("assistant", "a")]
-    assert turns(record, "custom", custom_format=names) == expected
-    assert turns(record, "auto", custom_format=names) == expected
-    with pytest.raises(UnmaskError, match="no field 'table'"):
-        turns({"question": "q", "answer": "a"}, "custom", custom_format=names)
-
-
-def test_completion_of_messages_makes_the_prompt_context() -> None:
-    record = {
-        "prompt": [
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "content": "A"},
-            {"role": "user", "content": "b"},
-        ],
-        "completion": [{"role": "assistant", "content": "B"}],
-    }
-    conversation = to_conversation(record, where=WHERE)
-    assert conversation.turns == (
-        Turn("user", "a", train=False),
-        Turn("assistant", "A", train=False),
-        Turn("user", "b", train=False),
-        Turn("assistant", "B", train=True),
-    )
-
-
-def test_train_flag_of_a_message() -> None:
-    record = {
-        "messages": [
-            {"role": "user", "content": "q"},
-            {"role": "assistant", "content": "a", "train": False},
-            {"role": "assistant", "content": "b"},
-        ]
-    }
-    flags = [turn.train for turn in to_conversation(record, where=WHERE).turns]
-    assert flags == [True, False, True]
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ({"weight": 0}, False),
-        ({"weight": 1}, True),
-        ({"weight": 0.0}, False),  # as a table of numbers has it
-        ({"weight": None}, True),
-        ({"train": True, "weight": 1}, True),
-        ({"train": False, "weight": 0}, False),
-    ],
-)
-@pytest.mark.parametrize(
-    "keys", [("from", "value", "human", "gpt"), ("role", "content", "user", "assistant")]
-)
-def test_weight_of_a_message(keys: tuple[str, ...], flags: dict[str, Any], expected: bool) -> None:
-    role, text, user, assistant = keys
-    messages = [{role: user, text: "q"}, {role: assistant, text: "a", **flags}]
-    field = "conversations" if role == "from" else "messages"
-    assert [turn.train for turn in to_conversation({field: messages}, where=WHERE).turns] == [True, expected]
-
-
-def test_tool_calls_in_openais_shape_and_flat() -> None:
-    nested = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": [1, "é"]}'}}
-    flat = {"name": "add", "arguments": {"a": [1, "é"]}}
-    record = {
-        "messages": [
-            USER,
-            message("assistant", None, tool_calls=[nested]),
-            message("tool", "3", tool_call_id="1"),
-            message("assistant", "Let me see.", tool_calls=[flat, flat]),
-            message("function", "4"),
-            message("assistant", "4", tool_calls=[]),
-        ],
-        "tools": '[{"name": "add"}]',
-    }
-    conversation = to_conversation(record, where=WHERE)
-    calls = [turn.tool_calls for turn in conversation.turns]
-    assert calls == [(), ({**flat, "id": "1"},), (), (flat, flat), (), ()]
-    assert [turn.tool_call_id for turn in conversation.turns] == [None, None, "1", None, None, None]
-    assert call_text(conversation.turns[1]) == call_text(Turn("assistant", "", tool_calls=(flat,)))
-    for place in (1, 2):
-        broken = json.loads(json.dumps(record["messages"]))
-        (broken[1]["tool_calls"][0] if place == 1 else broken[2])["id" if place == 1 else "tool_call_id"] = 7
-        with pytest.raises(RecordError, match=rf"messages {place + 1}.*id' must be text; got the number 7"):
-            to_conversation({"messages": broken}, where=WHERE)
-    roles = ["user", "assistant", "tool", "assistant", "tool", "assistant"]
-    assert [turn.role for turn in conversation.turns] == roles
-    assert conversation.tools == ({"name": "add"},)
-    written = '<tool_call>\n{"name": "add", "arguments": {"a": [1, "é"]}}\n</tool_call>'
-    assert call_text(conversation.turns[1]) == written
-    assert call_text(conversation.turns[3]) == f"Let me see.\n{written}\n{written}"
-    assert call_text(conversation.turns[5]) == "4"
-
-
-@pytest.mark.parametrize("tools", [None, [], "", " ", "[]"])
-def test_no_tools(tools: Any) -> None:
-    record = {"messages": [USER, message("assistant", "a")], "tools": tools}
-    assert to_conversation(record, where=WHERE).tools == ()
+CALL = {"name": "add", "arguments": {"a": [1, "é"]}}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
 
 
 def message(role: Any, content: Any, **more: Any) -> dict[str, Any]:
@@ -192,149 +29,277 @@ def message(role: Any, content: Any, **more: Any) -> dict[str, Any]:
 
 
 USER = message("user", "q")
+ANSWER = message("assistant", "a")
+
+
+def turns(record: dict[str, Any], format: str = "auto", **kwargs: Any) -> list[tuple[str, str]]:
+    conversation = to_conversation(record, format, where=WHERE, **kwargs)
+    assert conversation.where == WHERE and not conversation.unused
+    return [(turn.role, turn.content) for turn in conversation.turns]
+
+
+# The table of formats and keys
+
+BASE: dict[str, dict[str, Any]] = {
+    "messages": {"messages": [USER, ANSWER]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    "prompt_completion": {"prompt": "q", "completion": "a"},
+    "alpaca": {"instruction": "q", "output": "a"},
+}
+VALUES: dict[str, Any] = {"turns": [USER, message("assistant", "marked")], "history": [["marked", "A"]]}
+VALUES |= {"tools": [{**TOOL, "description": "marked"}], "prompt": [message("user", "marked")]}
 
 
 @pytest.mark.parametrize(
-    ("format", "record", "error"),
+    ("format", "part", "key"),
+    [(format, part, key) for format, parts in READ.items() for part, keys in parts.items() for key in keys],
+)
+def test_every_key_of_a_record_reaches_the_conversation(format: str, part: str, key: str) -> None:
+    kept = {name: value for name, value in BASE[format].items() if name not in READ[format][part]}
+    record = {**kept, key: VALUES.get(part, "marked"), "source": "web", "nothing": None}
+    assert detect_format(record, WHERE) == format
+    conversation = to_conversation(record, where=WHERE)
+    assert "marked" in str((conversation.turns, conversation.tools))
+    assert conversation.unused == ("source",)
+    if part == "system":
+        assert conversation.turns[0] == Turn("system", "marked")
+
+
+@pytest.mark.parametrize(("part", "key"), [(part, key) for part, keys in MESSAGE.items() for key in keys])
+def test_every_key_of_a_message_is_read(part: str, key: str) -> None:
+    values: dict[str, Any] = {"role": "assistant", "trained": False, "calls": CALL, "tool_call_id": "marked"}
+    value = [CALL] if key == "tool_calls" else 0 if key == "weight" else values.get(part, "marked")
+    messages = [USER, message("assistant", "b"), message("tool", "c"), ANSWER]
+    marked = 2 if part == "tool_call_id" else 1
+    for name in MESSAGE[part]:
+        messages[marked].pop(name, None)
+    messages[marked] |= {key: value, "refusal": "no", "audio": None}
+    conversation = to_conversation({"messages": messages}, where=WHERE)
+    turn = conversation.turns[marked]
+    found = {"trained": turn.train is False, "calls": turn.tool_calls == (CALL,)}
+    assert found.get(part, "marked" in str(turn) or turn.role == value)
+    assert conversation.unused == ("messages.refusal",)
+    shared = [
+        {"from" if k == "role" else "value" if k == "content" else k: v for k, v in m.items()}
+        for m in messages
+    ]
+    if part not in ("role", "content"):
+        assert to_conversation({"conversations": shared}, where=WHERE).turns == conversation.turns
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_role(role: str) -> None:
+    text = json.dumps(CALL) if role in ("function_call", "tool_call") else "marked"
+    record = {"messages": [USER, ANSWER, message(role, text), ANSWER]}
+    turn = to_conversation(record, where=WHERE).turns[2]
+    assert turn.role == ROLES[role] and (turn.content == "marked" or turn.tool_calls == (CALL,))
+
+
+def test_the_page_has_the_table() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
+    names = {key for table in (*READ.values(), MESSAGE) for keys in table.values() for key in keys}
+    assert not [name for name in (*READ, *names, *ROLES) if f"`{name}`" not in page]
+
+
+@pytest.mark.parametrize(
+    ("format", "record", "expected"),
     [
-        (
+        (  # Dolly
             "alpaca",
-            {"a": 1, "b": 2},
-            "x.jsonl line 4: no field 'instruction', or it is null (alpaca format needs instruction, output); "
-            "fields here: a, b.",
-        ),
-        ("alpaca", {"instruction": "q", "output": None}, "field 'output'"),
-        ("alpaca", {"instruction": "q", "output": ""}, "line 4: field 'output' is empty"),
-        ("alpaca", {"instruction": "q", "output": " \n"}, "field 'output' is empty"),
-        ("alpaca", {"instruction": ["q"], "output": "a"}, "'instruction' must be text; got a list"),
-        ("alpaca", {"instruction": "q", "output": 42}, "'output' must be text; got the number 42"),
-        ("alpaca", {"instruction": "\ud800", "output": "a"}, "unpaired surrogate"),
-        (
-            "alpaca",
-            {"instruction": "q", "output": "a", "history": [["a"]]},
-            "'history' must be a list of [user, assistant] pairs",
-        ),
-        ("auto", {"a": 1, "b": 2}, "no known format has these fields: a, b; expected instruction"),
-        ("auto", {"a": 1}, "data.sft.format=custom with data.sft.custom_format.instruction_field"),
-        (
-            "custom",
-            {"a": 1},
-            "no field 'instruction', or it is null (custom format needs instruction, response",
-        ),
-        ("sharegpt", {"messages": []}, "no field 'conversations'"),
-        ("sharegpt", {"conversations": "hi"}, "must be a list of messages; got text"),
-        ("sharegpt", {"conversations": [{"value": "q"}]}, "conversations 1: no field 'from'"),
-        ("messages", {"messages": []}, "no assistant turn, so nothing to train on; turns: none"),
-        (
-            "messages",
-            {"messages": [USER]},
-            "no assistant turn, so nothing to train on; turns: user",
-        ),
-        ("messages", {"messages": ["q"]}, "messages 1: expected an object; got text"),
-        (
-            "messages",
-            {"messages": [USER, message("robot", "a")]},
-            "messages 2: unknown role 'robot'",
-        ),
-        (
-            "messages",
-            {"messages": [message("assistant", "a"), USER]},
-            "x.jsonl line 4: turns out of order: the first assistant turn has no user turn before it; "
-            "expected system (if any), user, assistant, ...; turns: assistant, user.",
-        ),
-        (
-            "messages",
-            {"messages": [USER, message("tool", "1"), message("assistant", "a")]},
-            "turns out of order: a tool turn is before any assistant turn; expected it after the "
-            "assistant turn that calls the tool; turns: user, tool, assistant.",
-        ),
-        (
-            "messages",
-            {"messages": [message(["user"], "q")]},
-            "messages 1: unknown role \"['user']\"; expected",
-        ),
-        ("messages", {"messages": [USER, message("assistant", "")]}, "2: field 'content' is empty"),
-        (
-            "messages",
-            {"messages": [USER, message("assistant", None, tool_calls=[{}])]},
-            "messages 2, tool_calls 1: no field 'name', or it is null (a tool call needs name, arguments)",
-        ),
-        (
-            "messages",
-            {"messages": [USER, message("assistant", "a", tool_calls=[{"name": "f", "arguments": "{"}])]},
-            "messages 2, tool_calls 1: field 'arguments' is not valid JSON",
-        ),
-        (
-            "messages",
-            {"messages": [USER, message("assistant", "a", tool_calls=[{"name": "f", "arguments": "[1]"}])]},
-            "tool_calls 1: field 'arguments' must be an object; got a list",
-        ),
-        (
-            "messages",
-            {"messages": [USER, message("assistant", "a", tool_calls="f()")]},
-            "messages 2: field 'tool_calls' must be a list; got text",
-        ),
-        (
-            "messages",
-            {"messages": [message("user", "q", tool_calls=[{"name": "f", "arguments": {}}])]},
-            "messages 1: only an assistant turn may have 'tool_calls'; this one is of user",
-        ),
-        (
-            "messages",
-            {"messages": [USER, message("assistant", None)]},
-            "messages 2: no field 'content', or it is null (a message needs role, content)",
-        ),
-        (
-            "messages",
-            {"messages": [USER, message("assistant", "a")], "tools": "{"},
-            "line 4: field 'tools' is not valid JSON",
-        ),
-        (
-            "messages",
-            {"messages": [USER, message("assistant", "a")], "tools": ["add"]},
-            "line 4: field 'tools' must be a list of objects; got a list",
-        ),
-        (
-            "messages",
-            {"messages": [USER, message("assistant", "a", weight=0.5)]},
-            "messages 2: field 'weight' must be 0 or 1; got the number 0.5",
-        ),
-        (
-            "messages",
-            {"messages": [USER, message("assistant", "a", weight=True)]},
-            "field 'weight' must be 0 or 1; got true",
-        ),
-        (
-            "messages",
-            {"messages": [USER, message("assistant", "a", weight=1, train=False)]},
-            "messages 2: fields 'train' and 'weight' contradict one another; remove one",
+            {"instruction": "Add.", "context": "1 2", "response": "3", "system": ""},
+            [("user", "Add.\n1 2"), ("assistant", "3")],
         ),
         (
             "alpaca",
-            {f"column {n}\n": 1 for n in range(99)},
-            "column 7, column 8, column 9, column 10, column 11 and 87 more.",
+            {"instruction": "b", "input": "", "output": "B", "history": [["a", "A"]]},
+            [("user", "a"), ("assistant", "A"), ("user", "b"), ("assistant", "B")],
+        ),
+        (  # both of them
+            "alpaca",
+            {"query": "q", "input": "i", "context": "c", "response": "a"},
+            [("user", "q\ni\nc"), ("assistant", "a")],
+        ),
+        (
+            "sharegpt",
+            {
+                "system": "s",
+                "conversations": [
+                    {"from": "human", "value": "q"},
+                    {"from": "function_call", "value": json.dumps([CALL, CALL])},
+                    {"from": "observation", "value": "1"},
+                    {"from": "gpt", "value": "a"},
+                ],
+            },
+            [("system", "s"), ("user", "q"), ("assistant", ""), ("tool", "1"), ("assistant", "a")],
         ),
         (
             "messages",
-            {"messages": [USER, message("assistant", "a", train="no")]},
-            "field 'train' must be true or false; got text",
+            {
+                "messages": [
+                    message("developer", "s"),
+                    message("user", [{"type": "text", "text": "q"}]),
+                    ANSWER,
+                ]
+            },
+            [("system", "s"), ("user", "q"), ("assistant", "a")],
         ),
         (
             "messages",
-            {"messages": [message("user", [{"type": "image_url"}])]},
-            "messages 1: field 'content' has a part that is not text",
+            {"messages": [message("system", "s"), USER, ANSWER], "system": "s"},
+            [("system", "s"), ("user", "q"), ("assistant", "a")],
         ),
-        ("prompt_completion", {"prompt": "q"}, "no field 'completion'"),
-        ("prompt_completion", {"prompt": "q", "completion": []}, "no assistant turn"),
-        ("yaml", {}, "unknown format 'yaml'; expected one of auto, alpaca"),
+        ("prompt_completion", {"prompt": [USER], "completion": "a"}, [("user", "q"), ("assistant", "a")]),
+        (  # a table with two formats
+            "prompt_completion",
+            {"messages": None, "prompt": "q", "completion": "a"},
+            [("user", "q"), ("assistant", "a")],
+        ),
     ],
 )
-def test_bad_records(format: str, record: dict[str, Any], error: str) -> None:
-    with pytest.raises(UnmaskError) as caught:
-        turns(record, format)
-    assert error in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert format == "yaml" or isinstance(caught.value, RecordError)
+def test_formats(format: str, record: dict[str, Any], expected: list[tuple[str, str]]) -> None:
+    assert detect_format(record, WHERE) == format
+    assert turns(record) == turns(record, format) == expected
+
+
+def test_custom_field_names() -> None:
+    names = CustomFields("question", "table", "answer", "rule")
+    record = {"question": "q", "table": "t", "answer": "a", "rule": "r"}
+    expected = [("system", "r"), ("user", "q\nt"), ("assistant", "a")]
+    assert turns(record, "custom", custom_format=names) == expected
+    assert turns(record, custom_format=names) == expected
+    with pytest.raises(RecordError, match="no field 'table'"):
+        turns({"question": "q", "answer": "a"}, "custom", custom_format=names)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "q"},
+        {"query": "q"},
+        {"messages": [USER]},
+        {"conversations": [{"from": "human", "value": "q"}]},
+    ],
+)
+def test_a_prompt_may_lack_its_response(record: dict[str, Any]) -> None:
+    assert turns({**record, "system": "s"}, answered=False) == [("system", "s"), ("user", "q")]
+    with pytest.raises(RecordError):
+        turns(record)
+
+
+def test_completion_of_messages_makes_the_prompt_context() -> None:
+    record = {"prompt": [USER, ANSWER, USER], "completion": [message("assistant", "B")]}
+    conversation = to_conversation(record, where=WHERE)
+    assert [turn.train for turn in conversation.turns if turn.role == "assistant"] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [({"weight": 0.0}, False), ({"weight": None}, True), ({"train": True, "weight": 1, "loss": True}, True)],
+)
+def test_flags_of_a_message(flags: dict[str, Any], expected: bool) -> None:
+    record = {"messages": [USER, message("assistant", "b", **flags), ANSWER]}
+    assert [turn.train for turn in to_conversation(record, where=WHERE).turns] == [True, expected, True]
+
+
+def test_tool_calls_in_every_shape() -> None:
+    nested = {"id": "1", "type": "function", "function": {**CALL, "arguments": json.dumps(CALL["arguments"])}}
+    padded = {"type": "function", "function": {"name": "add", "arguments": {"a": [1, "é"], "city": None}}}
+    record = {
+        "messages": [
+            USER,
+            message("assistant", None, tool_calls=[nested]),
+            message("tool", "3", tool_call_id="1"),
+            message("assistant", "Let me see.", tool_calls=json.dumps([CALL, padded | {"function": CALL}])),
+            message("function", "4", name="add"),
+            {"role": "assistant", "tool_calls": [padded], "function_call": {"name": None}},
+            message("tool", "5"),
+            message("assistant", None, function_call={"name": "now", "arguments": " "}),
+            message("tool", "6"),
+            message("assistant", "4", tool_calls=[]),
+        ],
+        "functions": [{"name": "add", "description": None}],
+    }
+    conversation = to_conversation(record, where=WHERE)
+    now = {"name": "now", "arguments": {}}
+    calls = [turn.tool_calls for turn in conversation.turns if turn.role == "assistant"]
+    assert calls == [({**CALL, "id": "1"},), (CALL, CALL), (CALL,), (now,), ()]
+    assert [turn.tool_call_id for turn in conversation.turns[:4]] == [None, None, "1", None]
+    assert conversation.tools == ({"type": "function", "function": {"name": "add"}},)
+    written = '<tool_call>\n{"name": "add", "arguments": {"a": [1, "é"]}}\n</tool_call>'
+    assert call_text(conversation.turns[1]) == written
+    assert call_text(conversation.turns[3]) == f"Let me see.\n{written}\n{written}"
+    text = {**record, "functions": None, "tools": json.dumps([TOOL])}
+    assert to_conversation(text, where=WHERE).tools == (TOOL,)
+    for none in (None, [], "", " ", "[]"):
+        assert to_conversation({**text, "tools": none}, where=WHERE).tools == ()
+
+
+BOTH = message("assistant", "a", tool_calls=[CALL], function_call=CALL)
+
+
+def bad_call(**call: Any) -> dict[str, Any]:
+    return {"messages": [USER, message("assistant", "a", tool_calls=[call])]}
+
+
+@pytest.mark.parametrize(
+    ("format", "record", "named"),
+    [
+        ("alpaca", {"a": 1, "b": 2}, ["line 4: no field 'instruction'", "needs instruction, output", "a, b"]),
+        ("alpaca", {"instruction": "q", "output": None}, ["'output'"]),
+        ("alpaca", {"instruction": "q", "output": " \n"}, ["'output' is empty"]),
+        ("alpaca", {"instruction": ["q"], "output": "a"}, ["'instruction' must be text", "a list"]),
+        ("alpaca", {"instruction": "q", "output": 42}, ["'output' must be text", "the number 42"]),
+        ("alpaca", {"instruction": "\ud800", "output": "a"}, ["'instruction' has an unpaired surrogate"]),
+        ("alpaca", {"instruction": "q", "output": "a", "history": [["a"]]}, ["history 1", "[user, assistant]"]),
+        ("alpaca", {"instruction": "q", "output": "a", "response": "b"}, ["'output' and 'response'"]),
+        ("alpaca", {f"column {n}\n": 1 for n in range(99)}, ["column 10, column 11 and 87 more."]),
+        ("auto", {"a": 1}, ["no known format", ": a;", "data.sft.custom_format.instruction_field"]),
+        ("custom", {"a": 1}, ["'instruction'", "custom format needs instruction, response"]),
+        ("sharegpt", {"messages": []}, ["no field 'conversations'"]),
+        ("sharegpt", {"conversations": "hi"}, ["'conversations' must be a list", "text"]),
+        ("sharegpt", {"conversations": [{"value": "q"}]}, ["conversations 1: no field 'from'"]),
+        ("auto", {"messages": []}, ["no assistant turn", "turns: none"]),
+        ("auto", {"messages": [USER]}, ["no assistant turn", "turns: user"]),
+        ("auto", {"messages": ["q"]}, ["messages 1", "must be an object", "text"]),
+        ("auto", {"messages": [USER, message("robot", "a")]}, ["messages 2: unknown role 'robot'", "user"]),
+        ("auto", {"messages": [message(["user"], "q")]}, ["messages 1: unknown role"]),
+        ("auto", {"messages": [ANSWER, USER]}, ["out of order", "turns: assistant, user"]),
+        ("auto", {"messages": [USER, message("tool", "1"), ANSWER]}, ["tool turn is before", "user, tool"]),
+        ("auto", {"messages": [USER, message("assistant", "")]}, ["messages 2: field 'content' is empty"]),
+        ("auto", {"messages": [USER, message("assistant", None)]}, ["messages 2: no field 'content'"]),
+        ("auto", {"messages": [message("user", [{"type": "image_url"}])]}, ["'content'", "not text"]),
+        ("auto", {"messages": [message("system", "s"), USER, ANSWER], "system": "t"}, ["'system' contradicts"]),
+        ("auto", bad_call(), ["messages 2, tool_calls 1: no field 'name'", "needs name, arguments"]),
+        ("auto", bad_call(name="f", arguments="{"), ["tool_calls 1: field 'arguments' is not valid JSON"]),
+        ("auto", bad_call(name="f", arguments="[1]"), ["'arguments' must be an object", "a list"]),
+        ("auto", bad_call(name="f", id=7), ["'id' must be text"]),
+        ("auto", {"messages": [USER, message("assistant", "a", tool_calls={})] * 2}, []),
+        ("auto", {"messages": [USER, message("assistant", "a", tool_calls="f()")]}, ["'tool_calls'", "JSON"]),
+        ("auto", {"messages": [message("user", "q", tool_calls=[CALL]), ANSWER]}, ["messages 1", "tool_calls"]),
+        ("auto", {"messages": [USER, BOTH]}, ["'tool_calls' and 'function_call'"]),
+        ("auto", {"messages": [USER, message("function_call", "[]")]}, ["'content' has no call"]),
+        ("auto", {"messages": [USER, ANSWER], "tools": "{"}, ["'tools' is not valid JSON"]),
+        ("auto", {"messages": [USER, ANSWER], "tools": ["add"]}, ["tools 1", "must be an object"]),
+        ("auto", {"messages": [USER, message("assistant", "a", weight=0.5)]}, ["'weight' must be 0 or 1", "0.5"]),
+        ("auto", {"messages": [USER, message("assistant", "a", weight=True)]}, ["'weight' must be 0 or 1", "true"]),
+        ("auto", {"messages": [USER, message("assistant", "a", loss="no")]}, ["'loss' must be true or false"]),
+        ("auto", {"messages": [USER, message("assistant", "a", weight=1, train=False)]}, ["'train' and 'weight'"]),
+        ("prompt_completion", {"prompt": "q"}, ["no field 'completion'"]),
+        ("prompt_completion", {"prompt": "q", "completion": []}, ["no assistant turn"]),
+    ],
+)  # fmt: skip
+def test_bad_records(format: str, record: dict[str, Any], named: list[str]) -> None:
+    if not named:  # an empty object of a table that pads
+        assert to_conversation(record, format, where=WHERE).turns
+        return
+    with pytest.raises(RecordError) as caught:
+        to_conversation(record, format, where=WHERE)
+    assert all(text in str(caught.value) for text in named) and "\n" not in str(caught.value)
+
+
+def test_unknown_format() -> None:
+    with pytest.raises(UnmaskError, match="'yaml'; expected one of auto"):
+        to_conversation({}, "yaml", where=WHERE)
 
 
 def test_reasons_are_few() -> None:
@@ -347,8 +312,8 @@ def test_reasons_are_few() -> None:
             {"messages": [USER] * n + [message(f"robot{n}", "a")]},
             {"messages": [USER] * n + [message("user", "q", train="no" * n)]},
             {"messages": [USER] * (n + 1)},
-            {"messages": [USER], "conversation": "\ud800"},
             {"instruction": "q", "output": "a" * n + "\udfff"},
+            {"instruction": "q", "output": "a", "history": [["q", "a"]] * n + [["q"]]},
         ]
     reasons = set()
     for record in bad:
@@ -356,10 +321,4 @@ def test_reasons_are_few() -> None:
             to_conversation(record, where=WHERE)
         assert str(caught.value).startswith(f"{caught.value.where}: {caught.value.reason}")
         reasons.add(caught.value.reason)
-    assert len(reasons) == 6
-
-
-def test_a_record_that_could_not_be_read_says_why() -> None:
-    error = BadRecord("not valid JSON", " (Expecting value, column 3)").error(WHERE)
-    assert str(error) == "x.jsonl line 4: not valid JSON (Expecting value, column 3)."
-    assert (error.where, error.reason) == (WHERE, "not valid JSON")
+    assert len(reasons) == 7

@@ -115,7 +115,7 @@ def test_folder_glob_and_limit(tmp_path: Path) -> None:
             gzip.compress(b"{}\n" * 99, mtime=0)[:-9],
             "x.jsonl.gz record 1: cannot be decompressed",
         ),
-        ("x.parquet", "no table", "x.parquet: not a readable Parquet file"),
+        ("x.parquet", "no table", "x.parquet record 1: not a readable Parquet file"),
         ("x.txt", "text", "not a file of records; expected .json, .jsonl"),
     ],
 )
@@ -193,7 +193,7 @@ def test_documents(tmp_path: Path) -> None:
 
 
 def test_bad_documents(tmp_path: Path) -> None:
-    with pytest.raises(UnmaskError, match=r"b\.txt: not UTF-8 text \(line 1, byte 2\)"):
+    with pytest.raises(UnmaskError, match=r"b\.txt line 1: not UTF-8 text \(byte 2"):
         list(read_documents(write(tmp_path / "b.txt", b"a\xff")))
     name = write(tmp_path / "c.jsonl", lines([{"body": "x"}]))
     with pytest.raises(UnmaskError, match=r"c\.jsonl line 1: field 'text' is missing; .*: body;"):

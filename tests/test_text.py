@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unmask.data.encode import EncodeReport, pack_text, split_documents, usable_documents
-from unmask.data.records import BadRecord, RecordError
+from unmask.data.records import RecordError
 from unmask.data.tokenizer import byte_tokenizer
 from unmask.errors import UnmaskError
 
@@ -19,7 +19,7 @@ def numbered(documents: list[str]) -> list[tuple[str, int, int]]:
 def test_usable_documents() -> None:
     documents: list[tuple[Any, str, int, int]] = [
         ("fine", "x line 1", 5, 0),
-        (BadRecord("field 'text' is missing", "; fields here: a"), "x line 2", 5, 1),
+        (RecordError("x line 2", "field 'text' is missing", "; fields here: a"), "x line 2", 5, 1),
         ("<|im_end|>", "x line 3", 5, 2),
         ("\ud800", "x line 4", 5, 3),
     ]

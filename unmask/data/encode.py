@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Any, Literal, cast
 
 from tokenizers import Encoding, Tokenizer
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from unmask.data.records import (
-    BadRecord,
     Conversation,
     CustomFields,
     RecordError,
@@ -27,18 +26,17 @@ from unmask.data.template import (
     Rendered,
     Thinking,
     separator_template,
+    special_aliases,
     special_strings,
 )
 from unmask.errors import UnmaskError
-
-__all__ = ["DropRecord", "EncodeReport", "Encoder", "Example", "encode_records", "separator_template"]
 
 SEPARATOR = "\n\n### Response:\n"
 VANISHES = "response would vanish: the prompt alone fills block_size"
 TOO_LONG = "longer than block_size"
 UNTRAINED = "no turn is to be trained on"
 BATCH = 256  # records tokenized in one call
-ALIAS = ("\U000ffff0", "\U000ffff1")  # around the number of a special token
+LITERALS = "held strings like special tokens, read as plain text"
 
 
 @dataclass
@@ -102,17 +100,11 @@ class EncodeReport:
 
     def drop(self, reason: str, where: str) -> None:
         """Count one record as dropped."""
-        dropped, first = self.dropped.get(reason, (0, where))
-        self.dropped[reason] = (dropped + 1, first)
+        self.dropped[reason] = _added(self.dropped.get(reason), (1, where))
 
     def skip(self, error: RecordError) -> None:
         """Count one record as skipped."""
-        skipped, first = self.skipped.get(error.counted, (0, error.where))
-        self.skipped[error.counted] = (skipped + 1, first)
-
-    def note(self, text: str) -> None:
-        """Count one record under a note."""
-        self.notes[text] = self.notes.get(text, 0) + 1
+        self.skipped[error.counted] = _added(self.skipped.get(error.counted), (1, error.where))
 
     def left_out(self) -> list[str]:
         """Say what was dropped and skipped, and why: "2 skipped: not valid JSON (first: x.jsonl line 4)"."""
@@ -130,23 +122,29 @@ class EncodeReport:
         """Add what became of later records."""
         for name in (item.name for item in fields(EncodeReport)):
             mine, theirs = getattr(self, name), getattr(other, name)
-            if not isinstance(theirs, dict):
+            if isinstance(theirs, int):
                 setattr(self, name, mine + theirs)
-                continue
-            for key, value in theirs.items():
-                if isinstance(value, tuple):  # how often, and where first
-                    count, first = mine.get(key, (0, value[1]))
-                    mine[key] = (count + value[0], first)
-                else:
-                    mine[key] = mine.get(key, 0) + value
+            elif name in ("dropped", "skipped"):
+                mine |= {reason: _added(mine.get(reason), pair) for reason, pair in theirs.items()}
+            else:
+                mine |= {key: mine.get(key, 0) + count for key, count in theirs.items()}
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> EncodeReport:
-        """Read back a report that was written as JSON, in which pairs are lists."""
-        report = cls(**tree)
-        for counts in (report.dropped, report.skipped):
-            counts.update({reason: tuple(pair) for reason, pair in counts.items()})  # pyright: ignore
+        """Read back a report that was written as JSON."""
+        report = cls()
+        report.merge(cls(**tree))
         return report
+
+
+def _count(counts: dict[str, int], names: Iterable[str]) -> None:
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+
+
+def _added(pair: tuple[int, str] | None, more: Sequence[Any]) -> tuple[int, str]:
+    """How often, and where first."""
+    return (pair[0] + more[0], pair[1]) if pair else (more[0], more[1])
 
 
 class Encoder:
@@ -158,8 +156,7 @@ class Encoder:
     writes after a response belongs to the response. `thinking` says where a response starts, see
     `ChatLayout`; None = what the tokenizer was trained with, else "template".
 
-    The text is tokenized once; a token belongs to the response if it starts in it, spaces before it
-    included (they are part of its first token).
+    The text is rendered once and tokenized once; a token belongs to the response that it starts in.
 
     With `end_fill` N > 1 the end token is repeated, all supervised, until the last response has a
     multiple of N tokens, and what the template writes after the end token is left out; 1 renders
@@ -173,11 +170,10 @@ class Encoder:
     Attributes:
         chat_template: The Jinja template in force; save it with the tokenizer.
         end_token_id: The id that ends a response.
-        shows_tools: Whether the template has a place for a conversation's list of tools.
 
     Raises:
-        UnmaskError: A setting is unknown or out of range, the tokenizer lacks a chat template or an
-            end token, or the template writes no end token after a response.
+        UnmaskError: A setting is unknown or out of range, the tokenizer lacks a chat template, an end
+            token or character offsets, or the template writes no end token after a response.
     """
 
     def __init__(
@@ -211,9 +207,12 @@ class Encoder:
         self.thinking = thinking
         self.chat_template = _template(tokenizer, layout, separator)
         self.layout = ChatLayout(tokenizer, self.chat_template, thinking)
-        self.shows_tools = self.layout.shows_tools
         self.end_token_id: int = tokenizer.convert_tokens_to_ids(self.layout.end_token)  # pyright: ignore
-        self._offsets = OffsetTokenizer(tokenizer)
+        if not tokenizer.is_fast:
+            raise UnmaskError("the tokenizer has no character offsets; use one with a tokenizer.json.")
+        self._backend: Tokenizer = cast(Any, tokenizer).backend_tokenizer
+        self._renamed: Tokenizer | None = None
+        self._splits: bool | None = None  # whether a text in two parts has the tokens of the whole
 
     def encode(self, conversation: Conversation, sample_id: int = -1) -> Example:
         """Encode one conversation.
@@ -238,9 +237,7 @@ class Encoder:
         """
         turns = self._filter(turns)
         trained = [self.train_on == "all" and turn.role == "assistant" and turn.train for turn in turns]
-        rendered = self.layout.render_prompt(turns, trained, tools=tools)
-        rendered.text = rendered.text.rstrip(" ")  # spaces are part of the response's first token
-        [(ids, src)] = self.tokenize([rendered])
+        [(ids, src)] = self.tokenize([self.layout.render_prompt(turns, trained, tools=tools)])
         return Example(ids, src)
 
     def render(self, conversation: Conversation) -> Rendered:
@@ -260,7 +257,7 @@ class Encoder:
             raise DropRecord(UNTRAINED)
         rendered = self.layout.render(turns, trained, conversation.where, conversation.tools)
         if self.end_fill > 1 and trained[-1]:
-            rendered.text = rendered.text[: rendered.responses[-1][1]]
+            del rendered.pieces[-1]
         return rendered
 
     def _filter(self, turns: Sequence[Turn]) -> list[Turn]:
@@ -268,7 +265,65 @@ class Encoder:
 
     def tokenize(self, texts: Sequence[Rendered]) -> list[tuple[list[int], list[bool]]]:
         """Ids and source masks of several texts; the only place where either is made."""
-        return self._offsets(texts)
+        plain = [text.pieces for text in texts if not text.aliased]
+        found = iter(self._masked(plain, self._backend))
+        return [
+            self._masked([text.pieces], self._with_aliases())[0] if text.aliased else next(found)
+            for text in texts
+        ]
+
+    def _masked(
+        self, rows: Sequence[list[tuple[str, bool]]], backend: Tokenizer
+    ) -> list[tuple[list[int], list[bool]]]:
+        backend.no_padding()  # that of a call by someone else would stay
+        backend.no_truncation()
+        backend.encode_special_tokens = False
+        joined = ["".join(text for text, _ in pieces) for pieces in rows]
+        encodings = backend.encode_batch(joined, add_special_tokens=False) if rows else []
+        masked = []
+        for pieces, encoding in zip(rows, encodings, strict=True):
+            src, stop = [True] * len(encoding.ids), 0
+            for number, (text, is_response) in enumerate(pieces):
+                start, stop = stop, stop + len(text)
+                if not is_response:
+                    continue
+                first = _token_at(encoding, start, stop)
+                last = _token_at(encoding, stop, sum(len(text) for text, _ in pieces))
+                if (
+                    first < len(src)
+                    and cast(Any, encoding.token_to_chars(first))[0] < start
+                    and self._may_split()
+                ):
+                    # A token of prompt and response: two parts, so that a prompt has the ids that training shows.
+                    parts = self._masked([pieces[:number], pieces[number:]], backend)
+                    masked.append((parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]))
+                    break
+                src[first:last] = [False] * (last - first)
+            else:
+                masked.append((encoding.ids, src))
+        return masked
+
+    def _may_split(self) -> bool:
+        """Whether the tokenizer adds nothing of its own to the start of a text, as SentencePiece's do."""
+        if self._splits is None:
+            rows = self._masked([[(text, False)] for text in ("x\nx", "x\n", "x")], self._backend)
+            self._splits = rows[0][0] == rows[1][0] + rows[2][0]
+        return self._splits
+
+    def _with_aliases(self) -> Tokenizer:
+        """The tokenizer with its special tokens renamed, so that their strings in a text are plain text."""
+        if self._renamed is None:
+            names, tree = special_aliases(self.tokenizer), json.loads(self._backend.to_str())
+            for token in tree["added_tokens"]:
+                token["content"] = names.get(token["content"], token["content"])
+            vocabulary = tree["model"].get("vocab")
+            if isinstance(vocabulary, dict):
+                tree["model"]["vocab"] = {names.get(name, name): i for name, i in vocabulary.items()}
+            elif vocabulary is not None:
+                tree["model"]["vocab"] = [[names.get(name, name), score] for name, score in vocabulary]
+            tree["post_processor"] = None
+            self._renamed = Tokenizer.from_str(json.dumps(tree))
+        return self._renamed
 
     def fit(self, ids: list[int], src: list[bool]) -> tuple[Example, bool]:
         """Fill with end tokens and cut to `block_size`; also says whether a response was cut.
@@ -296,125 +351,8 @@ class Encoder:
         return example, cut
 
 
-class OffsetTokenizer:
-    """Tokenizes rendered texts in one call and marks the tokens of responses by their offsets.
-
-    Strings of special tokens that a record's own texts have are plain text: where there are any, the
-    template's own are renamed, and so are the tokens, so that nothing else is found.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        self._backend = _backend(tokenizer)
-        self._renamed: tuple[Tokenizer, dict[str, str]] | None = None
-        self._splits = None  # whether a text in two parts has the tokens of the whole
-
-    def __call__(self, texts: Sequence[Rendered]) -> list[tuple[list[int], list[bool]]]:
-        """Ids and source masks of each text."""
-        if not getattr(self.tokenizer, "is_fast", False):
-            return [self._by_parts(text) for text in texts]
-        plain = [text for text in texts if not text.literals]
-        found = iter(self._encode([text.text for text in plain]))
-        return [self._with_literals(t) if t.literals else self._masked(t, next(found)) for t in texts]
-
-    def _encode(self, texts: list[str], backend: Tokenizer | None = None) -> Sequence[Encoding]:
-        if not texts:
-            return []
-        backend = backend or self._backend
-        if backend is None:
-            return self.tokenizer(texts, add_special_tokens=False, verbose=False).encodings  # pyright: ignore
-        backend.no_padding()  # that of a call by someone else would stay
-        backend.no_truncation()
-        backend.encode_special_tokens = False
-        return backend.encode_batch(texts, add_special_tokens=False)
-
-    def _masked(
-        self, text: Rendered, encoding: Encoding, backend: Tokenizer | None = None
-    ) -> tuple[list[int], list[bool]]:
-        ids = encoding.ids
-        src = [True] * len(ids)
-        for start, stop in text.responses:
-            while start and text.text[start - 1] == " ":
-                start -= 1
-            first = _token_at(encoding, start, stop, len(ids))
-            last = _token_at(encoding, stop, len(text.text), len(ids))
-            inside = first < len(ids) and start and cast(Any, encoding.token_to_chars(first))[0] < start
-            if inside and self._may_split():
-                return self._split_at(text, start, backend)
-            src[first:last] = [False] * (last - first)
-        return ids, src
-
-    def _split_at(self, text: Rendered, at: int, backend: Tokenizer | None) -> tuple[list[int], list[bool]]:
-        """Tokenize in two parts, so that a prompt has the ids that training shows."""
-        before = Rendered(text.text[:at], [(a, b) for a, b in text.responses if b <= at])
-        after = Rendered(text.text[at:], [(max(0, a - at), b - at) for a, b in text.responses if b > at])
-        both = [
-            self._masked(part, self._encode([part.text], backend)[0], backend) for part in (before, after)
-        ]
-        return both[0][0] + both[1][0], both[0][1] + both[1][1]
-
-    def _may_split(self) -> bool:
-        """Whether the tokenizer adds nothing of its own to the start of a text, as SentencePiece's do."""
-        if self._splits is None:
-            whole, first, second = (found.ids for found in self._encode(["x\nx", "x\n", "x"]))
-            self._splits = whole == first + second
-        return self._splits
-
-    def _with_literals(self, text: Rendered) -> tuple[list[int], list[bool]]:
-        backend, names = self._renamed or self._rename()
-        if ALIAS[0] in text.text:
-            raise DropRecord("has both strings of special tokens and characters for private use")
-        cuts = sorted({0, len(text.text), *(at for bounds in text.responses for at in bounds)})
-        moved, renamed = {0: 0}, ""
-        for start, stop in pairwise(cuts):
-            at = start
-            for first, last in text.specials:
-                if start <= first < stop:
-                    renamed += text.text[at:first] + names[text.text[first:last]]
-                    at = last
-            renamed += text.text[at:stop]
-            moved[stop] = len(renamed)
-        inner = Rendered(renamed, [(moved[start], moved[stop]) for start, stop in text.responses])
-        return self._masked(inner, self._encode([renamed], backend)[0], backend)
-
-    def _rename(self) -> tuple[Tokenizer, dict[str, str]]:
-        """The tokenizer with other names for its special tokens, and the new name of each."""
-        tree = json.loads(self.tokenizer.backend_tokenizer.to_str())  # pyright: ignore
-        names: dict[str, str] = {}
-        for number, token in enumerate(tree["added_tokens"]):
-            if token["special"]:
-                names[token["content"]] = token["content"] = f"{ALIAS[0]}{number}{ALIAS[1]}"
-        vocabulary = tree["model"].get("vocab")
-        if isinstance(vocabulary, dict):
-            tree["model"]["vocab"] = {names.get(name, name): i for name, i in vocabulary.items()}
-        elif vocabulary is not None:
-            tree["model"]["vocab"] = [[names.get(name, name), score] for name, score in vocabulary]
-        tree["post_processor"] = None
-        for setting in ("padding", "truncation"):
-            tree[setting] = None
-        self._renamed = Tokenizer.from_str(json.dumps(tree)), names
-        return self._renamed
-
-    def _by_parts(self, text: Rendered) -> tuple[list[int], list[bool]]:
-        """The way for a tokenizer in Python, which has no offsets."""
-        cuts = {0, len(text.text), *(at for bounds in (*text.responses, *text.literals) for at in bounds)}
-        ids: list[int] = []
-        src: list[bool] = []
-        for start, stop in zip(sorted(cuts), sorted(cuts)[1:], strict=False):
-            literal = any(a <= start < b for a, b in text.literals)
-            found = self.tokenizer(
-                text.text[start:stop],
-                add_special_tokens=False,
-                split_special_tokens=literal,
-                verbose=False,
-            )["input_ids"]
-            ids += cast(list[int], found)
-            src += [not any(a <= start < b for a, b in text.responses)] * len(cast(list[int], found))
-        return ids, src
-
-
 def encode_records(
-    records: Iterable[tuple[Mapping[str, Any] | BadRecord, str]],
+    records: Iterable[tuple[Mapping[str, Any] | RecordError, str]],
     encoder: Encoder,
     format: str = "auto",
     custom_format: CustomFields | None = None,
@@ -435,7 +373,7 @@ def encode_records(
 
 
 def encode_each(
-    items: Iterable[tuple[Mapping[str, Any] | BadRecord, str, int, int]],
+    items: Iterable[tuple[Mapping[str, Any] | RecordError, str, int, int]],
     encoder: Encoder,
     format: str = "auto",
     custom_format: CustomFields | None = None,
@@ -458,18 +396,17 @@ def encode_each(
         for record, where, file, number in records:
             report.records += 1
             try:
-                if isinstance(record, BadRecord):
-                    raise record.error(where)
+                if isinstance(record, RecordError):
+                    raise record
                 name = detect_format(record, where, custom_format) if format == "auto" else format
                 conversation = to_conversation(record, name, where=where, custom_format=custom_format)
-                report.formats[name] = report.formats.get(name, 0) + 1
-                for unused in conversation.unused:
-                    report.unused[unused] = report.unused.get(unused, 0) + 1
+                _count(report.formats, [name])
+                _count(report.unused, conversation.unused)
                 rows.append((file, number, where, encoder.render(conversation)))
                 if conversation.turns[-1].role != "assistant":
-                    report.note("had turns after the last response, left out")
-                if conversation.tools and not encoder.shows_tools:
-                    report.note("had a list of tools, which the chat template has no place for")
+                    _count(report.notes, ["had turns after the last response, left out"])
+                if conversation.tools and not encoder.layout.shows_tools:
+                    _count(report.notes, ["had a list of tools, which the chat template has no place for"])
             except DropRecord as reason:
                 report.drop(str(reason), where)
             except RecordError as error:
@@ -478,10 +415,7 @@ def encode_each(
                 report.skip(error)
         encoded = encoder.tokenize([rendered for *_, rendered in rows])
         for (file, number, where, rendered), (ids, src) in zip(rows, encoded, strict=True):
-            if rendered.literals:
-                report.note("held strings like special tokens, read as plain text")
-            for note in rendered.lost:
-                report.note(note)
+            _count(report.notes, [*[LITERALS] * rendered.aliased, *rendered.lost])
             try:
                 example, cut = encoder.fit(ids, src)
             except DropRecord as reason:
@@ -562,7 +496,7 @@ def split_documents(
 
 
 def usable_documents(
-    documents: Iterable[tuple[str | BadRecord, str, int, int]],
+    documents: Iterable[tuple[str | RecordError, str, int, int]],
     tokenizer: PreTrainedTokenizerBase,
     report: EncodeReport,
     on_bad_record: Literal["stop", "skip"] = "stop",
@@ -576,8 +510,8 @@ def usable_documents(
     for document, where, file, number in documents:
         report.records += 1
         try:
-            if isinstance(document, BadRecord):
-                raise document.error(where)
+            if isinstance(document, RecordError):
+                raise document
             check_text(document, "text", where)
         except RecordError as error:
             if on_bad_record == "stop":
@@ -585,23 +519,21 @@ def usable_documents(
             report.skip(error)
             continue
         report.kept += 1
-        report.formats["text"] = report.formats.get("text", 0) + 1
-        if special.search(document) is not None:
-            report.note("held strings like special tokens, read as plain text")
+        _count(report.formats, ["text"])
+        _count(report.notes, [LITERALS] * (special.search(document) is not None))
         yield document, file, number
 
 
 def document_ids(document: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokenize a document for pre-training: special-token strings in it are plain text."""
-    return tokenizer(document, add_special_tokens=False, split_special_tokens=True, verbose=False)[
-        "input_ids"
-    ]  # pyright: ignore[reportReturnType]
+    found = tokenizer(document, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    return cast(list[int], found["input_ids"])
 
 
-def _token_at(encoding: Encoding, start: int, stop: int, count: int) -> int:
-    """The first token that has one of the characters from `start` to `stop`; `count` if none has."""
+def _token_at(encoding: Encoding, start: int, stop: int) -> int:
+    """The first token that has one of the characters from `start` to `stop`; their number if none has."""
     tokens = (encoding.char_to_token(at) for at in range(start, stop))  # none has a blank that is dropped
-    return next((token for token in tokens if token is not None), count)
+    return next((token for token in tokens if token is not None), len(encoding.ids))
 
 
 def _end_token(tokenizer: PreTrainedTokenizerBase, purpose: str) -> int:
@@ -627,14 +559,6 @@ def _template(tokenizer: PreTrainedTokenizerBase, layout: str, separator: str) -
             " tokenizer.chat_template to one of them."
         )
     return tokenizer.get_chat_template()
-
-
-def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
-    """The tokenizer without its wrapping, which costs a fifth of the time; None if that does more."""
-    same = isinstance(tokenizer, PreTrainedTokenizerFast) and (
-        type(tokenizer).__call__ is PreTrainedTokenizerFast.__call__
-    )
-    return cast(Any, tokenizer).backend_tokenizer if same else None
 
 
 def one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import csv
 import difflib
-import glob
 import io
 import json
 import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from unmask.data.hub import HUB_NAME, first_line, offline_hint, require_hub
-from unmask.data.records import BadRecord
+from unmask.data.records import RecordError
 from unmask.errors import UnmaskError
 
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
@@ -37,7 +36,14 @@ SPLITS = {
 READ = 1 << 20  # bytes read at once
 ROWS = 1024  # rows of a table read at once
 BOM = b"\xef\xbb\xbf"
-BETWEEN = re.compile(r"[\s,]*")  # the records of an array
+
+
+class Broken(Exception):
+    """A record, or the file from there on, cannot be read; `line`: of the file, if it is known."""
+
+    def __init__(self, reason: str, detail: str = "", line: int = 0):
+        super().__init__(reason)
+        self.reason, self.detail, self.line = reason, detail, line
 
 
 class Record(NamedTuple):
@@ -48,26 +54,18 @@ class Record(NamedTuple):
     label: str  # of its file
     index: int  # among the records of its file, from 0
     line: int = 0  # of its file; 0 = count records
-    whole: bool = False  # the file is one document
 
     @property
     def where(self) -> str:
         """The record's location, for messages: "alpaca.json record 17" or "x.jsonl line 4", from 1."""
-        if self.whole:
-            return self.label
         return f"{self.label} line {self.line}" if self.line else f"{self.label} record {self.index + 1}"
 
     def load(self) -> Any:
-        """Return the record, a BadRecord in place of a bad one, or the text of a whole text file."""
-        return self.decode(self.data)
-
-
-class Broken(Exception):
-    """From here on a file cannot be read; `line` 0 = the next record, -1 = the file."""
-
-    def __init__(self, reason: str, detail: str, line: int = 0):
-        super().__init__(reason)
-        self.reason, self.detail, self.line = reason, detail, line
+        """Return the record, or a text file's text; in place of one that cannot be read, the error."""
+        try:
+            return self.decode(self.data)
+        except Broken as error:
+            return RecordError(self.where, error.reason, error.detail)
 
 
 @dataclass(frozen=True)
@@ -79,71 +77,63 @@ class RecordFile:
 
     @property
     def suffix(self) -> str:
-        return suffix_of(Path(self.path))
-
-    @property
-    def remote(self) -> bool:
-        """Whether reading it may cost more than a look at a disk."""
-        return is_url(self.path)
+        return suffix_of(self.path)
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
         import fsspec
 
-        compression = self.suffix.endswith(COMPRESSED) and "infer"
-        with fsspec.open(self.path, "rb", compression=compression or None) as opened:
+        compression = "infer" if self.suffix.endswith(COMPRESSED) else None
+        with fsspec.open(self.path, "rb", compression=compression) as opened:
             yield cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, opened), READ))
 
     def read(self) -> Iterator[Record]:
-        """Yield the records. If the file is broken: those before, then a BadRecord for the rest of it.
+        """Yield the records. If the file is broken: those before, then one whose `load` is the error.
 
         Raises:
             UnmaskError: The file has no record, does not exist, or cannot be read.
         """
-        suffix = next(
-            (self.suffix.removesuffix(e) for e in COMPRESSED if self.suffix.endswith(e)), self.suffix
-        )
         readers = {".parquet": _parquet, ".csv": _csv, ".tsv": _csv, ".json": _json}
-        reader = readers.get(suffix, _json_lines if suffix in JSON_LINES else _text)
-        last = -1
+        readers |= dict.fromkeys(JSON_LINES, _json_lines)
+        reader = readers.get("." + self.suffix[1:].split(".")[0], _text)
+        count = 0
         try:
             with self.open() as file:
                 try:
-                    for last, (data, decode, line) in enumerate(reader(self, file)):
-                        yield Record(data, decode, self.label, last, line, reader is _text)
+                    for data, decode, line in reader(self, file):
+                        yield Record(data, decode, self.label, count, line)
+                        count += 1
                 except (Broken, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
                     if isinstance(error, OSError) and error.errno is not None:
                         raise  # of the disk or the network, not of what the file holds
                     if not isinstance(error, Broken):
                         error = Broken("cannot be decompressed", f" ({first_line(error)})")
-                    what = f"the rest of {self.label}" if last >= 0 else f"all of {self.label}"
-                    bad = BadRecord(error.reason, error.detail, f"{error.reason}: {what} is left out")
-                    yield Record(bad, _same, self.label, last + 1, max(0, error.line), error.line < 0)
+                    what = f"{'the rest' if count else 'all'} of {self.label} is left out"
+                    bad = Record(None, _same, self.label, count, error.line)
+                    counted = f"{error.reason}: {what}"
+                    yield bad._replace(data=RecordError(bad.where, error.reason, error.detail, counted))
                     return
         except FileNotFoundError as error:
             raise UnmaskError(f"{self.label}: the file does not exist any more.") from error
         except (OSError, ImportError) as error:
             raise UnmaskError(f"{self.label}: cannot be read ({first_line(error)}).") from error
-        if last < 0 and self.suffix in RECORD_SUFFIXES:
+        if not count and self.suffix in RECORD_SUFFIXES:
             raise UnmaskError(f"{self.label}: the file has no records.")
 
     def is_array(self) -> bool:
         """Whether it is one JSON array."""
         if not self.suffix.startswith(".json") or self.suffix.startswith(JSON_LINES):
             return False
-        with self.open() as opened, suppress(EOFError, zlib.error, OSError):
-            return opened.read(4096).removeprefix(BOM).lstrip().startswith(b"[")
-        return False
+        with self.open() as opened:
+            return _starts_array(opened)
 
     def stamp(self) -> list[Any]:
         """What changes when the file does: its path, size and time, or what its store says of it."""
-        if is_url(self.path):
-            import fsspec
+        import fsspec
 
-            system, path = fsspec.url_to_fs(self.path)
-            return [self.path, str(system.info(path))]
-        stat = Path(self.path).stat()
-        return [str(Path(self.path).absolute()), stat.st_size, stat.st_mtime_ns]
+        system, path = fsspec.url_to_fs(self.path)
+        found = system.info(path)
+        return [self.path, *([found["size"], found["mtime"]] if "mtime" in found else [str(found)])]
 
 
 @dataclass(frozen=True)
@@ -165,21 +155,16 @@ class Table:
         from datasets import DatasetDict, load_dataset, load_from_disk
 
         path = Path(self.label).expanduser()
+        if not path.is_dir():
+            require_hub(self.label, "dataset")
         try:
             if not path.is_dir():
-                require_hub(self.label, "dataset")
                 return load_dataset(self.label, self.config_name, split=self.split, streaming=streaming)
             data = load_from_disk(str(path))
-        except UnmaskError:
-            raise
         except Exception as error:  # pyarrow, datasets and the hub client each have their own families
-            what = (
-                "cannot be loaded" if path.is_dir() else "no such local file or folder, and the hub data set"
-            )
-            what += "" if path.is_dir() else " cannot be loaded"
-            raise UnmaskError(
-                f"{self.label}: {what} (split {self.split!r}): {first_line(error)}.{offline_hint()}"
-            ) from error
+            what = "" if path.is_dir() else "no such local file or folder, and the hub data set "
+            reason = f"{what}cannot be loaded (split {self.split!r}): {first_line(error)}"
+            raise UnmaskError(f"{self.label}: {reason}.{offline_hint()}") from error
         if isinstance(data, DatasetDict):
             _check_split(self.label, self.split, list(map(str, data)))
             data = data[self.split]
@@ -191,12 +176,9 @@ class Table:
         Raises:
             UnmaskError: The data set cannot be loaded.
         """
-        data = self.open(streaming=self.limit is not None)
-        index = 0
-        for table in data.with_format("arrow").iter(batch_size=ROWS):
-            for row in range(len(table)):
-                yield Record((table, row), _arrow_row, self.label, index)
-                index += 1
+        tables = self.open(streaming=self.limit is not None).with_format("arrow").iter(batch_size=ROWS)
+        rows = ((table, row) for table in tables for row in range(len(table)))
+        return (Record(row, _arrow_row, self.label, index) for index, row in enumerate(rows))
 
     def stamp(self) -> list[Any]:
         """What changes when the data do: names and sizes of the files that `datasets` keeps of them."""
@@ -221,7 +203,7 @@ def read_records(
     files, a URL that fsspec opens, or a data set on the hub; `split` and `config_name` say which part.
 
     Args:
-        keep_bad: yield a `BadRecord` in place of a line that is not a record, instead of raising.
+        keep_bad: yield the error in place of a line that is not a record, instead of raising it.
 
     Raises:
         UnmaskError: A missing, empty or broken file, a record that is not an object, or a hub name
@@ -230,8 +212,8 @@ def read_records(
     files = find_files([name], split=split, config_name=config_name, limit=limit)
     for record in islice((record for file in files for record in file.read()), limit):
         loaded = record.load()
-        if isinstance(loaded, BadRecord) and not keep_bad:
-            raise loaded.error(record.where)
+        if isinstance(loaded, RecordError) and not keep_bad:
+            raise loaded
         yield loaded, record.where
 
 
@@ -255,25 +237,26 @@ def read_documents(
     def texts() -> Iterator[str]:
         for file in find_files([name], split=split, config_name=config_name, text=True):
             for record in file.read():
-                text = document_text(record.load(), text_field)
-                if isinstance(text, BadRecord):
-                    raise text.error(record.where)
+                text = document_text(record, text_field)
+                if isinstance(text, RecordError):
+                    raise text
                 if text.strip():
                     yield text
 
     return islice(texts(), limit)
 
 
-def document_text(record: Any, field: str) -> Any:
-    """Return the text of a record, or of a whole text file, or a BadRecord."""
-    if isinstance(record, str | BadRecord):
-        return record
-    text = record.get(field)
+def document_text(record: Record, field: str) -> str | RecordError:
+    """Return the text of a record, or of a whole text file, or the error."""
+    loaded = record.load()
+    if isinstance(loaded, str | RecordError):
+        return loaded
+    text = loaded.get(field)
     if isinstance(text, str):
         return text
     what = "is not text" if text is not None else "is missing"
-    detail = f"; fields here: {', '.join(map(str, record))}; set data.text_field"
-    return BadRecord(f"field '{field}' {what}", detail)
+    detail = f"; fields here: {', '.join(map(str, loaded))}; set data.text_field"
+    return RecordError(record.where, f"field '{field}' {what}", detail)
 
 
 def find_files(
@@ -293,65 +276,79 @@ def find_files(
     Raises:
         UnmaskError: A name has no file, or one of another kind, or not the split.
     """
-    found: list[Source] = []
-    for name in map(str, names):
-        found += _find(name, split, config_name, text, limit)
-    return found
+    return [file for name in map(str, names) for file in _find(name, split, config_name, text, limit)]
 
 
 def _find(name: str, split: str, config_name: str | None, text: bool, limit: int | None) -> Sequence[Source]:
-    suffixes = (*RECORD_SUFFIXES, *TEXT_SUFFIXES) if text else RECORD_SUFFIXES
-    if is_url(name):
-        return _find_remote(name, suffixes, text)
-    path = Path(name).expanduser()
-    if path.is_file():
+    import fsspec
+
+    try:
+        system, path = fsspec.url_to_fs(name)
+        inside = None
+        if system.isfile(path):
+            matches = [path]
+        elif system.isdir(path):
+            matches = inside = system.find(path)
+        elif re.search(r"[*?\[]", path):
+            matches = [match for match in system.glob(path) if system.isfile(match)]
+        else:
+            matches = None
+    except ImportError as error:  # fsspec says which package is missing
+        raise UnmaskError(f"{name}: {first_line(error)}.") from error
+    except Exception as error:  # every store has errors of its own
+        raise UnmaskError(f"{name}: cannot be opened ({first_line(error)}).") from error
+    if matches is None:
+        bad = suffix_of(name) in (*RECORD_SUFFIXES, *TEXT_SUFFIXES) or name[:1] in "./~\\"
+        if bad or not HUB_NAME.fullmatch(name):
+            raise UnmaskError(f"{name}: no such file{_suggestion(Path(name).expanduser())}")
+        return [Table(name, split, config_name, limit)]
+    local = "://" not in name
+    if inside is not None and local:
+        if any((Path(path) / of).is_file() for of in ("state.json", "dataset_dict.json")):
+            return [Table(name, split, config_name)]
+        if of_card := _splits_of_card(name, Path(path), config_name):
+            _check_split(name, split, list(of_card))
+            return [RecordFile(file, str(Path(file).relative_to(path))) for file in of_card[split]]
+    root = re.split(r"[*?\[]", path)[0].rpartition("/")[0] if inside is None else path
+    labels = {match: match.removeprefix(root).removeprefix("/") for match in sorted(matches)}
+    labels = {match: label for match, label in labels.items() if "/." not in f"/{label}"}
+    known = (*RECORD_SUFFIXES, *TEXT_SUFFIXES) if text else RECORD_SUFFIXES
+    if inside is None:
+        for match in labels:
+            _check_suffix(match, known, text)
+        if not labels:
+            raise UnmaskError(f"{name}: no file matches.")
         if split != "train":
             raise UnmaskError(f"{name}: a file has no split {split!r}; remove data.split, or name a folder.")
-        return _checked(name, [str(path)], suffixes, text, [path.name])
-    if path.is_dir():
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            return [Table(name, split, config_name)]
-        return _find_inside(name, path, split, config_name, suffixes)
-    if glob.has_magic(name):
-        matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-        return _checked(name, [str(p) for p in matches if p.is_file()], suffixes, text)
-    known = suffix_of(Path(name)) in (*RECORD_SUFFIXES, *TEXT_SUFFIXES)
-    if known or name[:1] in "./~\\" or not HUB_NAME.fullmatch(name):
-        raise UnmaskError(f"{name}: no such file{_suggestion(path)}")
-    return [Table(name, split, config_name, limit)]
+    else:
+        of_data = [m for m in labels if suffix_of(m) in known and Path(m).name not in NOT_RECORDS]
+        labels = {match: labels[match] for match in of_data}
+        if not labels:
+            raise UnmaskError(f"{name}: the folder has no file of a known kind ({KNOWN}).")
+        splits = {match: _split_of(label) for match, label in labels.items()}
+        _check_split(name, split, sorted(set(splits.values())))
+        labels = {match: label for match, label in labels.items() if splits[match] == split}
+    return [RecordFile(m if local else system.unstrip_protocol(m), label) for m, label in labels.items()]
 
 
-def _find_inside(
-    name: str, path: Path, split: str, config_name: str | None, suffixes: tuple[str, ...]
-) -> list[RecordFile]:
-    """The files of one split of a folder, as its README says or as they are named."""
-    card = path / "README.md"
-    if card.is_file() and re.search(r"^configs:", card.read_text("utf-8", "replace"), re.MULTILINE):
-        from datasets import load_dataset_builder
+def _splits_of_card(name: str, folder: Path, config_name: str | None) -> dict[str, list[str]]:
+    """The files of each split that the README.md of a data set names; {} if it names none."""
+    card = folder / "README.md"
+    if not (card.is_file() and re.search(r"^configs:", card.read_text("utf-8", "replace"), re.MULTILINE)):
+        return {}
+    from datasets import load_dataset_builder
 
-        try:
-            of_splits = load_dataset_builder(str(path), config_name).config.data_files
-        except Exception as error:
-            raise UnmaskError(f"{name}: its README.md cannot be used: {first_line(error)}.") from error
-        splits = {str(key): list(map(str, files)) for key, files in (of_splits or {}).items()}
-        _check_split(name, split, list(splits))
-        return [RecordFile(file, str(Path(file).relative_to(path.absolute()))) for file in splits[split]]
-    inside = sorted(p for p in path.rglob("*") if p.is_file() and suffix_of(p) in suffixes)
-    inside = [p for p in inside if "/." not in f"/{p.relative_to(path).as_posix()}"]
-    inside = [p for p in inside if p.name not in NOT_RECORDS]
-    if not inside:
-        raise UnmaskError(f"{name}: the folder has no file of a known kind ({KNOWN}).")
-    by_split: dict[str, list[Path]] = {}
-    for file in inside:
-        by_split.setdefault(_split_of(file.relative_to(path)), []).append(file)
-    _check_split(name, split, list(by_split))
-    return [RecordFile(str(p), str(p.relative_to(path))) for p in by_split[split]]
+    try:
+        splits = load_dataset_builder(str(folder), config_name).config.data_files or {}
+    except Exception as error:
+        raise UnmaskError(f"{name}: its README.md cannot be used: {first_line(error)}.") from error
+    return {str(split): list(map(str, files)) for split, files in splits.items()}
 
 
-def _split_of(file: Path) -> str:
+def _split_of(label: str) -> str:
     """The split that a file's name, or a folder's on the way to it, says; "train" if none does."""
-    words = re.split(r"[^a-z]+", file.as_posix().lower())
-    return next((split for split, names in SPLITS.items() if set(names) & set(words)), "train")
+    words = set(re.split(r"[^a-z]+", label.lower()))
+    return next((split for split, names in SPLITS.items() if words & set(names)), "train")
 
 
 def _check_split(name: str, split: str, there: Sequence[str]) -> None:
@@ -361,90 +358,42 @@ def _check_split(name: str, split: str, there: Sequence[str]) -> None:
         )
 
 
-def _checked(
-    name: str,
-    matches: list[str],
-    suffixes: tuple[str, ...],
-    any_suffix: bool,
-    labels: Sequence[str] | None = None,
-) -> list[RecordFile]:
-    if not matches:
-        raise UnmaskError(f"{name}: no file matches.")
-    for match in matches:
-        if match.lower().endswith(ARCHIVES) or re.search(r"\.tar\.\w+$", match.lower()):
-            raise UnmaskError(f"{match}: an archive; unpack it and name the folder.")
-        if suffix_of(Path(match)) not in suffixes and not any_suffix:
-            hint = "; plain text needs training_mode=pretrain" if ".txt" in suffix_of(Path(match)) else ""
-            raise UnmaskError(f"{match}: not a file of records; expected {KNOWN}{hint}.")
-    return [RecordFile(match, label) for match, label in zip(matches, labels or matches, strict=True)]
-
-
-def _find_remote(name: str, suffixes: tuple[str, ...], any_suffix: bool) -> list[RecordFile]:
-    import fsspec
-
-    try:
-        system, path = fsspec.url_to_fs(name)
-        if glob.has_magic(path):
-            found = [p for p in system.glob(path) if system.isfile(p)]
-        elif system.isdir(path):
-            found = [p for p in system.find(path) if suffix_of(Path(p)) in suffixes]
-        else:
-            found = [path] if system.exists(path) else []
-        matches = sorted(system.unstrip_protocol(p) for p in cast(list[str], found))
-    except ImportError as error:  # fsspec says which package is missing
-        raise UnmaskError(f"{name}: {first_line(error)}.") from error
-    except Exception as error:  # every store has errors of its own
-        raise UnmaskError(f"{name}: cannot be opened ({first_line(error)}).") from error
-    return _checked(name, matches, suffixes, any_suffix)
+def _check_suffix(match: str, known: Sequence[str], any_suffix: bool) -> None:
+    if match.lower().endswith(ARCHIVES) or re.search(r"\.tar\.\w+$", match.lower()):
+        raise UnmaskError(f"{match}: an archive; unpack it and name the folder.")
+    if suffix_of(match) not in known and not any_suffix:
+        hint = "; plain text needs training_mode=pretrain" if ".txt" in suffix_of(match) else ""
+        raise UnmaskError(f"{match}: not a file of records; expected {KNOWN}{hint}.")
 
 
 def _suggestion(path: Path) -> str:
-    try:
-        names = [entry.name for entry in path.parent.iterdir()]
-    except OSError:
+    if not path.parent.is_dir():
         return f" (nor a folder {path.parent})."
-    close = difflib.get_close_matches(path.name, names, n=1)
+    close = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
     return f"; did you mean {path.parent / close[0]}?" if close else "."
 
 
+# Readers: (data, decode, line of the file or 0) of each record.
 Read = Iterator[tuple[Any, Callable[[Any], Any], int]]
-"""(data, decode, line of the file or 0) of each record."""
+
+
+def _starts_array(opened: BinaryIO) -> bool:
+    return cast(io.BufferedReader, opened).peek(4096)[:4096].removeprefix(BOM).lstrip().startswith(b"[")
 
 
 def _json(file: RecordFile, opened: BinaryIO) -> Read:
     """One array of records, or JSON lines."""
-    head = cast(io.BufferedReader, opened).peek(4096)[:4096]
-    if not head.removeprefix(BOM).lstrip().startswith(b"["):
+    if not _starts_array(opened):
         yield from _json_lines(file, opened)
         return
-    data = opened.read()
-    broken = None
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        text = data[: error.start].decode("utf-8-sig")
-        line = data.count(b"\n", 0, error.start) + 1
-        broken = Broken("not UTF-8 text", "; save the file as UTF-8", line)
-    decoder, plain = json.JSONDecoder(object_pairs_hook=_once), json.JSONDecoder()
-    at = text.index("[") + 1
-    while True:
-        start = BETWEEN.match(text, at).end()  # pyright: ignore[reportOptionalMemberAccess]
-        try:
-            record, at = decoder.raw_decode(text, start)
-        except DuplicateKey as error:
-            record, (_, at) = BadRecord(*error.said), plain.raw_decode(text, start)
-        except (RecursionError, ValueError):
-            break
-        yield record, _object, 0
-    try:
-        if broken is None:
-            json.loads(text)
-            return
+        records = json.loads(_decoded(opened.read()), object_pairs_hook=_once)
     except json.JSONDecodeError as error:
-        broken = Broken("not valid JSON", f" ({error.msg}, column {error.colno})", error.lineno)
+        raise Broken("not valid JSON", f" ({error.msg}, column {error.colno})", error.lineno) from error
     except (RecursionError, ValueError) as error:
-        broken = Broken("not valid JSON", f" ({_beyond(error)})", -1)
-    raise broken
+        raise Broken("not valid JSON", f" ({_beyond(error)})") from error
+    for record in records:
+        yield record, _object, 0
 
 
 def _json_lines(file: RecordFile, opened: BinaryIO) -> Read:
@@ -452,49 +401,38 @@ def _json_lines(file: RecordFile, opened: BinaryIO) -> Read:
         if line == 1:
             text = text.removeprefix(BOM)
         if text and not text.isspace():
-            yield text, _json_line, line
-
-
-class DuplicateKey(ValueError):
-    """An object has one key twice."""
-
-    def __init__(self, key: str) -> None:
-        super().__init__(key)
-        self.said = (f"key {key[:40]!r} is given twice", "; remove one of them")
+            yield text, _json_record, line
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
-        raise DuplicateKey(next(name for name in names if names.count(name) > 1))
+        twice = next(name for name in names if names.count(name) > 1)
+        raise Broken(f"key {twice[:40]!r} is given twice", "; remove one of them")
     return found
 
 
-def _json_line(line: bytes) -> Any:
+def _json_record(line: bytes) -> Any:
     try:
-        return _object(json.loads(line.rstrip(b"\r\n").decode("utf-8"), object_pairs_hook=_once))
-    except UnicodeDecodeError as error:
-        return BadRecord("not UTF-8 text", f" (byte {error.start + 1} of the line); save the file as UTF-8")
+        return _object(json.loads(_decoded(line.rstrip(b"\r\n")), object_pairs_hook=_once))
     except json.JSONDecodeError as error:
         detail = f" ({error.msg}, column {error.colno}); expected one record a line, or in a .json file one"
-        return BadRecord("not valid JSON", f"{detail} array of records")
-    except DuplicateKey as error:
-        return BadRecord(*error.said)
+        raise Broken("not valid JSON", f"{detail} array of records") from error
     except (RecursionError, ValueError) as error:
-        return BadRecord("not valid JSON", f" ({_beyond(error)})")
+        raise Broken("not valid JSON", f" ({_beyond(error)})") from error
+
+
+def _object(record: Any) -> Any:
+    if not isinstance(record, dict):
+        kind = {list: "a list", str: "text"}.get(type(record), repr(record)[:40])
+        raise Broken("expected a record {...}", f"; got {kind}")
+    return record
 
 
 def _beyond(error: Exception) -> str:
     """What is JSON, but more than Python reads."""
     return "nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
-
-
-def _object(record: Any) -> Any:
-    if isinstance(record, dict | BadRecord):
-        return record
-    kind = {list: "a list", str: "text"}.get(type(record), repr(record)[:40])
-    return BadRecord("expected a record {...}", f"; got {kind}")
 
 
 def _csv(file: RecordFile, opened: BinaryIO) -> Read:
@@ -504,7 +442,7 @@ def _csv(file: RecordFile, opened: BinaryIO) -> Read:
     text = io.TextIOWrapper(opened, encoding="utf-8-sig", errors="surrogateescape", newline="")
     try:
         rows = csv.DictReader(text, strict=True, delimiter="\t" if ".tsv" in file.suffix else ",")
-        _unique(file, list(rows.fieldnames or ()))
+        _check_unique(file, list(rows.fieldnames or ()))
         for row in rows:
             yield row, _csv_row, 0
     except csv.Error as error:
@@ -513,19 +451,18 @@ def _csv(file: RecordFile, opened: BinaryIO) -> Read:
         text.detach()  # or it would close the file
 
 
-def _unique(file: RecordFile, names: list[str]) -> None:
+def _check_unique(file: RecordFile, names: list[str]) -> None:
     if twice := [name for name in names if names.count(name) > 1]:
         raise UnmaskError(f"{file.label}: column {twice[0]!r} is given twice; remove or rename one.")
 
 
 def _csv_row(row: dict[str | None, Any]) -> Any:
     if None in row:
-        return BadRecord("more cells than the header has names")
-    for text in (*row, *row.values()):
-        try:
-            (text or "").encode()
-        except UnicodeEncodeError:
-            return BadRecord("not UTF-8 text", "; save the file as UTF-8")
+        raise Broken("more cells than the header has names")
+    try:
+        "".join(text or "" for text in (*cast(Any, row), *row.values())).encode()
+    except UnicodeEncodeError as error:
+        raise Broken("not UTF-8 text", "; save the file as UTF-8") from error
     return {name: cell for name, cell in row.items() if cell is not None}
 
 
@@ -533,51 +470,45 @@ def _parquet(file: RecordFile, opened: BinaryIO) -> Read:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
-    read = False
     try:
         table = ParquetFile(opened)
-        _unique(file, list(table.schema_arrow.names))
+        _check_unique(file, list(table.schema_arrow.names))
         for batch in table.iter_batches(batch_size=ROWS):
-            for row in range(len(batch)):
-                read = True
-                yield (batch, row), _arrow_row, 0
+            yield from (((batch, row), _arrow_row, 0) for row in range(len(batch)))
     except (ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        detail = f" ({first_line(error)})"
-        raise Broken("not a readable Parquet file", detail, 0 if read else -1) from error
+        raise Broken("not a readable Parquet file", f" ({first_line(error)})") from error
 
 
 def _arrow_row(place: tuple[Any, int]) -> Any:
     table, row = place
     try:
         return table.slice(row, 1).to_pylist()[0]
-    except UnicodeDecodeError:
-        return BadRecord("not UTF-8 text")
+    except UnicodeDecodeError as error:
+        raise Broken("not UTF-8 text") from error
 
 
 def _text(file: RecordFile, opened: BinaryIO) -> Read:
-    data = opened.read()
-    if data.removeprefix(BOM).strip():
-        yield data, _decoded, 0
+    if (text := _decoded(opened.read())).strip():
+        yield text, _same, 0
 
 
-def _decoded(data: bytes) -> Any:
+def _decoded(data: bytes) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        return BadRecord("not UTF-8 text", f" (line {line}, byte {error.start + 1}); save the file as UTF-8")
+        line = data.count(b"\n", 0, error.start)
+        byte = error.start - data.rfind(b"\n", 0, error.start)
+        raise Broken(
+            "not UTF-8 text", f" (byte {byte} of the line); save the file as UTF-8", line + 1
+        ) from error
 
 
 def _same(record: Any) -> Any:
     return record
 
 
-def is_url(name: str) -> bool:
-    return "://" in name
-
-
-def suffix_of(path: Path) -> str:
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+def suffix_of(path: str) -> str:
+    suffixes = [suffix.lower() for suffix in PurePosixPath(path).suffixes[-2:]]
     return "".join(suffixes) if suffixes[-1:] and suffixes[-1] in COMPRESSED else "".join(suffixes[-1:])

@@ -99,7 +99,7 @@ class Encoding:
             yield from encode_each(items, self.encoder, source.format, source.custom_format, **way)
             return
         texts = (
-            (document_text(record.load(), source.text_field), record.where, file, record.index)
+            (document_text(record, source.text_field), record.where, file, record.index)
             for file, record in records
         )
         there = (item for item in texts if not isinstance(item[0], str) or item[0].strip())

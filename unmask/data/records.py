@@ -1,4 +1,8 @@
-"""Records of the usual instruction formats -> Conversation. docs/data.md has the table of formats and keys."""
+"""Records of the usual instruction formats -> Conversation.
+
+`READ` and `MESSAGE` list every key that is read; docs/data.md shows them. A field that is null is not there, and
+one that is not read is named in `Conversation.unused`.
+"""
 
 from __future__ import annotations
 
@@ -9,66 +13,61 @@ from typing import Any
 
 from unmask.errors import UnmaskError
 
+_SYSTEM = {"system": ("system", "system_prompt", "system_message")}
+_TOOLS = {"tools": ("tools", "functions")}
+_REASONING = {"reasoning": ("reasoning_content", "reasoning", "thinking")}
+
+# Format -> what is read of a record -> the keys it is read from. Two keys of one list must not contradict one
+# another, but those of "input" are all read.
+READ: dict[str, dict[str, tuple[str, ...]]] = {
+    "messages": {"turns": ("messages",), **_SYSTEM, **_TOOLS},
+    "sharegpt": {"turns": ("conversations",), **_SYSTEM, **_TOOLS},
+    "prompt_completion": {"prompt": ("prompt",), "completion": ("completion",), **_SYSTEM, **_TOOLS},
+    "alpaca": {
+        "instruction": ("instruction", "question", "query"),
+        "response": ("output", "response"),
+        "input": ("input", "context"),
+        "history": ("history",),
+        **_SYSTEM,
+        **_TOOLS,
+        **_REASONING,
+    },
+}
 FORMATS = ("auto", "alpaca", "sharegpt", "messages", "prompt_completion", "custom")
 
+# The same for a message of "messages" or "conversations".
+MESSAGE: dict[str, tuple[str, ...]] = {
+    "role": ("role", "from"),
+    "content": ("content", "value"),
+    **_REASONING,
+    "trained": ("train", "loss", "weight"),
+    "calls": ("tool_calls", "function_call"),
+    "tool_call_id": ("tool_call_id",),
+    "name": ("name",),
+}
+
 ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "tool_response": "tool",
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "tool_response"), "tool"),
 }
 CALL_ROLES = ("function_call", "tool_call")  # the text of such a turn is a call, or a list of calls, as JSON
-
-# The keys that are read, of each format, in the order in which they are looked for.
-SYSTEM = ("system", "system_prompt", "system_message")
-INSTRUCTION = ("instruction", "question", "query")
-INPUT = ("input", "context")
-RESPONSE = ("output", "response")
-TOOLS = ("tools", "functions")
-REASONING = ("reasoning_content", "reasoning", "thinking")
-TRAINED = {"train": "true or false", "loss": "true or false", "weight": "0 or 1"}
-MESSAGE = ("role", "content", "from", "value", "name", "tool_calls", "function_call", "tool_call_id")
 
 
 class RecordError(UnmaskError):
     """A record that cannot be used; the message is "`where`: `reason``detail`.".
 
-    `reason` is one of a few texts, so that skipped records can be counted by it; what differs from
-    record to record is in `detail`, a continuation of the sentence. `counted`, if given, is what it is
-    counted as instead.
+    `reason` is one of a few texts, so that skipped records can be counted by it; what differs from record to
+    record is in `detail`, a continuation of the sentence. `counted`: what it is counted as instead.
     """
 
     def __init__(self, where: str, reason: str, detail: str = "", counted: str = ""):
         super().__init__(f"{where}: {reason}{detail}.")
-        self.where = where
-        self.reason = reason
-        self.detail = detail
-        self.counted = counted or reason
+        self.where, self.reason, self.detail, self.counted = where, reason, detail, counted or reason
 
     def __reduce__(self) -> tuple[type[RecordError], tuple[str, str, str, str]]:
         return type(self), (self.where, self.reason, self.detail, self.counted)  # from one process to another
-
-
-@dataclass(frozen=True)
-class BadRecord:
-    """Replaces a record that could not be read; the parts are those of `RecordError`."""
-
-    reason: str
-    detail: str = ""
-    counted: str = ""
-
-    def error(self, where: str) -> RecordError:
-        """Return the error that says so."""
-        return RecordError(where, self.reason, self.detail, self.counted)
 
 
 @dataclass(frozen=True)
@@ -112,25 +111,28 @@ class CustomFields:
     response_field: str = "response"
     system_field: str | None = None
 
+    def keys(self) -> dict[str, tuple[str, ...]]:
+        """What is read, as `READ` says it."""
+        fields = (self.instruction_field, self.response_field, self.input_field, self.system_field)
+        parts = zip(("instruction", "response", "input", "system"), fields, strict=True)
+        return {part: (field,) for part, field in parts if field is not None}
 
-def detect_format(record: Mapping[str, Any], where: str, custom_format: CustomFields | None = None) -> str:
-    """Return the format of `record`, one of `FORMATS` but "auto". A field that is null is not there.
+
+def detect_format(
+    record: Mapping[str, Any], where: str, custom_format: CustomFields | None = None, *, answered: bool = True
+) -> str:
+    """Return the format of `record`, one of `FORMATS` but "auto"; not `answered`: it may lack its response.
 
     Raises:
         RecordError: No format fits.
     """
-    there = {key for key, value in record.items() if value is not None}
-    if "messages" in there:
-        return "messages"
-    if "conversations" in there:
-        return "sharegpt"
-    if {"prompt", "completion"} <= there:
-        return "prompt_completion"
-    custom = custom_format or CustomFields()
-    if custom != CustomFields() and {custom.instruction_field, custom.response_field} <= there:
-        return "custom"
-    if there & set(INSTRUCTION) and there & set(RESPONSE):
-        return "alpaca"
+    tables = list(READ.items())
+    if custom_format not in (None, CustomFields()):
+        tables.insert(-1, ("custom", custom_format.keys()))
+    needed = ("turns", "prompt", "instruction", *(("completion", "response") if answered else ()))
+    for name, keys in tables:
+        if all(_first(record, keys[part]) for part in needed if part in keys):
+            return name
     raise RecordError(
         where,
         "no known format has these fields",
@@ -146,270 +148,217 @@ def to_conversation(
     *,
     where: str,
     custom_format: CustomFields | None = None,
+    answered: bool = True,
 ) -> Conversation:
-    """Read `record` in `format` (one of `FORMATS`) as a conversation.
+    """Read `record` in `format` (one of `FORMATS`); not `answered`: it may lack its last response.
 
     Raises:
         RecordError: A field is missing, is not text, a response is empty, or turns are out of order;
             the message names the record (`where`) and the field.
         UnmaskError: `format` is unknown.
     """
-    if format == "auto":
-        format = detect_format(record, where, custom_format)
     if format not in FORMATS:
         raise UnmaskError(f"unknown format {format!r}; expected one of {', '.join(FORMATS)}.")
-    fields = _Fields(_without_nulls(record), where, f"{format} format needs ")
-    tools: tuple[Mapping[str, Any], ...] = ()
-    if format == "custom":
-        turns = _custom(fields, custom_format or CustomFields())
+    if format == "auto":
+        format = detect_format(record, where, custom_format, answered=answered)
+    keys = (custom_format or CustomFields()).keys() if format == "custom" else READ[format]
+    fields = _Fields(_without_nulls(record), where, keys, f"{format} format needs ")
+    if "turns" in keys:
+        turns = _turns(fields, "turns")
+    elif "prompt" in keys:
+        turns = _prompt_completion(fields, answered)
     else:
-        system = fields.first(SYSTEM)
-        if format == "alpaca":
-            turns = _alpaca(fields)
-        elif format == "prompt_completion":
-            turns = _prompt_completion(fields)
-        else:
-            turns = _turns(fields, "conversations" if format == "sharegpt" else "messages", format)
-        turns = _with_system(system, turns, where)
-        if format != "alpaca":
-            tools = _tools(fields)
-    _check_order(turns, where)
+        turns = _instruction(fields, answered, custom=format == "custom")
+    if system := fields.text("system"):
+        if not turns or turns[0].role != "system":
+            turns = [Turn("system", system), *turns]
+        elif turns[0].content != system:
+            key = _first(fields.record, keys["system"])
+            raise RecordError(where, f"field '{key}' contradicts the system turn", "; remove one of them")
+    tools = _tools(fields)
+    _check_order(turns, where, answered)
     return Conversation(tuple(turns), where, tools, fields.unused())
 
 
 class _Fields:
-    """The fields of one record, or of one of its messages; remembers which of them were read."""
+    """The fields of a record, or of a message of one; remembers which were read."""
 
-    def __init__(self, record: Mapping[str, Any], where: str, needs: str = "", prefix: str = "") -> None:
-        self.record, self.where, self.needs, self.prefix = record, where, needs, prefix
+    def __init__(
+        self, record: Mapping[str, Any], where: str, keys: Mapping[str, tuple[str, ...]], needs: str
+    ) -> None:
+        self.record, self.where, self.keys, self.needs = record, where, keys, needs
         self.used: set[str] = set()
         self.inner: dict[str, None] = {}  # unused fields of messages
 
-    def get(self, name: str, needed: str = "") -> Any:
-        """The value of a field, which must be there if `needed` says for what."""
-        self.used.add(name)
-        if needed and name not in self.record:
-            detail = f" ({self.needs}{needed}); fields here: {_names(self.record)}"
-            raise RecordError(self.where, f"no field '{name}', or it is null", detail)
-        return self.record.get(name)
-
-    def first(self, names: Sequence[str], needed: str = "") -> tuple[str, Any]:
-        """The one field of several spellings that is there, as (name, value); ("", None) without one."""
+    def one(self, part: str, needed: str = "") -> tuple[str, Any]:
+        """The key and the value of a part; ("", None) if it is not there and not `needed`."""
+        names = self.keys.get(part, ())
         there = [name for name in names if name in self.record]
-        if len(there) > 1 and len({json.dumps(self.record[name]) for name in there}) > 1:
+        if len({json.dumps(self.record[name]) for name in there}) > 1:
             raise RecordError(self.where, f"fields '{there[0]}' and '{there[1]}' contradict one another")
         self.used.update(there)
-        if there:
-            return there[0], self.record[there[0]]
-        return (names[0], self.get(names[0], needed)) if needed else ("", None)
+        if needed and not there:
+            detail = f" ({self.needs}{needed}); fields here: {_names(self.record)}"
+            raise RecordError(self.where, f"no field '{names[0]}', or it is null", detail)
+        return (there[0], self.record[there[0]]) if there else ("", None)
 
-    def text(self, name: str, needed: str) -> str:
-        return check_text(self.get(name, needed), name, self.where)
+    def text(self, part: str, needed: str = "") -> str:
+        """The text of a part; "" if it is not there and not `needed`."""
+        key, value = self.one(part, needed)
+        return check_text(value, key, self.where) if key else ""
 
     def unused(self) -> tuple[str, ...]:
-        return (*(self.prefix + str(name) for name in self.record if name not in self.used), *self.inner)
+        return (*(str(name) for name in self.record if name not in self.used), *self.inner)
 
 
-def _without_nulls(value: Any) -> Any:
-    """`value` without the keys that are null: tables write them for what a record does not have."""
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def _alpaca(fields: _Fields) -> list[Turn]:
-    where, needs = fields.where, "instruction, output"
+def _instruction(fields: _Fields, answered: bool, custom: bool) -> list[Turn]:
+    where, keys = fields.where, fields.keys
+    needs = f"{keys['instruction'][0]}, {keys['response'][0]}{': see data.sft.custom_format' * custom}"
     turns: list[Turn] = []
-    history = fields.get("history") or []
-    pairs = isinstance(history, Sequence) and not isinstance(history, str)
-    if not pairs or not all(isinstance(p, Sequence) and len(p) == 2 for p in history):
-        raise RecordError(where, "field 'history' must be a list of [user, assistant] pairs")
-    for number, (user, assistant) in enumerate(history, 1):
-        field = f"history pair {number}"
-        turns.append(Turn("user", check_text(user, field, where)))
-        turns.append(Turn("assistant", _response(assistant, field, where)))
-    name, instruction = fields.first(INSTRUCTION, needs)
-    text = check_text(instruction, name, where)
-    for name in INPUT:
-        text = _with_input(text, fields, name)
-    turns.append(Turn("user", text))
-    name, output = fields.first(RESPONSE, needs)
-    name_of_reasoning, reasoning = fields.first(REASONING)
-    turns.append(
-        Turn(
-            "assistant",
-            _response(output, name, where),
-            reasoning="" if reasoning is None else check_text(reasoning, name_of_reasoning, where),
-        )
-    )
+    for number, pair in enumerate(_typed(fields.one("history")[1] or [], list, "history", where), 1):
+        place = f"{where}, history {number}"
+        if len(_typed(pair, list, "history", place)) != 2:
+            raise RecordError(place, "field 'history' must be a list of [user, assistant] pairs")
+        turns += [Turn("user", check_text(pair[0], "history", place)), _answer(pair[1], "history", place)]
+    texts = [fields.text("instruction", needs)]
+    for key in keys.get("input", ()):
+        own = _Fields(fields.record, where, {"input": (key,)}, fields.needs)
+        texts.append(own.text("input", needs if custom else ""))
+        fields.used |= own.used
+    texts = [text for number, text in enumerate(texts) if text.strip() or (number == 0 and text)]
+    turns.append(Turn("user", "\n".join(texts)))
+    key, response = fields.one("response", needs if answered else "")
+    if key and (answered or response):
+        turns.append(replace(_answer(response, key, where), reasoning=fields.text("reasoning")))
     return turns
 
 
-def _custom(fields: _Fields, names: CustomFields) -> list[Turn]:
-    needs = f"{names.instruction_field}, {names.response_field}: see data.sft.custom_format"
-    instruction = fields.text(names.instruction_field, needs)
-    if names.input_field is not None:
-        if names.input_field not in fields.record:
-            fields.get(names.input_field, needs)
-        instruction = _with_input(instruction, fields, names.input_field)
-    response = _response(fields.get(names.response_field, needs), names.response_field, fields.where)
-    turns = [Turn("user", instruction), Turn("assistant", response)]
-    if names.system_field is None:
-        return turns
-    return _with_system((names.system_field, fields.get(names.system_field)), turns, fields.where)
+def _prompt_completion(fields: _Fields, answered: bool) -> list[Turn]:
+    turns: list[Turn] = []
+    for part in ("prompt", "completion"):
+        key, value = fields.one(part, "prompt, completion" if answered or part == "prompt" else "")
+        if isinstance(value, str) and part == "prompt":
+            turns.append(Turn("user", check_text(value, key, fields.where)))
+        elif isinstance(value, str):
+            turns += [_answer(value, key, fields.where)] if answered or value else []
+        elif key:
+            turns += _turns(fields, part)
+        if part == "prompt":  # its assistant turns are context: only the completion is trained on
+            turns = [replace(turn, train=turn.role == "user" and isinstance(value, str)) for turn in turns]
+    return turns
 
 
-def _prompt_completion(fields: _Fields) -> list[Turn]:
-    needs = "prompt, completion"
-    prompt, completion = fields.get("prompt", needs), fields.get("completion", needs)
-    if isinstance(prompt, str):
-        context = [Turn("user", check_text(prompt, "prompt", fields.where))]
-    else:
-        # Assistant turns of a prompt made of messages are context: only the completion is trained on.
-        context = [replace(turn, train=False) for turn in _turns(fields, "prompt", "prompt_completion")]
-    if isinstance(completion, str):
-        return [*context, Turn("assistant", _response(completion, "completion", fields.where))]
-    return context + _turns(fields, "completion", "prompt_completion")
-
-
-def _turns(fields: _Fields, field: str, format: str) -> list[Turn]:
-    """The turns of a list field, of {"role", "content"} or {"from", "value"} objects."""
-    messages = fields.get(field, field)
-    if not isinstance(messages, Sequence) or isinstance(messages, str):
-        raise RecordError(
-            fields.where, f"field '{field}' must be a list of messages", f"; got {_kind(messages)}"
-        )
+def _turns(fields: _Fields, part: str) -> list[Turn]:
+    """The turns of a list of {"role", "content"} or {"from", "value"} objects."""
+    key, messages = fields.one(part, fields.keys[part][0])
+    keys = MESSAGE
+    if key == "conversations":
+        keys = {**MESSAGE, "role": MESSAGE["role"][::-1], "content": MESSAGE["content"][::-1]}
     turns = []
-    for number, message in enumerate(messages, 1):
-        place = f"{fields.where}, {field} {number}"
-        if not isinstance(message, Mapping):
-            raise RecordError(place, "expected an object", f"; got {_kind(message)}")
-        sharegpt = "from" in message or (format == "sharegpt" and "role" not in message)
-        keys = ("from", "value") if sharegpt else ("role", "content")
-        inner = _Fields(message, place, "a message needs ", f"{field}.")
-        turns.append(_turn(inner, *keys))
-        fields.inner |= dict.fromkeys(inner.unused())
+    for number, message in enumerate(_typed(messages, list, key, fields.where), 1):
+        where = f"{fields.where}, {key} {number}"
+        message = _typed(message, Mapping, "message", where)
+        inner = _Fields(message, where, keys, "a message needs ")
+        turns.append(_turn(inner, f"{keys['role'][0]}, {keys['content'][0]}"))
+        fields.inner |= dict.fromkeys(f"{key}.{name}" for name in inner.unused())
     return turns
 
 
-def _turn(fields: _Fields, role_key: str, text_key: str) -> Turn:
-    place, needs = fields.where, f"{role_key}, {text_key}"
-    name = fields.get(role_key, needs)
+def _turn(fields: _Fields, needs: str) -> Turn:
+    where = fields.where
+    role_key, name = fields.one("role", needs)
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        raise RecordError(
-            place, f"unknown {role_key}", f" {str(name)[:40]!r}; expected one of {', '.join(ROLES)}"
-        )
-    calls = _tool_calls(fields, role)
+        detail = f" {str(name)[:40]!r}; expected one of {', '.join(ROLES)}"
+        raise RecordError(where, f"unknown {role_key}", detail)
+    calls = _calls(fields, role)
+    key, value = fields.one("content", "" if calls else needs)  # OpenAI's calls come without content
     if name in CALL_ROLES and not calls:
-        content, calls = "", _calls_in_text(fields.get(text_key, needs), text_key, name, place)
-    elif calls and text_key not in fields.record:
-        content = ""  # as OpenAI writes a turn that only calls tools
+        content, calls = "", _call_list(_json(value, key, where, f" of a {name} turn"), key, where)
     else:
-        content = _parts(fields.get(text_key, needs), text_key, place)
-    fields.used.add(text_key)
-    key, reasoning = fields.first(REASONING) if role == "assistant" else ("", None)
+        content = _joined(value, key, where) if key else ""
     if role == "assistant" and not calls:
-        content = _response(content, text_key, place)
-    texts = {}
-    for field in ("tool_call_id", "name"):
-        if fields.get(field) is not None:
-            texts[field] = check_text(fields.record[field], field, place)
+        content = _answer(content, key, where).content
     return Turn(
         role,
         content,
         _is_trained(fields),
         calls,
-        texts.get("tool_call_id"),
-        "" if reasoning is None else check_text(reasoning, key, place),
-        texts.get("name"),
+        fields.text("tool_call_id") or None,
+        fields.text("reasoning") if role == "assistant" else "",
+        fields.text("name") or None,
     )
 
 
 def _is_trained(fields: _Fields) -> bool:
     """What "train" or "loss" (true or false) or "weight" (1 or 0) of a message say; True without them."""
     said = {}
-    for field, expected in TRAINED.items():
-        value = fields.get(field)
-        if value is None:
+    for key in fields.keys["trained"]:
+        if (value := fields.record.get(key)) is None:
             continue
-        if isinstance(value, bool) == (field == "weight") or value not in (0, 1):
-            raise RecordError(fields.where, f"field '{field}' must be {expected}", f"; got {_kind(value)}")
-        said[field] = bool(value)
+        fields.used.add(key)
+        if isinstance(value, bool) == (key == "weight") or value not in (0, 1):
+            expected = "0 or 1" if key == "weight" else "true or false"
+            raise RecordError(fields.where, f"field '{key}' must be {expected}", f"; got {_kind(value)}")
+        said[key] = bool(value)
     if len(set(said.values())) > 1:
-        one, other = list(said)[:2]
-        raise RecordError(
-            fields.where, f"fields '{one}' and '{other}' contradict one another", "; remove one"
-        )
+        reason = "fields '{}' and '{}' contradict one another".format(*said)
+        raise RecordError(fields.where, reason, "; remove one")
     return all(said.values())
 
 
-def _tool_calls(fields: _Fields, role: str) -> tuple[Mapping[str, Any], ...]:
+def _calls(fields: _Fields, role: str) -> tuple[Mapping[str, Any], ...]:
     """The calls in "tool_calls", or the one in "function_call" (OpenAI until 2023)."""
-    place = fields.where
-    calls, single = fields.get("tool_calls"), fields.get("function_call")
-    if single and calls:
-        raise RecordError(
-            place, "fields 'tool_calls' and 'function_call' contradict one another", "; remove one"
-        )
-    field = "function_call" if single else "tool_calls"
-    if not (calls or single):
+    there = [key for key in fields.keys["calls"] if fields.record.get(key)]
+    fields.used.update(fields.keys["calls"])
+    if not there:
         return ()
+    if len(there) > 1:
+        reason = "fields '{}' and '{}' contradict one another".format(*there)
+        raise RecordError(fields.where, reason, "; remove one")
+    [key] = there
     if role != "assistant":
-        raise RecordError(place, f"only an assistant turn may have '{field}'", f"; this one is of {role}")
-    if single:
-        return (_call(single, f"{place}, function_call"),)
-    if not isinstance(calls, Sequence) or isinstance(calls, str):
-        raise RecordError(place, "field 'tool_calls' must be a list", f"; got {_kind(calls)}")
-    return tuple(_call(call, f"{place}, tool_calls {number}") for number, call in enumerate(calls, 1))
+        detail = f"; this one is of {role}"
+        raise RecordError(fields.where, f"only an assistant turn may have '{key}'", detail)
+    value = fields.record[key]
+    if key == "tool_calls":
+        value = _json(value, key, fields.where) if isinstance(value, str) else value
+        value = _typed(value, list, key, fields.where)
+    return _call_list(value, key, fields.where)
 
 
-def _calls_in_text(value: Any, field: str, role: str, place: str) -> tuple[Mapping[str, Any], ...]:
-    """The calls of a turn whose role says that its text is one, or a list of them."""
-    calls = _json(value, field, place, f" of a {role} turn")
-    calls = calls if isinstance(calls, list) else [calls]
+def _call_list(calls: Any, key: str, where: str) -> tuple[Mapping[str, Any], ...]:
+    """A call, or a list of them, as {"name", "arguments"}; OpenAI nests them, with the arguments as text."""
+    if not isinstance(calls, list):
+        return (_call(calls, f"{where}, {key}"),)
     if not calls:
-        raise RecordError(place, f"field '{field}' of a {role} turn has no call")
-    return tuple(_call(call, place) for call in calls)
+        raise RecordError(where, f"field '{key}' has no call")
+    return tuple(_call(call, f"{where}, {key} {number}") for number, call in enumerate(calls, 1))
 
 
-def _call(call: Any, at: str) -> Mapping[str, Any]:
-    """A call as {"name", "arguments"}; OpenAI nests them in "function" and writes arguments as a text."""
-    if not isinstance(call, Mapping):
-        raise RecordError(at, "a tool call must be an object", f"; got {_kind(call)}")
-    inner = call.get("function") if "function" in call else call
-    if not isinstance(inner, Mapping):
-        raise RecordError(at, "field 'function' must be an object", f"; got {_kind(inner)}")
-    fields = _Fields(inner, at, "a tool call needs ")
-    name = fields.text("name", "name, arguments")
-    arguments = fields.get("arguments")
+def _call(call: Any, where: str) -> Mapping[str, Any]:
+    call = _typed(call, Mapping, "call", where)
+    inner = _typed(call.get("function", call), Mapping, "function", where)
+    keys = {name: (name,) for name in ("name", "arguments", "id")}
+    fields = _Fields(inner, where, keys, "a tool call needs ")
+    name, (_, arguments) = fields.text("name", "name, arguments"), fields.one("arguments")
     if isinstance(arguments, str):
-        arguments = _json(arguments, "arguments", at) if arguments.strip() else {}
-    arguments = {} if arguments is None else arguments
-    if not isinstance(arguments, Mapping):
-        raise RecordError(at, "field 'arguments' must be an object", f"; got {_kind(arguments)}")
-    check_text(json.dumps(arguments, ensure_ascii=False), "arguments", at)
-    own = {} if call.get("id") is None else {"id": check_text(call["id"], "id", at)}
-    return {"name": name, "arguments": dict(arguments), **own}
+        arguments = _json(arguments, "arguments", where) if arguments.strip() else {}
+    arguments = _typed({} if arguments is None else arguments, Mapping, "arguments", where)
+    check_text(json.dumps(arguments, ensure_ascii=False), "arguments", where)
+    own = _Fields(call, where, keys, "").text("id")
+    return {"name": name, "arguments": dict(arguments), **({"id": own} if own else {})}
 
 
 def _tools(fields: _Fields) -> tuple[Mapping[str, Any], ...]:
     """The tools: a list of objects, or a text with one as JSON; "functions" are the older form of them."""
-    field, tools = fields.first(TOOLS)
+    key, tools = fields.one("tools")
     if isinstance(tools, str):
-        tools = _without_nulls(_json(tools, field, fields.where)) if tools.strip() else []
-    tools = tools or []
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise RecordError(fields.where, f"field '{field}' must be a list of objects", f"; got {_kind(tools)}")
-    check_text(json.dumps(tools, ensure_ascii=False), field, fields.where)
-    return tuple({"type": "function", "function": tool} if field == "functions" else tool for tool in tools)
-
-
-def _json(value: Any, field: str, where: str, of: str = "") -> Any:
-    try:
-        return json.loads(check_text(value, field, where))
-    except (ValueError, RecursionError) as error:
-        raise RecordError(where, f"field '{field}'{of} is not valid JSON", f" ({error})") from error
+        tools = _without_nulls(_json(tools, key, fields.where)) if tools.strip() else []
+    tools = _typed(tools or [], list, key, fields.where)
+    tools = [_typed(tool, Mapping, key, f"{fields.where}, {key} {n}") for n, tool in enumerate(tools, 1)]
+    check_text(json.dumps(tools, ensure_ascii=False), key, fields.where)
+    return tuple({"type": "function", "function": tool} if key == "functions" else tool for tool in tools)
 
 
 def call_text(turn: Turn) -> str:
@@ -424,55 +373,25 @@ def call_text(turn: Turn) -> str:
     return "\n".join([turn.content] * bool(turn.content) + calls)
 
 
-def _parts(value: Any, field: str, where: str) -> str:
-    """Text, or the joined text of a list of {"type": "text", "text": ...} parts."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        for part in value:
-            if not isinstance(part, Mapping) or part.get("type", "text") != "text":
-                raise RecordError(where, f"field '{field}' has a part that is not text")
-        return "".join(check_text(part.get("text"), f"{field}.text", where) for part in value)
-    return check_text(value, field, where)
-
-
-def _check_order(turns: Sequence[Turn], where: str) -> None:
+def _check_order(turns: Sequence[Turn], where: str, answered: bool) -> None:
     roles = [turn.role for turn in turns]
     listed = ", ".join(roles[:8]) + (", ..." if len(roles) > 8 else "")
-    if "assistant" not in roles:
-        raise RecordError(
-            where, "there is no assistant turn, so nothing to train on", f"; turns: {listed or 'none'}"
-        )
-    first = roles.index("assistant")
-    if "user" not in roles[:first]:
+    if answered and "assistant" not in roles:
+        detail = f"; turns: {listed or 'none'}"
+        raise RecordError(where, "there is no assistant turn, so nothing to train on", detail)
+    before = roles[: roles.index("assistant")] if "assistant" in roles else roles
+    if "user" not in before:
         raise RecordError(
             where,
             "turns out of order: the first assistant turn has no user turn before it",
-            f"; expected system (if any), user, assistant, ...; turns: {listed}",
+            f"; expected system (if any), user, assistant, ...; turns: {listed or 'none'}",
         )
-    if "tool" in roles[:first]:
+    if "tool" in before:
         raise RecordError(
             where,
             "turns out of order: a tool turn is before any assistant turn",
             f"; expected it after the assistant turn that calls the tool; turns: {listed}",
         )
-
-
-def _with_system(field: tuple[str, Any], turns: list[Turn], where: str) -> list[Turn]:
-    name, value = field
-    if value is None or value == "":
-        return turns
-    text = check_text(value, name, where)
-    if turns and turns[0].role == "system":
-        if turns[0].content == text:
-            return turns
-        raise RecordError(where, f"field '{name}' contradicts the system turn", "; remove one of them")
-    return [Turn("system", text), *turns]
-
-
-def _with_input(instruction: str, fields: _Fields, field: str) -> str:
-    value = fields.get(field)
-    if value is None or not (text := check_text(value, field, fields.where)).strip():
-        return instruction
-    return f"{instruction}\n{text}" if instruction else text
 
 
 def check_text(value: Any, field: str, where: str) -> str:
@@ -481,36 +400,61 @@ def check_text(value: Any, field: str, where: str) -> str:
     Raises:
         RecordError: It is not text, or has an unpaired surrogate.
     """
-    if not isinstance(value, str):
-        raise RecordError(where, f"field '{field}' must be text", f"; got {_kind(value)}")
     try:
-        value.encode()
+        _typed(value, str, field, where).encode()
     except UnicodeEncodeError as error:
-        raise RecordError(
-            where,
-            f"field '{field}' has an unpaired surrogate",
-            f" at character {error.start + 1}, which is not text",
-        ) from error
+        detail = f" at character {error.start + 1}, which is not text"
+        raise RecordError(where, f"field '{field}' has an unpaired surrogate", detail) from error
     return value
 
 
-def _response(value: Any, field: str, where: str) -> str:
-    text = check_text(value, field, where)
-    if not text.strip():
+def _answer(value: Any, field: str, where: str) -> Turn:
+    if not check_text(value, field, where).strip():
         raise RecordError(where, f"field '{field}' is empty", "; a response needs text")
-    return text
+    return Turn("assistant", value)
+
+
+def _joined(value: Any, field: str, where: str) -> str:
+    """Text, or the joined text of a list of {"type": "text", "text": ...} parts."""
+    if not isinstance(value, list):
+        return check_text(value, field, where)
+    for part in value:
+        if not isinstance(part, Mapping) or part.get("type", "text") != "text":
+            raise RecordError(where, f"field '{field}' has a part that is not text")
+    return "".join(check_text(part.get("text"), f"{field}.text", where) for part in value)
+
+
+def _json(value: Any, field: str, where: str, of: str = "") -> Any:
+    try:
+        return json.loads(check_text(value, field, where))
+    except (ValueError, RecursionError) as error:
+        raise RecordError(where, f"field '{field}'{of} is not valid JSON", f" ({error})") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """`value` without the keys that are null: tables write them for what a record does not have."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _first(record: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    return next((name for name in names if record.get(name) is not None), None)
+
+
+def _typed(value: Any, kind: type, field: str, where: str) -> Any:
+    if not isinstance(value, kind):
+        expected = "text" if kind is str else "a list" if kind is list else "an object"
+        raise RecordError(where, f"field '{field}' must be {expected}", f"; got {_kind(value)}")
+    return value
 
 
 def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
     if isinstance(value, int | float):
         return f"the number {value}"
-    if isinstance(value, str):
-        return "text"
-    return "an object" if isinstance(value, Mapping) else "a list"
+    return "text" if isinstance(value, str) else "an object" if isinstance(value, Mapping) else "a list"
 
 
 def _names(record: Mapping[str, Any]) -> str:

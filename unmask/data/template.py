@@ -1,4 +1,4 @@
-"""A conversation -> the text its chat template renders, and where in it the responses are.
+"""A conversation -> the text that its chat template renders, cut where training lets each response start.
 
 Templates rarely say where a response begins and ends. Most write the same header before each one (what
 `add_generation_prompt` adds) and the end token after it, and nothing else writes either: one rendering
@@ -8,7 +8,6 @@ the marks is the template's own writing. Training and generation prompts come fr
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -23,23 +22,15 @@ from unmask.errors import UnmaskError
 
 REWRITTEN = "the chat template rewrites the response beyond recognition"
 REASONS = "has reasoning, but thinking=off lets every response start after an empty think block"
-OPEN, CLOSE = "\ue000", "\ue002"  # around private marks
+PRIVATE = "has both strings of special tokens and characters for private use"
+OPEN, MIDDLE, CLOSE = "\ue000", "\ue001", "\ue002"  # of private marks
+ALIAS = ("\U000ffff0", "\U000ffff1")  # around the number of a special token
+EMPTY = "<think>\n\n</think>\n\n"
 THINK = re.compile(
     r"\s*<think>(?P<reasoning>(?:(?!</?think>).)*)</think>(?P<answer>(?:(?!</?think>).)*)", re.S
 )
 
 Thinking = Literal["off", "on", "template"]
-
-
-class Hidden(list[str]):
-    """Strings of special tokens that marks stand for, while a template writes the texts that have them."""
-
-    mark = ""
-    """What each mark starts with; no text of the conversation has it."""
-
-    def without_marks(self, text: str) -> str:
-        """Remove the marks from a text."""
-        return re.sub(f"{self.mark}s\\d+{CLOSE}", "", text) if self else text
 
 
 class DropRecord(Exception):
@@ -48,26 +39,30 @@ class DropRecord(Exception):
 
 @dataclass
 class Rendered:
-    """A text, and the trained responses in it as (start, stop) in characters, end tokens included.
+    """A text in pieces, each with whether it is a response to learn, its end token included.
 
-    `literals`: (start, stop) of strings of special tokens in the record's own texts: plain text. `specials`:
-    those that the template wrote, listed where there are literals. `lost` says what the template left out.
+    The blanks before a response belong to it: they are part of its first token. `aliased`: the record's own
+    texts have strings of special tokens, so those that the template wrote are replaced by `special_aliases`.
+    `lost` says what the template left out.
     """
 
-    text: str
-    responses: list[tuple[int, int]]
-    literals: list[tuple[int, int]] = field(default_factory=list)
-    specials: list[tuple[int, int]] = field(default_factory=list)
+    pieces: list[tuple[str, bool]]
+    aliased: bool = False
     lost: list[str] = field(default_factory=list)
+
+
+def special_aliases(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Return the strings of the tokenizer's control tokens, each with a text that replaces it."""
+    specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    specials |= set(tokenizer.all_special_tokens)
+    # Longest first, so that of two tokens with one beginning the longer is found.
+    ordered = sorted(specials, key=lambda text: (-len(text), text))
+    return {text: f"{ALIAS[0]}{number}{ALIAS[1]}" for number, text in enumerate(ordered)}
 
 
 def special_strings(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """Return what finds strings of the tokenizer's control tokens in a text."""
-    specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    specials |= set(tokenizer.all_special_tokens)
-    # Longest first, so that of two tokens with one beginning the longer is found.
-    choices = "|".join(map(re.escape, sorted(specials, key=len, reverse=True)))
-    return re.compile(choices or "(?!)")
+    return re.compile("|".join(map(re.escape, special_aliases(tokenizer))) or "(?!)")
 
 
 def separator_template(separator: str) -> str:
@@ -79,17 +74,11 @@ def separator_template(separator: str) -> str:
     """
     quoted = json.dumps(separator, ensure_ascii=False)
     return (
-        "{%- for message in messages %}"
-        "{{- message.content }}"
+        "{%- for message in messages %}{{- message.content }}"
         "{%- if message.role == 'assistant' %}"
         "{{- eos_token }}{%- if not loop.last %}{{- '\\n\\n' }}{%- endif %}"
-        "{%- elif message.role == 'system' or "
-        "(not loop.last and loop.nextitem.role != 'assistant') %}"
-        "{{- '\\n\\n' }}"
-        "{%- else %}"
-        "{{- " + quoted + " }}"
-        "{%- endif %}"
-        "{%- endfor %}"
+        "{%- elif message.role == 'system' or (not loop.last and loop.nextitem.role != 'assistant') %}"
+        "{{- '\\n\\n' }}{%- else %}{{- " + quoted + " }}{%- endif %}{%- endfor %}"
     )
 
 
@@ -103,6 +92,7 @@ class ChatLayout:
 
     Attributes:
         end_token: The special token that the template writes after a response.
+        shows_tools: Whether the template has a place for a conversation's list of tools.
 
     Raises:
         UnmaskError: The template writes no end token after a response, or not the response itself, or it
@@ -114,56 +104,53 @@ class ChatLayout:
     ) -> None:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
-        self.thinking = thinking
+        self._aliases = special_aliases(tokenizer)
         self._special = special_strings(tokenizer)
         self._writes_calls = "tool_calls" in chat_template
-        self._writes_ids = "tool_call_id" in chat_template or re.search(r"\bid\b", chat_template) is not None
-        self._reasoning_key = next(
-            (key for key in ("reasoning_content", "thinking", "reasoning") if f".{key}" in chat_template), ""
-        )
+        self._writes_ids = re.search(r"\b(id|tool_call_id)\b", chat_template) is not None
+        keys = (key for key in ("reasoning_content", "thinking", "reasoning") if f".{key}" in chat_template)
+        self._reasoning_key = next(keys, "")
         self.shows_tools = re.search(r"\btools\b", chat_template) is not None
-        self._probe()
+        self._probe(thinking)
 
-    def _probe(self) -> None:
+    def _probe(self, thinking: Thinking) -> None:
         """Find end token, header and think block from a conversation of two turns."""
         mark = f"{OPEN}r{CLOSE}"
-        user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": mark}
-        asked, where = [user], "a conversation of two turns"
+        asked, answer = [{"role": "user", "content": "a"}], {"role": "assistant", "content": mark}
+        where = "a conversation of two turns"
         try:
-            text = self._render([user, answer], where)
-        except RecordError:  # some demand a system turn
-            asked = [{"role": "system", "content": "s"}, user]
             text = self._render([*asked, answer], where)
-        anchors = _split(text, [mark])
-        if anchors is None:
+        except RecordError:  # some demand a system turn
+            asked = [{"role": "system", "content": "s"}, *asked]
+            text = self._render([*asked, answer], where)
+        if text.count(mark) != 1:
             raise UnmaskError(
                 "the chat template does not write the assistant's text as it is; "
                 "use layout=separator or another template."
             )
-        end = re.match(rf"\s*({self._special.pattern})", anchors[1])
-        if end is None:
+        before, after = text.split(mark)
+        if (end := re.match(rf"\s*({self._special.pattern})", after)) is None:
             raise UnmaskError(
                 "the chat template writes no end token after a response, so a model could not "
                 "learn to stop; use layout=separator or another template."
             )
         self.end_token = end.group(1)
-        self._end = re.compile(r"\s*" + re.escape(self.end_token))
-        header = self._header(asked, where)
-        self._generation = header
-        self._base = header[: header.index("<think>")] if "<think>" in header else header
-        at = anchors[0].rfind(self._base) + len(self._base)
-        written = anchors[0][at:] if self._base and at >= len(self._base) else ""
+        # The header is what opens a response; an empty or open think block at its end is kept apart.
+        header = self._opened(asked, where)
+        self._header = header.split("<think>")[0]
+        written = before.rpartition(self._header)[2] if self._header and self._header in before else ""
         if "enable_thinking" in self.chat_template:
-            off = self._header(asked, where, enable_thinking=False)
-            written = off[len(self._base) :] if off.startswith(self._base + "<think>") else written
-        self._empty = written if THINK.fullmatch(written.rstrip()) else ""
-        self._opening = header[len(self._base) :]
-        if self.thinking == "off":
+            off = self._opened(asked, where, enable_thinking=False)
+            written = off.removeprefix(self._header) if off.startswith(f"{self._header}<think>") else written
+        knows = THINK.fullmatch(written.rstrip()) is not None or "<think>" in header
+        self._empty = (written if THINK.fullmatch(written.rstrip()) else EMPTY) if knows else ""
+        self._opening = header[len(self._header) :]
+        if thinking == "off":
             self._opening = self._empty
-        elif self.thinking == "on":
-            if not (found := re.match(r"\s*<think>\n?", self._empty)):
+        elif thinking == "on":
+            if not knows:
                 raise UnmaskError("thinking=on: the chat template has no think block to open.")
-            self._opening = found.group()
+            self._opening = self._empty[: self._empty.index("</think>")].rstrip() + "\n"
 
     def render(
         self,
@@ -182,25 +169,31 @@ class ChatLayout:
             RecordError: The template refuses the conversation.
         """
         messages, shown, hidden = self._messages(turns, tools)
-        places = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
-        text, bounds = self._located(messages, shown, places, where)
-        found = Rendered("", [], lost=self._lost(turns, text, dict(zip(places, bounds, strict=True)), hidden))
+        text, bounds = self._located(messages, shown, where)
+        rendered = Rendered([], bool(hidden), self._lost(messages, text, bounds))
         done = 0
-        for place, (start, stop) in zip(places, bounds, strict=True):
+        for place, (start, stop) in bounds.items():
             if not trained[place]:
                 continue
-            insert = ""
-            if not text.startswith(self._opening, start):
-                if text[start:stop].lstrip().startswith("<think>"):
+            written = text[start:stop]
+            if not written.startswith(self._opening):
+                if written.lstrip().startswith("<think>"):
                     raise DropRecord(REASONS)
-                insert = self._empty
-            found.text += text[done:start]
-            begun = len(found.text) + len(self._opening)
-            found.text += insert + text[start:stop]
-            found.responses.append((begun, len(found.text)))
+                written = self._empty + written
+            before = text[done:start] + self._opening
+            blanks = before[len(before.rstrip(" ")) :]
+            response = blanks + written[len(self._opening) :]
+            rendered.pieces += [(before.rstrip(" "), False), (response, True)]
             done = stop
-        found.text += text[done:]
-        return self._with_literals(found, hidden)
+        rendered.pieces.append((text[done:], False))
+        if hidden:
+            either = re.compile(f"{hidden[0]}(\\d+){CLOSE}|{self._special.pattern}")
+
+            def put_back(match: re.Match[str]) -> str:
+                return hidden[int(match[1])] if match[1] else self._aliases[match.group()]
+
+            rendered.pieces = [(either.sub(put_back, piece), response) for piece, response in rendered.pieces]
+        return rendered
 
     def render_prompt(
         self,
@@ -209,105 +202,84 @@ class ChatLayout:
         where: str = "the prompt",
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> Rendered:
-        """Render `turns` up to where training lets the next response start.
-
-        `responses` are the earlier ones that are `trained`.
-        """
+        """Render `turns` up to where training lets the next response start."""
         answered = [*turns, Turn("assistant", "x")]
-        try:
-            whole = self.render(answered, [*trained, True], where, tools)
-        except DropRecord:  # an earlier response that training would drop
+        for flags in (trained, [False] * len(turns)):  # an earlier response may be one that training drops
             try:
-                whole = self.render(answered, [False] * len(turns) + [True], where, tools)
-            except DropRecord as error:
-                raise UnmaskError(
-                    f"{where}: the chat template does not write a response after it."
-                ) from error
-        start = whole.responses.pop()[0]
-        whole.text = whole.text[:start]
-        whole.literals = [bounds for bounds in whole.literals if bounds[1] <= start]
-        whole.specials = [bounds for bounds in whole.specials if bounds[1] <= start]
-        return whole
+                rendered = self.render(answered, [*flags, True], where, tools)
+            except DropRecord:
+                continue
+            del rendered.pieces[-2:]
+            return rendered
+        raise UnmaskError(f"{where}: the chat template does not write a response after it.")
 
     def _located(
-        self, messages: list[dict[str, Any]], shown: Sequence[Any], places: list[int], where: str
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and where the assistant turns, at `places`, are in it, each with its end token."""
-        text = self._render(messages, where, shown)
-        header = self._base
+        self, messages: list[dict[str, Any]], shown: Sequence[Any], where: str
+    ) -> tuple[str, dict[int, tuple[int, int]]]:
+        """The text, and where each assistant turn is in it with its end token, by the turn's number."""
+        text, header = self._render(messages, where, shown), self._header
+        places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
         if header and not any(header in message["content"] for message in messages):
-            parts = text.split(header)
-            bounds: list[tuple[int, int]] = []
-            start = len(parts[0]) + len(header)
-            for part in parts[1:]:
-                stop = part.find(self.end_token)
-                bounds.append((start, start + stop + len(self.end_token)))
-                if stop < 0:
-                    break
-                start += len(part) + len(header)
-            else:
-                if len(bounds) == len(places):
-                    return text, bounds
+            starts = [match.end() for match in re.finditer(re.escape(header), text)]
+            stops = [text.find(self.end_token, start) for start in starts]
+            if len(starts) == len(places) and all(
+                start <= stop < after
+                for start, stop, after in zip(starts, stops, [*starts[1:], len(text)], strict=True)
+            ):
+                ends = [stop + len(self.end_token) for stop in stops]
+                return text, dict(zip(places, zip(starts, ends, strict=True), strict=True))
         mark = _fresh_mark(messages)
         marks = {place: f"{mark}r{place}{CLOSE}" for place in places}
         marked = [
-            {"role": "assistant", "content": marks[i]} if i in marks else message
-            for i, message in enumerate(messages)
+            {"role": "assistant", "content": marks[place]} if place in marks else message
+            for place, message in enumerate(messages)
         ]
         anchors = _split(self._render(marked, where, shown), list(marks.values()))
-        if anchors is None:
-            raise DropRecord(REWRITTEN)
         responses = [messages[place]["content"] for place in places]
-        bounds = _match(text, anchors, responses) or _search(text, anchors, responses) or []
-        if not bounds:
+        found = _search(text, anchors, responses) if anchors else None
+        if not found:
             raise DropRecord(REWRITTEN)
-        whole, done = [], 0
-        for start, stop in bounds:
+        bounds: dict[int, tuple[int, int]] = {}
+        done = 0
+        for place, (start, stop) in zip(places, found, strict=True):
             if header and (at := text.rfind(header, done, start)) >= 0:
                 start = at + len(header)
-            end = self._end.match(text, stop)
+            end = re.compile(r"\s*" + re.escape(self.end_token)).match(text, stop)
             done = end.end() if end else stop
-            whole.append((start, done))
-        return text, whole
+            bounds[place] = (start, done)
+        return text, bounds
 
     def _lost(
-        self, turns: Sequence[Turn], text: str, bounds: Mapping[int, tuple[int, int]], hidden: Hidden
+        self, messages: Sequence[Mapping[str, Any]], text: str, bounds: Mapping[int, tuple[int, int]]
     ) -> list[str]:
-        """What the template leaves out of the turns; a response has to be there whole."""
+        """What the template leaves out of the messages; a response has to be there whole."""
         lost: dict[str, None] = {}
-        everything = ""
-        for place, turn in enumerate(turns):
-            content = turn.content if not hidden else self._special.sub("", turn.content)
+        for place, message in enumerate(messages):
+            content = _squeezed(message["content"])
             if place not in bounds:
-                if content.strip() not in text:
-                    everything = everything or _squeezed(hidden.without_marks(text))
-                    if _squeezed(content) not in everything:
-                        lost[f"the chat template leaves out {turn.role} turns"] = None
+                if message["content"].strip() not in text and content not in _squeezed(text):
+                    lost[f"the chat template leaves out {message['role']} turns"] = None
                 continue
-            start, stop = bounds[place]
-            written = hidden.without_marks(text[start:stop])
-            names = [
-                self._special.sub("", call["name"]) if hidden else call["name"] for call in turn.tool_calls
-            ]
-            if not all(name in written for name in names):
-                raise DropRecord(REWRITTEN)
-            written = _squeezed(written)
-            if _squeezed(content) in written and _squeezed(turn.reasoning) in written:
+            written = _squeezed(text[slice(*bounds[place])])
+            reasoning = _squeezed(message.get(self._reasoning_key, ""))
+            names = [_squeezed(call["function"]["name"]) for call in message.get("tool_calls", ())]
+            if all(part in written for part in (*names, content, reasoning)):
                 continue
-            parsed = THINK.fullmatch(content)
-            answer = parsed["answer"] if parsed else content
-            if _squeezed(answer) not in written or not (parsed or turn.reasoning):
+            parsed = THINK.fullmatch(message["content"])
+            answer = _squeezed(parsed["answer"]) if parsed else content
+            if not (parsed or reasoning) or not all(part in written for part in (*names, answer)):
                 raise DropRecord(REWRITTEN)
             lost["the chat template leaves out the reasoning of some turns"] = None
         return list(lost)
 
     def _messages(
         self, turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]]
-    ) -> tuple[list[dict[str, Any]], list[Any], Hidden]:
-        """What the template is given, messages and tools, with special-token strings hidden by marks.
+    ) -> tuple[list[dict[str, Any]], list[Any], list[str]]:
+        """What the template is given: messages and tools, with strings of special tokens hidden by marks.
 
         Tool calls are left to a template that knows them, with their ids if it writes ids; for others they
-        are written into the content, and so is reasoning. Also returns what was hidden.
+        are written into the content, and so is reasoning. Also returns what was hidden, after the beginning
+        of every mark.
         """
         messages: list[dict[str, Any]] = []
         for turn in turns:
@@ -326,16 +298,16 @@ class ChatLayout:
                 message["name"] = turn.name
             messages.append(message)
         shown = list(tools) if self.shows_tools else []
-        plain = not shown and not any(turn.tool_calls or turn.reasoning or turn.name for turn in turns)
-        texts = [turn.content for turn in turns] if plain else _texts([messages, shown])
+        texts = _texts([messages, shown])
         if not any(map(self._special.search, texts)):
-            return messages, shown, Hidden()
-        hidden = Hidden()
-        hidden.mark = mark = _fresh_mark([messages, shown])
+            return messages, shown, []
+        if any(re.search("\\d+".join(ALIAS), text) for text in texts):
+            raise DropRecord(PRIVATE)
+        hidden = [f"{_fresh_mark([messages, shown])}s"]
 
         def hide(match: re.Match[str]) -> str:
             hidden.append(match.group())
-            return f"{mark}s{len(hidden) - 1}{CLOSE}"
+            return f"{hidden[0]}{len(hidden) - 1}{CLOSE}"
 
         messages, shown = _in_texts([messages, shown], lambda text: self._special.sub(hide, text))
         return messages, shown, hidden
@@ -349,53 +321,24 @@ class ChatLayout:
         self, messages: list[dict[str, Any]], where: str, tools: Sequence[Any] = (), **variables: Any
     ) -> str:
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                tools=list(tools) or None,
-                tokenize=False,
-                chat_template=self.chat_template,
-                **variables,
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages,
+                    tools=list(tools) or None,
+                    tokenize=False,
+                    chat_template=self.chat_template,
+                    **variables,
+                )
             )
         except (TemplateError, TypeError) as error:
-            reason = str(error).strip() or type(error).__name__
-            raise RecordError(
-                where, "the chat template refuses the turns", f": {reason.rstrip('.')}"
-            ) from error
-        assert isinstance(text, str)
-        return text
+            reason = (str(error).strip() or type(error).__name__).rstrip(".")
+            raise RecordError(where, "the chat template refuses the turns", f": {reason}") from error
 
-    def _header(self, messages: list[dict[str, Any]], where: str, **variables: Any) -> str:
+    def _opened(self, messages: list[dict[str, Any]], where: str, **variables: Any) -> str:
         """What the template writes to open a response after `messages`."""
         before = self._render(messages, where, **variables)
         opened = self._render(messages, where, add_generation_prompt=True, **variables)
         return opened.removeprefix(before) if opened.startswith(before) else ""
-
-    def _with_literals(self, found: Rendered, hidden: Hidden) -> Rendered:
-        """Put back what was hidden, and list where it and the template's own special tokens are."""
-        if not hidden:
-            return found
-        either = re.compile(f"{hidden.mark}s(\\d+){CLOSE}|{self._special.pattern}")
-        cuts = sorted({0, len(found.text), *(at for bounds in found.responses for at in bounds)})
-        moved: dict[int, int] = {0: 0}
-        text = ""
-        for start, stop in itertools.pairwise(cuts):
-            at = start
-            for match in either.finditer(found.text, start, stop):
-                text += found.text[at : match.start()]
-                kind = found.specials if match[1] is None else found.literals
-                shown = match.group() if match[1] is None else hidden[int(match[1])]
-                kind.append((len(text), len(text) + len(shown)))
-                text, at = text + shown, match.end()
-            text += found.text[at:stop]
-            moved[stop] = len(text)
-        found.responses = [(moved[start], moved[stop]) for start, stop in found.responses]
-        found.text = text
-        return found
-
-
-def without_empty_thinking(text: str) -> str:
-    """Return a response without the empty think block that it starts with, if it does."""
-    return re.sub(r"^\s*<think>\s*</think>\s*", "", text)
 
 
 def _squeezed(text: str) -> str:
@@ -404,11 +347,10 @@ def _squeezed(text: str) -> str:
 
 def _fresh_mark(value: Any) -> str:
     """A string that no text in `value` has, of private-use characters, which templates pass on."""
-    texts = _texts(value)
-    number = 0
-    while any(f"{OPEN}{number}\ue001" in text for text in texts):
+    texts, number = _texts(value), 0
+    while any(f"{OPEN}{number}{MIDDLE}" in text for text in texts):
         number += 1
-    return f"{OPEN}{number}\ue001"
+    return f"{OPEN}{number}{MIDDLE}"
 
 
 def _texts(value: Any) -> list[str]:
@@ -437,20 +379,8 @@ def _split(text: str, marks: list[str]) -> list[str] | None:
     return [*anchors, text]
 
 
-def _match(text: str, anchors: list[str], responses: list[str]) -> list[tuple[int, int]] | None:
-    """Where the responses are if `text` is just anchors and responses in turn, else None."""
-    bounds = []
-    at = 0
-    for anchor, response in zip(anchors, responses, strict=False):
-        start = at + len(anchor)
-        at = start + len(response)
-        bounds.append((start, at))
-    whole = "".join(part for pair in zip(anchors, [*responses, ""], strict=True) for part in pair)
-    return bounds if whole == text else None
-
-
 def _search(text: str, anchors: list[str], responses: list[str]) -> list[tuple[int, int]] | None:
-    """Where the responses are if the template strips or rewrites them: between the anchors."""
+    """Where the responses are between the anchors; the template may strip or rewrite them."""
     if not text.startswith(anchors[0]) or not text.endswith(anchors[-1]):
         return None
     bounds = []

@@ -6,7 +6,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 from unmask.data.collate import collate
 from unmask.data.encode import Encoder, Example, document_ids
 from unmask.data.files import read_records
-from unmask.data.records import ROLES, Conversation, Turn, to_conversation
+from unmask.data.records import Conversation, Turn, to_conversation
 from unmask.data.tokenizer import ids_without_token
 from unmask.errors import UnmaskError, UnmaskWarning
 
@@ -284,20 +284,9 @@ def read_prompts(
 
 def prompt_of(record: Mapping[str, Any], location: str) -> Conversation:
     """Read a record up to its last response, which it may lack; raises an `UnmaskError` as `to_conversation`."""
-    answer = {"role": "assistant", "content": MISSING}
-    there = {name: value for name, value in record.items() if value is not None}
-    for name in ("messages", "conversations"):
-        if isinstance(turns := there.get(name), list):
-            if not turns or _role(turns[-1]) != "assistant":
-                there[name] = [*turns, answer]
-            break
-    else:
-        for name, response in {"prompt": "completion", "instruction": "output"}.items():
-            if name in there and not (there.get(response) or there.get("response")):
-                there[response] = [answer] if isinstance(there[name], list) else MISSING
-                break
-    conversation = to_conversation(there, where=location)
-    return Conversation(conversation.turns[:-1], location, conversation.tools, conversation.unused)
+    asked = to_conversation(record, where=location, answered=False)
+    turns = asked.turns[:-1] if asked.turns[-1].role == "assistant" else asked.turns
+    return replace(asked, turns=turns)
 
 
 def check_lengths(prompts: Sequence[Prompt], max_new_tokens: int, positions: int) -> None:
@@ -321,13 +310,6 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             yield {"prompt": line}, f"{path.name} line {number}"
-
-
-def _role(message: Any) -> str | None:
-    if not isinstance(message, Mapping):
-        return "assistant"  # refused later, with its location
-    name = message.get("role", message.get("from"))
-    return ROLES.get(name) if isinstance(name, str) else None
 
 
 # Files of answers.
