@@ -123,6 +123,28 @@ def test_the_recipe_reaches_the_encoder(tokenizer: PreTrainedTokenizerBase) -> N
         assert getattr(encoder, name) == getattr(expected, name)
 
 
+def test_a_step_has_no_record_twice_where_there_are_few(tokenizer: PreTrainedTokenizerBase) -> None:
+    data = load_data(recipe(max_records=3), tokenizer)  # of four a step
+    for step in range(3):
+        units = data.steps().at(step) or []
+        assert [(unit.epoch, unit.place) for unit in units] == [(step, 0), (step, 1), (step, 2)]
+        assert len({unit.row.sample_id for unit in units if isinstance(unit.row, Example)}) == 3
+    with pytest.raises(UnmaskError, match=r"global_batch_size: 3 sequences, .* 2 processes; .* set it to 2"):
+        data.steps(0, 2)
+
+
+def test_fill_beyond_the_block_is_no_truncation(tokenizer: PreTrainedTokenizerBase) -> None:
+    Path("a.jsonl").write_text(json.dumps({"prompt": "q", "completion": "abc"}))
+    whole = load_data(recipe(sft={"layout": "separator"}), tokenizer)
+    size = len(whole.train[0].input_ids)  # with one end token
+    for block_size, truncated in ((size + 2, 0), (size, 0), (size - 1, 1)):
+        data = load_data(
+            recipe(sft={"layout": "separator", "end_fill": 32}, block_size=block_size), tokenizer
+        )
+        assert len(data.train[0].input_ids) == block_size and data.report.truncated == truncated
+        assert (tokenizer.eos_token_id in data.train[0].input_ids) == (not truncated)
+
+
 def test_custom_fields_reach_the_records(tokenizer: PreTrainedTokenizerBase) -> None:
     names = {"instruction_field": "q", "response_field": "a", "system_field": "s", "input_field": "i"}
     Path("a.jsonl").write_text(json.dumps({"q": "Why", "a": "Because", "s": "Be kind", "i": "?"}))

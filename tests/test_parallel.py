@@ -106,3 +106,18 @@ def test_packed_rows_on_two_processes(tmp_path: Path) -> None:
     launch(tmp_path, 1, checkpoint_save_dir=one, **shared)
     launch(tmp_path, 2, checkpoint_save_dir=ddp, **shared)
     assert_same(Path(one), Path(ddp))
+
+
+def test_streams_and_mixtures_on_two_processes(tmp_path: Path) -> None:
+    sources = []
+    for name, weight in (("a", 3.0), ("b", 1.0)):
+        lines = [{"instruction": f"{name} {n}", "output": name * (n % 5 + 1)} for n in range(12)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        sources.append({"dataset_name": str(tmp_path / f"{name}.jsonl"), "weight": weight})
+    for streaming in (False, True):
+        data: dict[str, Any] = {"sources": sources, "block_size": 64, "streaming": streaming}
+        shared = {"data": data, "model__time_sampling": "low_discrepancy", "save_steps": 6}
+        one, two = (str(tmp_path / f"{name}-{streaming}") for name in ("one", "two"))
+        launch(tmp_path, 1, checkpoint_save_dir=one, **shared)
+        launch(tmp_path, 2, checkpoint_save_dir=two, **shared)
+        assert_same(Path(one), Path(two))

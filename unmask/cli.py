@@ -133,7 +133,7 @@ def data(
     for note in schedule_notes(settings, len(loaded.rows), settings.model.block_length):
         console.print(note, highlight=False)
     if curriculum is not None:
-        epoch = -(-len(loaded.rows) // settings.global_batch_size)
+        epoch = -(-len(loaded.rows) // loaded.step_rows)
         draw_curriculum(make_curriculum(settings), settings.max_steps, epoch, curriculum)
         console.print(f"curriculum: {curriculum}", highlight=False)
     if html is not None:

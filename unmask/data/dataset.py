@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 class Unit(NamedTuple):
     """One row of an optimizer step.
 
-    `epoch` is the pass over its source, `place` its index among the `global_batch_size` rows of the step.
+    `epoch` is the pass over its source, `place` its index among the rows of the step.
     """
 
     row: Example | Row
@@ -101,6 +101,12 @@ class RunData:
         """What batches of the evaluation are made of."""
         return _joined([self._rows(part) for part in self.held_out_parts if len(part)])
 
+    @property
+    def step_rows(self) -> int:
+        """Rows of an optimizer step: `global_batch_size`, or all there are of a single source with fewer."""
+        size, several = self.recipe.global_batch_size, self.recipe.data.sources is not None
+        return size if self.stream is not None or several else min(size, len(self.rows))
+
     def _rows(self, part: Sequence[Example]) -> Sequence[Example | Row]:
         if self.row_length is None:
             return part
@@ -137,6 +143,12 @@ class Steps:
     def __init__(self, data: RunData, rank: int = 0, ranks: int = 1) -> None:
         self.recipe, self.rank, self.ranks = data.recipe, rank, ranks
         self._counts = [[0, 0] for _ in data.sources]
+        self.step_rows = data.step_rows
+        if self.step_rows < self.recipe.global_batch_size and self.step_rows % ranks:
+            raise UnmaskError(
+                f"global_batch_size: {self.step_rows} sequences, all there are, cannot be shared by {ranks}"
+                f" processes; use more data, or set it to {max(1, self.step_rows // ranks) * ranks}."
+            )
         if data.stream is None:
             self.parts = data.row_parts
             # Weights are those of records: a row of a source with short records has more of them.
@@ -150,10 +162,11 @@ class Steps:
 
     def at(self, step: int) -> list[Unit] | None:
         """Return the rows of a step with place % ranks == rank, in order of place; None = data ended."""
-        first, size = step * self.recipe.global_batch_size, self.recipe.global_batch_size
-        if self.draws.locate(first + size - 1) is None:
+        first, stop = step * self.step_rows, (step + 1) * self.step_rows
+        if self.draws.locate(stop - 1) is None:
             return None
-        return [self._count(self._unit(first, place)) for place in range(self.rank, size, self.ranks)]
+        places = range(self.rank, self.step_rows, self.ranks)
+        return [self._count(self._unit(first, place)) for place in places]
 
     def _unit(self, first: int, place: int) -> Unit:
         source, count = cast(tuple[int, int], self.draws.locate(first + place))
@@ -328,7 +341,7 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
 def first_rows(data: RunData, count: int) -> list[Example | Row]:
     """The rows that a run begins with, at most about `count` of them."""
     steps, rows = data.steps(), list[Example | Row]()
-    while len(rows) < count and (units := steps.at(len(rows) // data.recipe.global_batch_size)):
+    while len(rows) < count and (units := steps.at(len(rows) // data.step_rows)):
         rows += [unit.row for unit in units]
     return rows
 
@@ -336,7 +349,7 @@ def first_rows(data: RunData, count: int) -> list[Example | Row]:
 def first_shares(data: RunData) -> str:
     """Say which share each source of a mixture has of the first rows of the run."""
     steps, names = data.steps(), source_names(data.recipe)
-    rows = sum(len(steps.at(step) or ()) for step in range(-(-1000 // data.recipe.global_batch_size)))
+    rows = sum(len(steps.at(step) or ()) for step in range(-(-1000 // data.step_rows)))
     examples, tokens = (max(1, sum(column)) for column in zip(*steps.counts(), strict=True))
     said = [
         f"{name} {count / examples:.1%} of the examples, {size / tokens:.1%} of the tokens"

@@ -159,7 +159,7 @@ class StreamSteps(Steps):
         """Return this process's rows of a step, which follows the one before; None = the data have ended."""
         assert step == self._step, "a stream cannot jump"
         self._rows = self._rows or self._read_on()
-        places = range(self.rank, self.recipe.global_batch_size, self.ranks)
+        places = range(self.rank, self.step_rows, self.ranks)
         units = [Unit(*item, place) for place, item in zip(places, self._rows, strict=False)]
         if len(units) < len(places):
             return None

@@ -262,7 +262,7 @@ def schedule_notes(recipe: Recipe, rows: int, block_length: int | None = None) -
             f"loss {model.loss} is not a bound on the likelihood; it is {preset.estimates};"
             " the held-out loss is that of elbo"
         )
-    epochs = -(-steps * recipe.global_batch_size // max(1, rows))
+    epochs = -(-steps * min(recipe.global_batch_size, rows) // max(1, rows))
     for name, table in make_curriculum(recipe).tables.items():
         if len(table) > epochs:
             notes.append(

@@ -52,7 +52,7 @@ def write_card(aside: Path, run: Any, result: Any) -> None:
         "training examples": None if recipe.data.streaming else f"{len(data.train):,}",
         "records left out": "; ".join(data.left_out()) or None,
         "optimizer steps": f"{state.step:,}",
-        "sequences per step": recipe.global_batch_size,
+        "sequences per step": data.step_rows,
         f"mean training loss ({loss_unit(recipe)})": f"{result.train_loss:.4f}",
         "training time of the last session (s)": f"{sum(usage.seconds):.0f}",
         "held-out loss (nats per token)": result.held_out_loss and f"{result.held_out_loss:.4f}",

@@ -149,12 +149,15 @@ def describe_run(recipe: Recipe, model: Any, data: Any, group: Processes) -> lis
         lines.append(f"format: {formats or 'text'}; truncated {data.report.truncated:,}")
     lines += data.left_out()
     micro, accumulation = batch_plan(recipe, group.ranks)
-    epochs = f", {recipe.max_steps * recipe.global_batch_size / rows:.3g} epochs"
+    shared = f"{micro} x {accumulation} x {group.ranks}"
+    if data.step_rows < recipe.global_batch_size:
+        shared = f"all there are, fewer than global_batch_size = {recipe.global_batch_size}"
+    epochs = f", {recipe.max_steps * data.step_rows / rows:.3g} epochs"
     if recipe.data.streaming or recipe.data.sources is not None:
         epochs = f", {len(recipe.data.sources)} sources by weight" if recipe.data.sources else ""
     lines.append(
-        f"{recipe.max_steps:,} steps of {recipe.global_batch_size}"
-        f" {'sequences' if data.row_length is None else 'rows'} ({micro} x {accumulation} x {group.ranks}){epochs}"
+        f"{recipe.max_steps:,} steps of {data.step_rows} {'sequences' if data.row_length is None else 'rows'}"
+        f" ({shared}){epochs}"
     )
     return lines
 

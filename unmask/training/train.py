@@ -265,7 +265,7 @@ class Run:
         strata = None
         if recipe.model.time_sampling == "low_discrepancy":
             place = torch.tensor([unit.place for unit in units], device=device)
-            strata = low_discrepancy(recipe.seed, self.state.step, place, total=recipe.global_batch_size)
+            strata = low_discrepancy(recipe.seed, self.state.step, place, total=self.data.step_rows)
             if ids.dim() == 2:
                 strata = document_strata(strata, ids.shape[1])
         inputs = self.shared.model.prepare(**arguments, training_mode=recipe.training_mode)
@@ -290,7 +290,7 @@ class Run:
         """Epoch of a step, for settings with one value an epoch; 0 where sources have epochs of their own."""
         if self.recipe.data.streaming or self.recipe.data.sources is not None:
             return 0
-        return step * self.recipe.global_batch_size // len(self.data.rows)
+        return step * self.data.step_rows // len(self.data.rows)
 
     def _non_finite(self, batches: list[MicroBatch], losses: list[float], norm: float) -> None:
         """Write the step down, and stop or leave it out: no weight and no state of the optimizer changes."""
