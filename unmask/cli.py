@@ -150,7 +150,7 @@ def prepare(
         int | None, typer.Option(min=1, help="Processes that encode; by default one a core.")
     ] = None,
 ) -> None:
-    """Encode the recipe's training data once, in parallel: sharded Parquet with a manifest.
+    """Encode the recipe's training data once, in parallel: Arrow shards with a manifest.
 
     Train from it with data.dataset_name=OUT. Interrupted, the same command goes
     on where it was.

@@ -315,7 +315,7 @@ class DataRecipe(Section):
     """a record that is bad input (invalid JSON, a missing field, an empty response): stop = the run ends with file,
     line and field; skip = it is left out, counted and reported"""
     num_workers: Count = 0
-    """processes that encode or load data; 0 = the training process"""
+    """processes that encode data; 0 = one for each core"""
     sft: SFTRecipe = SFTRecipe()
 
     @model_validator(mode="after")
