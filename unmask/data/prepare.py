@@ -19,6 +19,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import transformers
 from transformers import PreTrainedTokenizerBase
 
 from unmask.data.encode import (
@@ -122,7 +123,7 @@ class Encoding:
         Args:
             limit: records wanted; None = all.
         """
-        source, encoder = self.source, self.encoder
+        source, tokenizer, encoder = self.source, self.tokenizer, self.encoder
         origin = (source.names, source.config_name, source.split, source.text_field, limit)
         data = {**self.recipe.data.model_dump(), **dict(zip(ORIGIN, origin, strict=True))}
         sft, left_out = data.pop("sft"), (*USE, *(TEXT if encoder else ()))
@@ -131,9 +132,11 @@ class Encoding:
             fields = asdict(source.custom_format or CustomFields())
             sft |= {"format": source.format, "custom_format": fields, "thinking": encoder.thinking}
             found |= {f"data.sft.{name}": value for name, value in sft.items()}
-            found |= {"chat_template": encoder.chat_template, "end_token_id": encoder.end_token_id}
-        found |= {"training_mode": self.recipe.training_mode, "mask_token_id": self.tokenizer.mask_token_id}
-        return json.loads(json.dumps({**found, "tokenizer": tokenizer_fingerprint(self.tokenizer)}))
+            found["chat_template"] = encoder.chat_template
+        found["training_mode"] = self.recipe.training_mode
+        found["end_token_id"] = encoder.end_token_id if encoder else tokenizer.eos_token_id
+        found["mask_token_id"] = tokenizer.mask_token_id
+        return json.loads(json.dumps({**found, "tokenizer": tokenizer_fingerprint(tokenizer)}))
 
 
 @dataclass
@@ -308,7 +311,7 @@ def _write_shards(
             num_proc=processes,
             keep_in_memory=True,
             new_fingerprint=digest([str(folder), os.getpid()])[:16],
-            desc="encoding, one line a process",
+            desc="encoding, by process",
         )
     except RuntimeError as error:
         raise UnmaskError(
@@ -397,7 +400,7 @@ def open_encoded(folder: Path, source: int = 0) -> EncodedExamples:
 def open_cached(
     encoding: Encoding, files: Sequence[Source], *, limit: int | None, processes: int, source: int
 ) -> EncodedExamples:
-    """Open the encoding of `files` in the cache, made first where there is none.
+    """Open the encoding of `files` in the cache, made first where there is none of this code.
 
     It is in the folder "unmask" of the cache of `datasets` (the environment variable HF_DATASETS_CACHE says
     where that is), which may be removed at any time.
@@ -408,7 +411,8 @@ def open_cached(
     from datasets import config
 
     cache = Path(os.environ.get("HF_DATASETS_CACHE") or config.HF_DATASETS_CACHE).expanduser() / "unmask"
-    folder = cache / digest([encoding.identity(limit), [file.stamp() for file in files]])[:32]
+    code = [transformers.__version__, *map(sha256, sorted(Path(__file__).parent.glob("*.py")))]
+    folder = cache / digest([encoding.identity(limit), [file.stamp() for file in files], code])[:32]
     try:
         encode_folder(folder, encoding, files, limit=limit, processes=processes, wait=True)
         return open_encoded(folder, source)
