@@ -90,6 +90,9 @@ def survey(data: RunData) -> Survey:
         ]
     tables["duplicates"] = list(_duplicates(data))
     tables["records"] = list(record_rows(data.report))
+    if data.encoder is not None and "think" in data.encoder.chat_template:
+        thinking = data.encoder.thinking
+        tables["records"].append(("thinking", thinking, "where responses start: data.sft.thinking"))
     return Survey(
         sequences=len(sizes),
         tokens=tokens,
