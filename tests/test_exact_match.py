@@ -21,9 +21,14 @@ from unmask.generation.text import Completion
         ("Abc", "abc", False),
         ("a  b", "a b", False),
         ("abcd", "abc", False),
+        ("<think>\n\n</think>\n\nabc", "abc", True),
+        ("hm\n</think>\n\nabc", "<think>\nwell\n</think>\n\nabc", True),
+        ("<think>abc", "abc", False),
     ],
 )
-def test_exact_is_to_the_letter_but_for_blanks_around(text: str, expected: str, exact: bool) -> None:
+def test_exact_is_to_the_letter_but_for_reasoning_and_blanks_around(
+    text: str, expected: str, exact: bool
+) -> None:
     assert is_exact(Completion(text, [], []), Prompt(Example([], []), "", expected=expected)) is exact
 
 

@@ -11,8 +11,12 @@ from unmask.generation.text import Completion, Prompt
 
 
 def is_exact(completion: Completion, prompt: Prompt) -> bool:
-    """Whether the text equals the expected one, apart from surrounding white space."""
-    return completion.text.strip() == prompt.expected.strip()
+    """Whether the text equals the expected one, apart from reasoning before it and white space around it.
+
+    Reasoning is what ends in `</think>`: an empty think block too, which some templates write before an answer.
+    """
+    written, expected = (text.rpartition("</think>")[2] for text in (completion.text, prompt.expected))
+    return written.strip() == expected.strip()
 
 
 def exact_share(completions: list[Completion], prompts: list[Prompt]) -> float:
