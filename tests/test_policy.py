@@ -102,54 +102,46 @@ def random_proposal(rows: int = 40, length: int = 9, seed: int = 0, **fields: An
     return Proposal(**{**values, **fields})
 
 
-def chosen(policy: Any, proposal: Proposal) -> list[list[int]]:
-    return [row.nonzero()[:, 0].tolist() for row in policy(proposal)]
-
-
-# (policy, score of position i: lowest first, whether the n best fit together)
+NOTHING = lambda n, p, entropies: False  # noqa: E731
+# (policy, key of a position by p, margin, entropy and index, lowest first; whether the n best fit together, by
+# the probability of the last and the entropies of all)
 LOOPS: list[tuple[Any, Callable[..., float], Callable[..., bool]]] = [
-    (Ranked(RANKED["maskgit_plus"]), lambda i, p, margin, entropy: -p[i], lambda *_: False),
-    (Ranked(RANKED["topk_margin"]), lambda i, p, margin, entropy: -margin[i], lambda *_: False),
-    (Ranked(RANKED["entropy"]), lambda i, p, margin, entropy: entropy[i], lambda *_: False),
-    (Ranked(RANKED["left_to_right"]), lambda i, p, margin, entropy: i, lambda *_: False),
+    (Ranked(RANKED["maskgit_plus"]), lambda p, m, h, i: -p, NOTHING),
+    (Ranked(RANKED["topk_margin"]), lambda p, m, h, i: -m, NOTHING),
+    (Ranked(RANKED["entropy"]), lambda p, m, h, i: h, NOTHING),
+    (Ranked(RANKED["left_to_right"]), lambda p, m, h, i: i, NOTHING),
+    *((Threshold(x), lambda p, *_: -p, lambda n, p, hs, x=x: p >= x) for x in (0.2, 0.6, 0.95)),
+    *((Factor(x), lambda p, *_: -p, lambda n, p, hs, x=x: (n + 1) * (1 - p) < x) for x in (0.3, 1.0, 2.5)),
     *(
-        (Threshold(x), lambda i, p, margin, entropy: -p[i], lambda best, p, _, x=x: p[best[-1]] >= x)
-        for x in (0.2, 0.6, 0.95)
-    ),
-    *(
-        (
-            Factor(x),
-            lambda i, p, margin, entropy: -p[i],
-            lambda best, p, _, x=x: (len(best) + 1) * (1 - p[best[-1]]) < x,
-        )
-        for x in (0.3, 1.0, 2.5)
-    ),
-    *(
-        (
-            EntropyBound(x),
-            lambda i, p, margin, entropy: entropy[i],
-            lambda best, _, entropy, x=x: sum(entropy[i] for i in best[:-1]) <= x,
-        )
+        (EntropyBound(x), lambda p, m, h, i: h, lambda n, p, hs, x=x: sum(hs[:-1]) <= x)
         for x in (0.0, 0.2, 1.0, 100.0)
     ),
 ]
 
 
-@pytest.mark.parametrize(("policy", "score", "fits"), LOOPS, ids=map(str, range(len(LOOPS))))
+@pytest.mark.parametrize(("policy", "key", "fits"), LOOPS, ids=map(str, range(len(LOOPS))))
 def test_a_policy_takes_the_best_that_fit_or_its_quota(
-    policy: Any, score: Callable[..., float], fits: Callable[..., bool]
+    policy: Any, key: Callable[..., float], fits: Callable[..., bool]
 ) -> None:
     proposal = random_proposal()
     expected = []
     for row in range(len(proposal.candidates)):
-        p, margin, entropy = (
-            column[row].tolist() for column in (proposal.confidence, proposal.margin, proposal.entropy)
-        )
-        best = proposal.candidates[row].nonzero()[:, 0].tolist()
-        best.sort(key=lambda i, p=p, margin=margin, entropy=entropy: score(i, p, margin, entropy))
-        counts = [n for n in range(1, len(best) + 1) if fits(best[:n], p, entropy)]
-        expected.append(sorted(best[: max([int(proposal.quota[row]), *counts])]))
-    assert chosen(policy, proposal) == expected
+        figures = [
+            (*values, index)
+            for index, values in enumerate(
+                zip(
+                    *(x[row].tolist() for x in (proposal.confidence, proposal.margin, proposal.entropy)),
+                    strict=True,
+                )
+            )
+            if proposal.candidates[row, index]
+        ]
+        best = sorted(figures, key=lambda one: key(*one))
+        counts = [
+            n for n in range(1, len(best) + 1) if fits(n, best[n - 1][0], [h for _, _, h, _ in best[:n]])
+        ]
+        expected.append(sorted(index for *_, index in best[: max([int(proposal.quota[row]), *counts])]))
+    assert [row.nonzero()[:, 0].tolist() for row in policy(proposal)] == expected
 
 
 def test_the_order_at_a_temperature_is_drawn_without_replacement() -> None:

@@ -101,7 +101,11 @@ class DiffusionGenerationConfig(GenerationConfig):
 
         Of transformers' own, `do_sample` sets the temperature: False to 0, True to 1 unless it is above 0.
         """
-        settings = {name: value for name, value in settings.items() if _NEUTRAL.get(name, self) != value}
+        settings = {
+            name: value
+            for name, value in settings.items()
+            if not (name in _NEUTRAL and value == _NEUTRAL[name])
+        }
         sampled = settings.pop("do_sample", None)
         if sampled is False:
             settings |= {"temperature": 0.0, "top_k": None, "top_p": None}

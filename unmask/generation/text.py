@@ -109,11 +109,7 @@ def prompt_example(
     prefix: str = "",
     to_answer: bool = False,
 ) -> Example:
-    """Encode one prompt: what a user says, or with `raw` the beginning of a text; then `prefix`.
-
-    Raises:
-        UnmaskError: an empty prompt, or a tokenizer without a chat template, unless `raw`.
-    """
+    """Encode one prompt: what a user says (not empty), or with `raw` the beginning of a text; then `prefix`."""
     if raw:
         return with_prefix(raw_example(tokenizer, text), prefix, tokenizer)
     if not text.strip():

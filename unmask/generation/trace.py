@@ -45,11 +45,8 @@ def trace_lines(
 ) -> list[Text]:
     """Draw the response after some of its steps, numbered from 1: masks grey, newly committed tokens green.
 
-    Args:
-        ids: tokens of the response.
-        commit_step: step that committed each of them, from 0.
-        frames: number of lines, spread evenly over the steps that committed something; the last line is the
-            whole response.
+    `commit_step` counts from 0. The lines, `frames` at most, are spread evenly over the steps that committed
+    something; the last is the whole response.
     """
     texts = token_texts(ids, tokenizer)
     steps = sorted(set(commit_step))
@@ -77,11 +74,6 @@ def write_trace_page(
     names: Sequence[str] = (),
 ) -> None:
     """Write a page that plays the answers, which need their `states`; it loads nothing from elsewhere.
-
-    Args:
-        title: heading of the page.
-        prompt: shown above the answer.
-        names: of the answers, where there are several.
 
     Raises:
         UnmaskError: the file cannot be written.
