@@ -10,10 +10,43 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from unmask.data.encode import DropRecord, Encoder, Example, encode_records
+from unmask.data.encode import DropRecord, Encoder, Example, encode_records, separator_template
 from unmask.data.records import Conversation, RecordError, Turn, call_text, to_conversation
 from unmask.data.template import special_strings
 from unmask.data.tokenizer import CHATML_TEMPLATE, byte_tokenizer
+from unmask.errors import UnmaskError
+
+# As Qwen 3: no generation tag, thinking moved about, and before the final assistant turn
+# alone an empty think block.
+QWEN = r"""
+{%- if messages[0].role == 'system' %}
+{{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
+{%- endif %}
+{%- set ns = namespace(query=-1) %}
+{%- for message in messages %}
+{%- if message.role == 'user' %}{%- set ns.query = loop.index0 %}{%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+{%- if message.role == 'user' %}
+{{- '<|im_start|>user\n' + message.content + '<|im_end|>\n' }}
+{%- elif message.role == 'assistant' %}
+{%- set content = message.content %}
+{%- set thought = '' %}
+{%- if '</think>' in content %}
+{%- set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}
+{%- set content = content.split('</think>')[-1].lstrip('\n') %}
+{%- endif %}
+{{- '<|im_start|>assistant\n' }}
+{%- if loop.index0 > ns.query %}
+{{- '<think>\n' + thought + '\n</think>\n\n' + content.lstrip('\n') }}
+{%- else %}
+{{- content }}
+{%- endif %}
+{{- '<|im_end|>\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}
+"""
 
 # As Llama 3: a header for each role, contents trimmed, calls as an object with "parameters".
 LLAMA = r"""
@@ -96,32 +129,30 @@ TOOLS = r"""
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}
 """
 
+# As DeepSeek R1: the generation prompt opens a think block, earlier thoughts are left out.
+OPENED = r"""
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\n' + message.content.split('</think>')[-1] | trim + '<|im_end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n<think>\n' }}{%- endif %}
+"""
+
 
 class Family(NamedTuple):
-    template: str
-    specials: tuple[str, ...]
-    end: str
+    template: str | None
+    specials: tuple[str, ...] = ("<|im_start|>", "<|im_end|>")
     trims: bool = False
     system: bool = True
     alternates: bool = False
 
 
-CHATML = ("<|im_start|>", "<|im_end|>")
 FAMILIES = {
-    "chatml": Family(CHATML_TEMPLATE, CHATML, "<|im_end|>"),
-    "tools": Family(TOOLS, CHATML, "<|im_end|>"),
-    "llama": Family(
-        LLAMA, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|eot_id|>", trims=True
-    ),
-    "mistral": Family(MISTRAL, ("[INST]", "[/INST]"), "</s>", alternates=True),
-    "gemma": Family(
-        GEMMA,
-        ("<start_of_turn>", "<end_of_turn>"),
-        "<end_of_turn>",
-        trims=True,
-        system=False,
-        alternates=True,
-    ),
+    "chatml": Family(CHATML_TEMPLATE),
+    "separator": Family(None),
+    "tools": Family(TOOLS),
+    "llama": Family(LLAMA, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), trims=True),
+    "mistral": Family(MISTRAL, ("[INST]", "[/INST]", "</s>"), alternates=True),
+    "gemma": Family(GEMMA, ("<start_of_turn>", "<end_of_turn>"), True, system=False, alternates=True),
 }
 
 
@@ -129,15 +160,27 @@ def encoder_of(name: str, **settings: Any) -> Encoder:
     family = FAMILIES[name]
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<s>"})
-    if family.end == "</s>":
+    if "</s>" in family.specials:
         tokenizer.add_special_tokens({"eos_token": "</s>"})
     tokenizer.add_special_tokens({"extra_special_tokens": list(family.specials)})
     tokenizer.chat_template = family.template
-    return Encoder(tokenizer, layout="chat", **settings)
+    return Encoder(tokenizer, **settings)
+
+
+def with_template(template: str, **settings: Any) -> Encoder:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    return Encoder(tokenizer, **settings)
 
 
 ENCODERS = {name: encoder_of(name) for name in FAMILIES}
 every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+def talk(*contents: str, system: str | None = None) -> Conversation:
+    """A conversation of user and assistant in turn."""
+    turns = [Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(contents)]
+    return Conversation(tuple([Turn("system", system)] if system else []) + tuple(turns), "here")
 
 
 def learnt(encoder: Encoder, row: Example) -> list[str]:
@@ -158,51 +201,37 @@ def control_tokens(encoder: Encoder, row: Example) -> int:
 
 def rendering(encoder: Encoder, conversation: Conversation) -> str:
     messages = [{"role": turn.role, "content": turn.content} for turn in conversation.turns]
-    text = encoder.tokenizer.apply_chat_template(messages, tokenize=False)
-    assert isinstance(text, str)
-    return text
+    template = encoder.chat_template
+    return str(encoder.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template))
 
 
-def test_the_layouts_are_those_of_the_families() -> None:
+@pytest.mark.parametrize(
+    ("name", "whole"),
+    [
+        ("separator", "s\n\nq\n\n### Response:\na<|im_end|>"),
+        ("mistral", "<s>[INST] s\n\nq [/INST] a</s>"),
+        ("gemma", "<s><start_of_turn>user\nq<end_of_turn>\n<start_of_turn>model\na<end_of_turn>\n"),
+    ],
+)  # fmt: skip
+def test_the_layouts_are_those_of_the_families(name: str, whole: str) -> None:
     """So that nobody takes these tests for more than they are."""
-    turns = (Turn("system", "s"), Turn("user", "q"), Turn("assistant", "a"))
-    whole = {
-        "chatml": "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n"
-        "<|im_start|>assistant\na<|im_end|>\n",
-        "tools": "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n"
-        "<|im_start|>assistant\na<|im_end|>\n",
-        "llama": "<s><|start_header_id|>system<|end_header_id|>\n\ns<|eot_id|><|start_header_id|>user"
-        "<|end_header_id|>\n\nq<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\na<|eot_id|>",
-        "mistral": "<s>[INST] s\n\nq [/INST] a</s>",
-        "gemma": "<s><start_of_turn>user\nq<end_of_turn>\n<start_of_turn>model\na<end_of_turn>\n",
-    }
-    for name, encoder in ENCODERS.items():
-        given = turns if FAMILIES[name].system else turns[1:]
-        row = encoder.encode(Conversation(given, "here"))
-        assert encoder.tokenizer.decode(row.input_ids) == whole[name]
-        assert encoder.tokenizer.convert_ids_to_tokens(encoder.end_token_id) == FAMILIES[name].end
-        # The blank before a response is a part of it, as words of many tokenizers begin with theirs.
-        assert learnt(encoder, row) == [" a" if name == "mistral" else "a"]
+    encoder = ENCODERS[name]
+    row = encoder.encode(talk("q", "a", system="s" if FAMILIES[name].system else None))
+    assert encoder.tokenizer.decode(row.input_ids) == whole
+    # The blank before a response is a part of it, as words of many tokenizers begin with theirs.
+    assert learnt(encoder, row) == [" a" if name == "mistral" else "a"]
 
 
-SPECIALS = [
-    "<|im_end|>",
-    "<|im_start|>",
-    "<|eot_id|>",
-    "<|end_header_id|>",
-    "</s>",
-    "<s>",
-    "[INST]",
-    " [/INST]",
+SPECIALS = ["<|im_end|>", "<|im_start|>", "<|eot_id|>", "<|end_header_id|>", "</s>", "<s>", "[INST]"]
+SPECIALS += [" [/INST]", "<start_of_turn>", "<end_of_turn>", "<|mask|>", "<|endoftext|>"]
+ODD = ["\n", "\n\n", " ", "e\u0301", "👩‍👩‍👧", "שלום", "\u0000", "\ufeff", "<think>"]
+ODD += [
+    "<|im_end|>\n<|im_start|>assistant\n",
+    " [/INST] a</s>",
+    "\ue0000\ue001r1\ue002",
+    "\ue0000\ue001s0\ue002",
 ]
-SPECIALS += ["<start_of_turn>", "<end_of_turn>", "<|mask|>", "<|endoftext|>"]
-words = st.one_of(
-    st.text(max_size=8),
-    st.sampled_from(
-        [*SPECIALS, "\n", "\n\n", " ", "e\u0301", "\u00e9", "👩‍👩‍👧", "שלום", "\u0000", "\ufeff"]
-    ),
-    st.sampled_from(["<|im_end|>\n<|im_start|>assistant\n", " [/INST] a</s>", "\ue0000\ue001r1\ue002"]),
-)
+words = st.one_of(st.text(max_size=8), st.sampled_from([*SPECIALS, *ODD]))
 texts = st.lists(words, max_size=5).map("".join)
 answers = texts.filter(lambda text: text.strip() != "")
 
@@ -223,10 +252,11 @@ def conversations(draw: st.DrawFn, alternates: bool = False, system: bool = True
 
 
 @every_family
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_round_trip(name: str, data: st.DataObject) -> None:
-    """Supervised positions hold exactly the responses; all positions together exactly the rendering."""
+    """Supervised positions hold exactly the responses; all positions together exactly the rendering; and
+    generation asks with the ids that are before a response."""
     family, encoder = FAMILIES[name], ENCODERS[name]
     conversation = data.draw(conversations(family.alternates, family.system))
     expected = [t.content for t in conversation.turns if t.role == "assistant" and t.train]
@@ -240,41 +270,175 @@ def test_round_trip(name: str, data: st.DataObject) -> None:
     # Of control tokens there are those the template writes, whatever the contents say.
     bare = Conversation(tuple(Turn(t.role, "x") for t in whole.turns), "here")
     assert control_tokens(encoder, row) == control_tokens(encoder, encoder.encode(bare))
+    for place, turn in enumerate(whole.turns):
+        if turn.role == "assistant" and turn.train:
+            row = encoder.encode(Conversation(whole.turns[: place + 1], "here"))
+            prompt = encoder.prompt_example(whole.turns[:place])
+            size = len(prompt.input_ids)
+            assert (row.input_ids[:size], row.src_mask[:size]) == (prompt.input_ids, prompt.src_mask)
+            assert not row.src_mask[size] and (
+                row.src_mask[size - 1] or row.input_ids[size - 1] == encoder.end_token_id
+            )
 
 
-@every_family
-@settings(max_examples=20)
-@given(data=st.data())
-def test_the_prompt_of_generation_is_the_training_prefix(name: str, data: st.DataObject) -> None:
-    family = FAMILIES[name]
-    encoder = ENCODERS[name]
-    conversation = data.draw(conversations(family.alternates, family.system))
-    turns = (*conversation.turns[:-1], Turn("assistant", conversation.turns[-1].content))
-    row = encoder_of(name, train_on="last").encode(Conversation(turns, "here"))
-    prompt = encoder.encode_prompt(turns[:-1])
-    assert row.input_ids[: len(prompt)] == prompt
-    assert row.src_mask.index(False) == len(prompt)
+# Where a response starts
+
+THOUGHT = "<think>\nhm\n</think>\n\n"
+BLANK = "<think>\n\n</think>\n\n"
 
 
-# Turns that are not to be learnt
+@pytest.mark.parametrize("template", [QWEN, OPENED], ids=["qwen", "opened"])
+@pytest.mark.parametrize("thinking", ["template", "off", "on"])
+def test_a_prompt_ends_where_training_lets_the_response_start(template: str, thinking: Any) -> None:
+    encoder = with_template(template, thinking=thinking)
+    opening = {"off": BLANK, "on": "<think>\n", "template": "" if template is QWEN else "<think>\n"}[thinking]
+    for answer in ("b", f"{BLANK}b", f"{THOUGHT}b"):
+        conversation = talk("q", "a", "r", answer)
+        if thinking == "off" and answer.startswith(THOUGHT) and template is QWEN:
+            with pytest.raises(DropRecord, match="thinking=off"):
+                encoder.encode(conversation)
+            continue
+        row, prompt = encoder.encode(conversation), encoder.prompt_example(conversation.turns[:3])
+        size = len(prompt.input_ids)
+        assert (row.input_ids[:size], row.src_mask[:size]) == (prompt.input_ids, prompt.src_mask)
+        assert str(encoder.tokenizer.decode(prompt.input_ids)).endswith(f"assistant\n{opening}")
+        thought = THOUGHT if answer.startswith(THOUGHT) and template is QWEN else BLANK
+        written = "b" if thinking == "off" else f"{thought}b".removeprefix(opening)
+        assert learnt(encoder, row)[-1] == written
+        first = "" if opening == BLANK or (template is QWEN and not opening) else BLANK.removeprefix(opening)
+        assert learnt(encoder, row)[0] == f"{first}a"
+        assert (
+            encoder.tokenizer.decode(row.input_ids[size:][: -1 if template is QWEN else None])
+            == f"{written}<|im_end|>"
+        )
 
 
-@every_family
-def test_turns_that_are_context(name: str) -> None:
-    encoder = ENCODERS[name]
-    messages = [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]
-    record = {"messages": [{"role": role, "content": text} for role, text in messages]}
-    record["messages"][1]["train"] = False  # pyright: ignore[reportArgumentType]
-    shared = {
-        "conversations": [{"from": {"user": "human"}.get(role, "gpt"), "value": t} for role, t in messages]
+def test_reasoning_is_written_where_the_template_writes_it_and_its_loss_is_said() -> None:
+    encoder = with_template(QWEN)
+    turns = [Turn("user", "q"), Turn("assistant", "b", reasoning="hm")]
+    assert learnt(encoder, encoder.encode(Conversation(tuple(turns), "here"))) == [f"{THOUGHT}b"]
+    known = with_template(
+        CHATML_TEMPLATE.replace("message.content +", "(message.thinking or '') + '|' + message.content +")
+    )
+    assert learnt(known, known.encode(Conversation(tuple(turns), "here"))) == ["hm|b"]
+    message = {"role": "assistant", "content": "a", "reasoning": "hm"}
+    record = {"messages": [{"role": "user", "content": "q"}, message] * 2}
+    _, report = encode_records([(record, "x line 1")], encoder)
+    assert report.notes == {"the chat template leaves out the reasoning of some turns": 1}
+
+
+def test_a_tag_in_the_text_that_costs_a_part_of_it_drops_the_record() -> None:
+    record = {"instruction": "q", "output": "The tag </think> closes <think>. Use </think> once."}
+    examples, report = encode_records([(record, "x line 1")], with_template(QWEN))
+    assert not examples and report.dropped == {
+        "the chat template rewrites the response beyond recognition": (1, "x line 1")
     }
-    shared["conversations"][1]["weight"] = 0  # pyright: ignore[reportArgumentType]
-    one, other = (encoder.encode(to_conversation(given, where="x")) for given in (record, shared))
-    assert one == other
-    blank = " " if name == "mistral" else ""
-    assert learnt(encoder, one) == [f"{blank}b"]
-    del record["messages"][1]["train"]
-    assert learnt(encoder, encoder.encode(to_conversation(record, where="x"))) == [f"{blank}a", f"{blank}b"]
+    assert learnt(ENCODERS["chatml"], encode_records([(record, "x")], ENCODERS["chatml"])[0][0]) == [
+        record["output"]
+    ]
+
+
+def test_thinking_on_needs_a_think_block() -> None:
+    with pytest.raises(UnmaskError, match="thinking=on"):
+        encoder_of("chatml", thinking="on")
+
+
+# Templates of other kinds
+
+
+@pytest.mark.parametrize("separator", ["\n\"'\\{{ x }}{% end %}\n", "→🎉\t", ""])
+def test_separator_may_be_any_text(separator: str) -> None:
+    encoder = Encoder(byte_tokenizer(), layout="separator", separator=separator)
+    assert encoder.chat_template == separator_template(separator)
+    assert rendering(encoder, talk("q", "a")) == f"q{separator}a<|im_end|>"
+    assert learnt(encoder, encoder.encode(talk("q", "a"))) == ["a"]
+    turns = (Turn("user", "q"), Turn("tool", "t"), Turn("assistant", "a"))
+    assert rendering(encoder, Conversation(turns, "here")) == f"q\n\nt{separator}a<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "answer", "written"),
+    [
+        (
+            "",
+            "",
+            " a<|im_end|>[user]r[assistant] ",
+            "a<|im_end|>[user]r[assistant]",
+        ),  # a copy of what follows
+        (" ", " ", "a", " a "),  # blanks before and after are a part of the response
+    ],
+)
+def test_templates_without_a_generation_prompt(before: str, after: str, answer: str, written: str) -> None:
+    trim = "" if before else " | trim"
+    encoder = with_template(
+        f"{{%- for m in messages %}}{{{{- '[' + m.role + ']{before}' + m.content{trim} }}}}"
+        f"{{%- if m.role == 'assistant' %}}{{{{- '{after}' + eos_token }}}}{{%- endif %}}{{%- endfor %}}"
+    )
+    assert learnt(encoder, encoder.encode(talk("q", answer, "r", "b"))) == [written, f"{before}b{after}"]
+
+
+def test_generation_tags_change_nothing() -> None:
+    tagged = CHATML_TEMPLATE.replace("{{- '<|im_start|>' +", "{%- generation %}{{- '<|im_start|>' +")
+    encoder = with_template(tagged.replace("'<|im_end|>\\n' }}", "'<|im_end|>\\n' }}{% endgeneration %}"))
+    assert "endgeneration" in encoder.chat_template
+    assert (
+        encoder.encode(talk("q", "a")).input_ids
+        == with_template(CHATML_TEMPLATE).encode(talk("q", "a")).input_ids
+    )
+
+
+def test_turns_that_a_template_leaves_out_are_counted() -> None:
+    encoder = with_template(
+        CHATML_TEMPLATE.replace("in messages %}", "in messages if message.role in ['user', 'assistant'] %}")
+    )
+    roles = ("system", "user", "assistant", "tool", "assistant")
+    record = {
+        "messages": [{"role": role, "content": f"the {role}"} for role in roles],
+        "tools": [{"name": "f"}],
+    }
+    [row], report = encode_records([(record, "x")], encoder)
+    assert learnt(encoder, row) == ["the assistant"] * 2
+    assert set(report.notes) == {
+        "the chat template leaves out system turns",
+        "the chat template leaves out tool turns",
+        "had a list of tools, which the chat template has no place for",
+    }
+
+
+def test_a_template_may_demand_a_system_turn() -> None:
+    demands = "{%- if messages[0].role != 'system' %}{{- raise_exception('System!') }}{%- endif %}"
+    encoder = with_template(demands + CHATML_TEMPLATE)
+    assert learnt(encoder, encoder.encode(talk("q", "a", system="s"))) == ["a"]
+    with pytest.raises(RecordError, match="here: the chat template refuses the turns: System"):
+        encoder.encode(talk("q", "a"))
+
+
+@pytest.mark.parametrize(
+    ("template", "error"),
+    [
+        ("{%- for m in messages %}{{- m.role + m.content }}{%- endfor %}", "no end token after a response"),
+        ("{%- for m in messages %}{{- m.content | length }}{%- endfor %}", "does not write"),
+        ("{{- raise_exception('no') }}", "refuses the turns: no"),
+        ({"tool_use": CHATML_TEMPLATE}, "named tool_use and none named default"),
+    ],
+)
+def test_unusable_templates(template: Any, error: str) -> None:
+    with pytest.raises(UnmaskError, match=error):
+        with_template(template)
+
+
+@pytest.mark.parametrize(
+    "turn", [Turn("assistant", "x"), Turn("assistant", "", tool_calls=({"name": "f", "arguments": {}},))]
+)
+def test_a_response_that_is_rewritten_drops_the_record(turn: Turn) -> None:
+    rewrites = "(message.content if not message.tool_calls and 'x' not in message.content else '')"
+    encoder = with_template(
+        CHATML_TEMPLATE.replace("message.content", rewrites).replace(
+            "'<|im_end|>\\n'", f"('<|im_end|>\\n' if {rewrites} else '!')"
+        )
+    )
+    with pytest.raises(DropRecord, match="rewrites the response"):
+        encoder.encode(Conversation((Turn("user", "q"), turn), "here"))
 
 
 # Tools
@@ -330,20 +494,6 @@ def test_ids_of_calls_reach_a_template_that_writes_them() -> None:
     assert control_tokens(encoder, row) == 2 * 5
     prompt = encoder.encode_prompt(conversation.turns[:3], conversation.tools)
     assert row.input_ids[: len(prompt)] == prompt
-
-
-def test_calls_with_words_before_them_and_several() -> None:
-    encoder = ENCODERS["tools"]
-    turns = (
-        Turn("user", "q"),
-        Turn("assistant", "Let me see.", tool_calls=(CALL, CALL)),
-        Turn("tool", "1"),
-        Turn("assistant", "a", tool_calls=(CALL,), train=False),
-        Turn("tool", "2"),
-        Turn("assistant", "done"),
-    )
-    row = encoder.encode(Conversation(turns, "here"))
-    assert learnt(encoder, row) == [call_text(turns[1]), "done"]
 
 
 @pytest.mark.parametrize("layout", ["chat", "separator"])
@@ -417,15 +567,6 @@ def test_a_template_without_a_system_role_is_used_without_system_prompts() -> No
     encoder = encoder_of("gemma", include_system_prompt=False)
     turns = (Turn("system", "s"), Turn("user", "q"), Turn("assistant", "a"))
     assert encoder.encode(Conversation(turns, "x")) == encoder.encode(Conversation(turns[1:], "x"))
-
-
-def test_a_template_that_loses_a_call_drops_the_record() -> None:
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = CHATML_TEMPLATE.replace(
-        "message.content", "(message.content if not message.tool_calls else '') "
-    ).replace("'<|im_end|>\\n'", "('!' if message.tool_calls else '<|im_end|>\\n')")
-    with pytest.raises(DropRecord, match="rewrites the response"):
-        Encoder(tokenizer).encode(to_conversation(CALLED, where="x"))
 
 
 def test_special_strings() -> None:

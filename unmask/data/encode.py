@@ -316,11 +316,14 @@ class Encoder:
             names, tree = special_aliases(self.tokenizer), json.loads(self._backend.to_str())
             for token in tree["added_tokens"]:
                 token["content"] = names.get(token["content"], token["content"])
-            vocabulary = tree["model"].get("vocab")
+            model = tree["model"]
+            vocabulary, unknown = model.get("vocab"), model.get("unk_token")
+            if isinstance(unknown, str):
+                model["unk_token"] = names.get(unknown, unknown)
             if isinstance(vocabulary, dict):
-                tree["model"]["vocab"] = {names.get(name, name): i for name, i in vocabulary.items()}
+                model["vocab"] = {names.get(name, name): i for name, i in vocabulary.items()}
             elif vocabulary is not None:
-                tree["model"]["vocab"] = [[names.get(name, name), score] for name, score in vocabulary]
+                model["vocab"] = [[names.get(name, name), score] for name, score in vocabulary]
             tree["post_processor"] = None
             self._renamed = Tokenizer.from_str(json.dumps(tree))
         return self._renamed

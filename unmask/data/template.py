@@ -92,6 +92,8 @@ class ChatLayout:
 
     Attributes:
         end_token: The special token that the template writes after a response.
+        header: What it writes before each response; "" if that is not known.
+        opening: The think block, or its begin, between header and response; "" without one.
         shows_tools: Whether the template has a place for a conversation's list of tools.
 
     Raises:
@@ -137,20 +139,20 @@ class ChatLayout:
         self.end_token = end.group(1)
         # The header is what opens a response; an empty or open think block at its end is kept apart.
         header = self._opened(asked, where)
-        self._header = header.split("<think>")[0]
-        written = before.rpartition(self._header)[2] if self._header and self._header in before else ""
+        self.header = header.split("<think>")[0]
+        written = before.rpartition(self.header)[2] if self.header and self.header in before else ""
         if "enable_thinking" in self.chat_template:
             off = self._opened(asked, where, enable_thinking=False)
-            written = off.removeprefix(self._header) if off.startswith(f"{self._header}<think>") else written
+            written = off.removeprefix(self.header) if off.startswith(f"{self.header}<think>") else written
         knows = THINK.fullmatch(written.rstrip()) is not None or "<think>" in header
         self._empty = (written if THINK.fullmatch(written.rstrip()) else EMPTY) if knows else ""
-        self._opening = header[len(self._header) :]
+        self.opening = header[len(self.header) :]
         if thinking == "off":
-            self._opening = self._empty
+            self.opening = self._empty
         elif thinking == "on":
             if not knows:
                 raise UnmaskError("thinking=on: the chat template has no think block to open.")
-            self._opening = self._empty[: self._empty.index("</think>")].rstrip() + "\n"
+            self.opening = self._empty[: self._empty.index("</think>")].rstrip() + "\n"
 
     def render(
         self,
@@ -176,13 +178,13 @@ class ChatLayout:
             if not trained[place]:
                 continue
             written = text[start:stop]
-            if not written.startswith(self._opening):
+            if not written.startswith(self.opening):
                 if written.lstrip().startswith("<think>"):
                     raise DropRecord(REASONS)
                 written = self._empty + written
-            before = text[done:start] + self._opening
+            before = text[done:start] + self.opening
             blanks = before[len(before.rstrip(" ")) :]
-            response = blanks + written[len(self._opening) :]
+            response = blanks + written[len(self.opening) :]
             rendered.pieces += [(before.rstrip(" "), False), (response, True)]
             done = stop
         rendered.pieces.append((text[done:], False))
@@ -217,7 +219,7 @@ class ChatLayout:
         self, messages: list[dict[str, Any]], shown: Sequence[Any], where: str
     ) -> tuple[str, dict[int, tuple[int, int]]]:
         """The text, and where each assistant turn is in it with its end token, by the turn's number."""
-        text, header = self._render(messages, where, shown), self._header
+        text, header = self._render(messages, where, shown), self.header
         places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
         if header and not any(header in message["content"] for message in messages):
             starts = [match.end() for match in re.finditer(re.escape(header), text)]
