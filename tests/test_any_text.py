@@ -194,7 +194,7 @@ def test_every_character_arrives(kind: str, bom: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=4))
 @example(texts=["\x00", "\r", "\ufeff"])
 def test_any_text_arrives(kind: str, texts: list[str]) -> None:
@@ -214,8 +214,8 @@ def test_line_ends_of_windows_and_empty_lines(kind: str) -> None:
 
 
 def test_a_very_long_line() -> None:
-    text = ("<|im_end|> é\n" + "é" * 200) * 2500  # over 1 MB, and thousands of strings to read as text
-    assert len(text.encode()) > 1_000_000
+    text = ("<|im_end|> é\n" + "é" * 200) * 500  # over 200 KB, and hundreds of strings to read as text
+    assert len(text.encode()) > 200_000
     for kind in ("jsonl", "csv"):
         [row] = loaded(write(kind, [{"instruction": "q", "output": text + "!"}])).train
         assert learnt(row) == f"{text}!<|im_end|>"
@@ -310,24 +310,24 @@ def test_what_is_no_text_is_skipped_and_counted(name: str, mode: str) -> None:
 
 
 def test_every_bad_record_is_counted_and_the_rest_is_as_without_them() -> None:
-    good = [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(400)]
+    good = [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(100)]
     bad = [b"{", b"[]", b'{"prompt": 1, "completion": "a"}', b'{"prompt": "q", "completion": " "}', LATIN]
     lines = [json.dumps(record).encode() for record in good]
-    for place, line in enumerate(bad * 20):
+    for place, line in enumerate(bad * 5):
         lines.insert(place * 4, line)
     Path("x.jsonl").write_bytes(b"\n".join(lines))
     Path("good.jsonl").write_bytes(b"\n".join(json.dumps(record).encode() for record in good))
     data, whole = loaded("x.jsonl", on_bad_record="skip"), loaded("good.jsonl")
     assert [row.input_ids for row in data.train] == [row.input_ids for row in whole.train]
-    assert data.report is not None and data.report.kept == 400 and data.report.records == 500
+    assert data.report is not None and data.report.kept == 100 and data.report.records == 125
     assert {reason: count for reason, (count, _) in data.report.skipped.items()} == {
-        "not valid JSON": 20,
-        "expected a record {...}": 20,
-        "field 'prompt' must be a list": 20,
-        "field 'completion' is empty": 20,
-        "not UTF-8 text": 20,
+        "not valid JSON": 5,
+        "expected a record {...}": 5,
+        "field 'prompt' must be a list": 5,
+        "field 'completion' is empty": 5,
+        "not UTF-8 text": 5,
     }
-    assert data.report.skipped["not valid JSON"] == (20, "x.jsonl line 1")
-    assert data.report.skipped["not UTF-8 text"] == (20, "x.jsonl line 17")
+    assert data.report.skipped["not valid JSON"] == (5, "x.jsonl line 1")
+    assert data.report.skipped["not UTF-8 text"] == (5, "x.jsonl line 17")
     ids = [row.record for row in data.train]
     assert ids == [n for n, line in enumerate(lines) if line not in bad]  # numbers count the bad ones too

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from huggingface_hub import constants
 
 from unmask.data.files import read_documents, read_records
+from unmask.data.records import RecordError, to_conversation
 from unmask.errors import UnmaskError
 
 ROWS = [{"instruction": f"say {i}", "output": "007"} for i in range(3)]
@@ -123,26 +126,136 @@ def test_broken_files(tmp_path: Path, file: str, content: str | bytes, error: st
     assert error in error_of(write(tmp_path / file, content))
 
 
-def parquet(rows: list[dict[str, Any]], damaged_at: int | None = None) -> bytes:
-    """A table of groups of two rows; of one group a page is damaged."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def test_bad_records_and_broken_files_are_given_in_place(tmp_path: Path) -> None:
+    """With `keep_bad` what is before the broken place is read, and the rest of the file named."""
 
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows), sink, row_group_size=2, use_dictionary=False)
-    data = bytearray(sink.getvalue().to_pybytes())
-    if damaged_at is not None:
-        table = pq.ParquetFile(pa.BufferReader(bytes(data)))
-        column = table.metadata.row_group(damaged_at).column(0)
-        start = column.data_page_offset
-        data[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
-    return bytes(data)
+    def read(file: str, data: bytes) -> list[Any]:
+        found = read_records(write(tmp_path / file, data), keep_bad=True)
+        return [record.counted if isinstance(record, RecordError) else record for record, _ in found]
+
+    text = lines(ROWS * 500).encode()
+    cut = read("x.jsonl.gz", gzip.compress(text, mtime=0)[:-200])  # less than one read of the file
+    assert cut == ["cannot be decompressed: all of x.jsonl.gz is left out"]
+    assert read("x.csv", b'a\n1\n"2\n') == [{"a": "1"}, "not valid CSV: the rest of x.csv is left out"]
+    assert read("x.json", b'[{"a": 1},') == ["not valid JSON: all of x.json is left out"]
+    assert read("x.jsonl", b'{"a": 1}\n7\n{"a": 1}\n') == [{"a": 1}, "expected a record {...}", {"a": 1}]
 
 
-SIX = [{"instruction": f"say {i}", "output": "007"} for i in range(6)]
-ARRAY = json.dumps(SIX)
-CUT_GZIP = gzip.compress(lines(SIX * 500).encode())[:-4]  # in the checksum
-RANDOM_GZIP = gzip.compress("".join(f'{{"a": "{n * n * 7919 % 99991}"}}\n' for n in range(2000)).encode())
+# Folders, splits and suffixes
+
+
+@pytest.mark.parametrize(
+    ("suffix", "data"),
+    [
+        (".ndjson", b'{"a": "1", "b": "x y"}\n'),
+        (".jsonlines", b'{"a": "1", "b": "x y"}\n'),
+        (".tsv", b"a\tb\n1\tx y\n"),
+        (".json", b'[{"a": "1", "b": "x y"}]'),
+    ],
+)
+@pytest.mark.parametrize(
+    ("end", "compress"), [("", bytes), (".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)]
+)
+def test_tables_by_suffix(tmp_path: Path, suffix: str, data: bytes, end: str, compress: Any) -> None:
+    name = write(tmp_path / f"x{suffix}{end}", compress(data))
+    assert [record for record, _ in read_records(name)] == [{"a": "1", "b": "x y"}]
+    assert list(read_documents(name, text_field="b")) == ["x y"]  # not the file as one document
+
+
+@pytest.mark.parametrize("name", ["x.zip", "x.tar.gz", "x.7z"])
+def test_archives_are_refused(tmp_path: Path, name: str) -> None:
+    assert "unpack it" in error_of(write(tmp_path / name, b"PK"))
+    with pytest.raises(UnmaskError, match="unpack it"):
+        list(read_documents(tmp_path / name))
+
+
+def in_memory(path: Path) -> str:
+    """Copy a folder to fsspec's memory, which is read as any store is."""
+    import fsspec
+
+    url = f"memory://{path.name}-{path.parent.name}"
+    fsspec.filesystem("memory").put(str(path), url, recursive=True)
+    return url
+
+
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize("names", [("data/train-0.jsonl", "data/test-0.jsonl"), ("a.jsonl", "dev/a.jsonl")])
+def test_a_folder_has_splits(tmp_path: Path, names: tuple[str, str], remote: bool) -> None:
+    for number, name in enumerate(names):
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / "d" / name, lines(ROWS[number:]))
+    folder = in_memory(tmp_path / "d") if remote else str(tmp_path / "d")
+    other = "test" if "test" in names[1] else "validation"
+    assert [record for record, _ in read_records(folder)] == ROWS
+    assert [where for _, where in read_records(folder, split=other)] == [
+        f"{names[1]} line {n}" for n in (1, 2)
+    ]
+    assert f"no split 'extra' (data.split); it has {', '.join(sorted(['train', other]))}" in error_of(
+        folder, split="extra"
+    )
+    assert "remove data.split" in error_of(f"{folder}/{names[0]}", split="test")
+
+
+def test_a_clone_of_a_hub_data_set_has_the_splits_of_its_card(tmp_path: Path) -> None:
+    card = "configs:\n- config_name: default\n  data_files:\n  - {split: train, path: one/*}\n"
+    card += "  - {split: rest, path: b.jsonl}\n"
+    (tmp_path / "one").mkdir()
+    write(tmp_path / "README.md", f"---\n{card}---\n")
+    write(tmp_path / "dataset_infos.json", "{}")
+    write(tmp_path / "one" / "a.jsonl", lines(ROWS))
+    write(tmp_path / "b.jsonl", lines(ROWS[:1]))
+    assert [len(list(read_records(tmp_path, split=split))) for split in ("train", "rest")] == [3, 1]
+    assert "has no split 'test' (data.split); it has train, rest" in error_of(str(tmp_path), split="test")
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_a_folder_of_save_to_disk(tmp_path: Path, splits: bool) -> None:
+    from datasets import Dataset, DatasetDict
+
+    data = Dataset.from_list(ROWS)
+    (DatasetDict(train=data, test=data.select([0])) if splits else data).save_to_disk(tmp_path / "d")
+    assert [record for record, _ in read_records(tmp_path / "d")] == ROWS
+    if splits:
+        assert len(list(read_records(tmp_path / "d", split="test"))) == 1
+        assert "it has train, test" in error_of(str(tmp_path / "d"), split="dev")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "named"),
+    [
+        ("x.csv", "a,b,b\n1,2,3\n", "x.csv: column 'b' is given twice"),
+        ("x.jsonl", '{"a": 1}\n{"m": [{"b": 1, "b": 2}]}\n', "x.jsonl line 2: key 'b' is given twice"),
+        ("x.json", '[{"a": 1, "a": 2}]', "x.json record 1: key 'a' is given twice"),
+    ],
+)
+def test_what_is_given_twice_is_refused(tmp_path: Path, name: str, data: str, named: str) -> None:
+    assert named in error_of(write(tmp_path / name, data))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "disk"])
+def test_what_a_table_pads_is_not_there(tmp_path: Path, kind: str) -> None:
+    from datasets import Dataset
+
+    def called(**arguments: Any) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        messages = [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        ]
+        properties = {name: {"type": "string"} for name in arguments}
+        return {
+            "messages": messages,
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": properties}}],
+        }
+
+    rows = [called(city="Oslo"), called(a="1", b="2")]
+    other = {"prompt": "q", "completion": "a"}
+    nothing = {"prompt": None, "completion": None}
+    data = Dataset.from_list([{**row, **nothing} for row in rows] + [other])
+    path = tmp_path / ("x.parquet" if kind == "parquet" else "x")
+    data.to_parquet(path) if kind == "parquet" else data.save_to_disk(path)
+    found = [to_conversation(record, where="x") for record, _ in read_records(path)]
+    assert found == [to_conversation(record, where="x") for record in (*rows, other)]
 
 
 def test_missing_files(tmp_path: Path) -> None:
