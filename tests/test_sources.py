@@ -213,7 +213,7 @@ def test_a_folder_of_save_to_disk(tmp_path: Path, splits: bool) -> None:
     from datasets import Dataset, DatasetDict
 
     data = Dataset.from_list(ROWS)
-    (DatasetDict(train=data, test=data.select([0])) if splits else data).save_to_disk(tmp_path / "d")
+    (DatasetDict({"train": data, "test": data.select([0])}) if splits else data).save_to_disk(tmp_path / "d")
     assert [record for record, _ in read_records(tmp_path / "d")] == ROWS
     if splits:
         assert len(list(read_records(tmp_path / "d", split="test"))) == 1

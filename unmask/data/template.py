@@ -92,8 +92,6 @@ class ChatLayout:
 
     Attributes:
         end_token: The special token that the template writes after a response.
-        header: What it writes before each response; "" if that is not known.
-        opening: The think block, or its begin, between header and response; "" without one.
         shows_tools: Whether the template has a place for a conversation's list of tools.
 
     Raises:
@@ -139,20 +137,20 @@ class ChatLayout:
         self.end_token = end.group(1)
         # The header is what opens a response; an empty or open think block at its end is kept apart.
         header = self._opened(asked, where)
-        self.header = header.split("<think>")[0]
-        written = before.rpartition(self.header)[2] if self.header and self.header in before else ""
+        self._header = header.split("<think>")[0]
+        written = before.rpartition(self._header)[2] if self._header and self._header in before else ""
         if "enable_thinking" in self.chat_template:
             off = self._opened(asked, where, enable_thinking=False)
-            written = off.removeprefix(self.header) if off.startswith(f"{self.header}<think>") else written
+            written = off.removeprefix(self._header) if off.startswith(f"{self._header}<think>") else written
         knows = THINK.fullmatch(written.rstrip()) is not None or "<think>" in header
         self._empty = (written if THINK.fullmatch(written.rstrip()) else EMPTY) if knows else ""
-        self.opening = header[len(self.header) :]
+        self._opening = header[len(self._header) :]
         if thinking == "off":
-            self.opening = self._empty
+            self._opening = self._empty
         elif thinking == "on":
             if not knows:
                 raise UnmaskError("thinking=on: the chat template has no think block to open.")
-            self.opening = self._empty[: self._empty.index("</think>")].rstrip() + "\n"
+            self._opening = self._empty[: self._empty.index("</think>")].rstrip() + "\n"
 
     def render(
         self,
@@ -178,13 +176,13 @@ class ChatLayout:
             if not trained[place]:
                 continue
             written = text[start:stop]
-            if not written.startswith(self.opening):
+            if not written.startswith(self._opening):
                 if written.lstrip().startswith("<think>"):
                     raise DropRecord(REASONS)
                 written = self._empty + written
-            before = text[done:start] + self.opening
+            before = text[done:start] + self._opening
             blanks = before[len(before.rstrip(" ")) :]
-            response = blanks + written[len(self.opening) :]
+            response = blanks + written[len(self._opening) :]
             rendered.pieces += [(before.rstrip(" "), False), (response, True)]
             done = stop
         rendered.pieces.append((text[done:], False))
@@ -219,7 +217,7 @@ class ChatLayout:
         self, messages: list[dict[str, Any]], shown: Sequence[Any], where: str
     ) -> tuple[str, dict[int, tuple[int, int]]]:
         """The text, and where each assistant turn is in it with its end token, by the turn's number."""
-        text, header = self._render(messages, where, shown), self.header
+        text, header = self._render(messages, where, shown), self._header
         places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
         if header and not any(header in message["content"] for message in messages):
             starts = [match.end() for match in re.finditer(re.escape(header), text)]
