@@ -307,11 +307,6 @@ def test_the_report_stands_above(tmp_path: Path) -> None:
     assert text.index("a.jsonl") < text.index("<article>")
 
 
-def test_nothing_to_show(tmp_path: Path) -> None:
-    shown, text = written(tmp_path, run_data([]))
-    assert "0 sequences" in text and "article" not in shown.tags
-
-
 def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(UnmaskError, match=r"--html: .* cannot be written: Is a directory"):
         write_page(tmp_path, run_data([]), survey(run_data([])), TOKENIZER, title="t")

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
@@ -244,26 +245,24 @@ def encode_folder(
     try:
         with directory_lock(folder, "encoding data", wait=wait):
             if (folder / MANIFEST).exists():
-                before = Manifest.read(folder)
-                if found := differences(before.identity, identity):
+                manifest = Manifest.read(folder)
+                if found := differences(manifest.identity, identity):
                     raise UnmaskError(
                         f"{folder}: has data prepared otherwise ({found}); name another folder, or remove it."
                     )
-                if before.shards:
-                    return before
             elif others := sorted(e.name for e in folder.iterdir() if not e.name.endswith(ASIDE)):
                 raise UnmaskError(f"{folder}: has other things ({others[0]}); name another folder.")
-            manifest.write(folder)
-            _write_shards(folder, encoding, files, limit, shard_records, processes)
-            lines = sorted(folder.glob("shard-*.json"))
-            for tree in map(_read_json, lines):
-                manifest.shards.append(tree["shard"])
-                manifest.report.merge(EncodeReport.from_json(tree["report"]))
-            if not manifest.counts["rows"]:
-                why = "; ".join(manifest.report.left_out()) or "there is none"
-                raise UnmaskError(f"no record can be used: {why}.")
-            manifest.write(folder)
-            for line in lines:
+            if not manifest.shards:
+                manifest.write(folder)
+                _write_shards(folder, encoding, files, limit, shard_records, processes)
+                for tree in map(_read_json, sorted(folder.glob("shard-*.json"))):
+                    manifest.shards.append(tree["shard"])
+                    manifest.report.merge(EncodeReport.from_json(tree["report"]))
+                if not manifest.counts["rows"]:
+                    why = "; ".join(manifest.report.left_out()) or "there is none"
+                    raise UnmaskError(f"no record can be used: {why}.")
+                manifest.write(folder)
+            for line in folder.glob("shard-*.json"):
                 line.unlink()
             return manifest
     except OSError as error:
@@ -293,13 +292,13 @@ def _write_shards(
             some = chain([first], islice(records, shard_records - 1))
             if shard % processes == process and not _is_finished(folder, shard):
                 _write_shard(folder, encoding, shard, some)
-            for _ in some:  # of other processes; a record that is not decoded costs little
-                pass
+            deque(some, maxlen=0)  # of other processes; a record that is not decoded costs little
             shard += 1
         return {"shards": shard}
 
-    if processes == 1 or next(islice(all_records(), shard_records, None), None) is None:
+    if next(islice(all_records(), shard_records, None), None) is None:
         processes = 1
+    if processes == 1:
         work(0)
         return
     from datasets import Dataset
@@ -330,15 +329,14 @@ def _write_shard(
     examples = encoding.examples(records, report, number)
     file = folder / f"{_name(number)}.arrow"
     types = {"input_ids": pa.list_(pa.int32()), "src_mask": pa.list_(pa.bool_()), "sample_id": pa.int64()}
-    schema = pa.schema({**types, "file": pa.int32(), "record": pa.int64()})
-    counts = pa.schema({"tokens": pa.int32(), "supervised": pa.int32()})
+    types |= {"file": pa.int32(), "record": pa.int64(), "supervised": pa.int32()}
+    schema = pa.schema({**types, "tokens": pa.int32()})
     rows = 0
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, pa.schema([*schema, *counts])) as writer:
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         while batch := list(islice(examples, BATCH)):
-            columns = [[getattr(example, name) for example in batch] for name in schema.names]
-            columns += [[len(e.input_ids) for e in batch], [e.supervised for e in batch]]
-            typed = [pa.array(c, t) for c, t in zip(columns, [*schema.types, *counts.types], strict=True)]
-            writer.write_batch(pa.record_batch(typed, schema=pa.schema([*schema, *counts])))
+            columns = {name: [getattr(example, name) for example in batch] for name in types}
+            columns["tokens"] = [len(example.input_ids) for example in batch]
+            writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
             rows += len(batch)
     sync(file)
     shard = {"file": file.name, "rows": rows, "tokens": report.tokens}
