@@ -12,6 +12,11 @@ from torch import Tensor
 from unmask.errors import UnmaskError
 
 MASK = 31
+WINDOW: dict[str, Any] = {
+    "layer_types": ["full_attention", "sliding_attention"],
+    "use_sliding_window": True,
+    "sliding_window": 2,
+}
 SHIFTS = pytest.mark.parametrize("shift", [False, True], ids=["unshifted", "shifted"])
 
 
@@ -122,10 +127,12 @@ def test_only_the_current_block_is_computed(shift: bool) -> None:
     assert heads == [4, 3, 2, 1] * 2
 
 
-@SHIFTS
+@pytest.mark.parametrize(
+    "fields", [{}, {"logit_shift": True}, WINDOW], ids=["unshifted", "shifted", "window"]
+)
 @pytest.mark.parametrize("kind", ["prefix", "dual"])
-def test_an_approximate_cache_refreshed_each_step_is_exact(kind: str, shift: bool) -> None:
-    model = tiny_model(logit_shift=shift).eval()
+def test_an_approximate_cache_refreshed_each_step_is_exact(kind: str, fields: dict[str, Any]) -> None:
+    model = tiny_model(**fields).eval()
     ids, mask = ragged([5, 2, 7])
     settings = {"max_new_tokens": 9, "block_length": 3, "eos_token_id": [], "return_trace": True}
     exact = model.generate(ids, mask, **settings)

