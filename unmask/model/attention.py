@@ -30,6 +30,7 @@ from unmask.diffusion.attention import Layout, attend_tokens, attend_within_docu
 from unmask.errors import UnmaskError
 
 KERNELS = ("auto", "sdpa", "eager", "flex_attention")
+_HALF = (torch.bfloat16, torch.float16)  # what the kernels of CUDA compute in
 _PREFIX = "unmask_"  # of the names our function is registered by
 
 
@@ -56,14 +57,20 @@ class KVCache:
         self.layers: list[tuple[Tensor, Tensor]] = []
 
     def write(self, layer: int, place: Int[Tensor, "T"], *states: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values (1, N, T, E) of a layer at `place`; return all of them."""
+        """Write keys and values (B, N, L, E) of a layer, in all T tokens, at `place`; return all of them."""
         if layer == len(self.layers):
             _, heads, _, size = states[0].shape
             shape = (self.slots * self.columns, heads, size)
             self.layers.append((states[0].new_zeros(shape), states[1].new_zeros(shape)))
         for cached, new in zip(self.layers[layer], states, strict=True):
-            cached[place] = new[0].transpose(0, 1)
+            cached[place] = new.transpose(1, 2).flatten(0, 1)
         return self.layers[layer]
+
+    def read(self, states: Tensor, slots: Int[Tensor, "B"], columns: int) -> Float[Tensor, "B N K E"]:
+        """Take the first columns of some slots from what `write` returned, without a copy of all slots."""
+        rows = states.unflatten(0, (self.slots, self.columns))
+        everyone = len(slots) == self.slots and slots.tolist() == list(range(self.slots))
+        return (rows[:, :columns] if everyone else rows[slots, :columns]).transpose(1, 2)
 
 
 class CachedRows(NamedTuple):
@@ -98,9 +105,13 @@ class AttentionInputs:
         documents: list[Document] | None = None,
         cache: KVCache | None = None,
         place: Int[Tensor, "T"] | None = None,
+        rows: CachedRows | None = None,
+        key_position: Int[Tensor, "B K"] | None = None,
     ):
         self.position, self.documents = position, documents
         self.cache, self.place = cache, place  # where its keys and values are written
+        self.rows = rows  # without documents: whose first columns are its keys
+        self.key_position = position if key_position is None else key_position
         self.layers = 0  # that have asked so far
         self.block_masks: dict[int | None, Any] = {}  # of flex attention, by sliding window
 
@@ -124,7 +135,7 @@ def run_backbone(
     Raises:
         UnmaskError: transformers did not pass the inputs to every layer, so the result would be wrong.
     """
-    half = ids.is_cuda and backbone.dtype in (torch.bfloat16, torch.float16)
+    half = ids.is_cuda and _compute_dtype(backbone.dtype) in _HALF
     compiling = torch.compiler.is_compiling()  # to which lengths of documents would each time be new code
     if cached is None and (compiling or not ragged or (ids.is_cuda and not (half and attend is None))):
         if ragged and attend is None:
@@ -133,6 +144,11 @@ def run_backbone(
         position = layout.position if ragged else layout.position[:1]
         return _run(backbone, ids, None if attend is None else attend[:, None], AttentionInputs(position))
     computed = layout.is_token if cached is None else cached.computed
+    if cached is not None and (inputs := _alike(layout, cached)) is not None:
+        column = computed.nonzero()[:, 1].view(len(ids), -1)
+        hidden = _run(backbone, ids.gather(1, column), None, inputs)
+        rows = hidden.new_zeros(*ids.shape, hidden.shape[-1])
+        return rows.scatter(1, column[..., None].expand_as(hidden), hidden)
     place, sizes = _in_documents(layout, computed)
     position = layout.position.flatten()[place][None]
     if cached is None:
@@ -145,6 +161,10 @@ def run_backbone(
     hidden = _run(backbone, ids.flatten()[place][None], None, inputs)[0]
     rows = hidden.new_zeros(ids.numel(), hidden.shape[-1])
     return rows.index_copy(0, place, hidden).view(*ids.shape, -1)
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else dtype
 
 
 def _run(backbone: Any, ids: Tensor, attend: Tensor | None, inputs: AttentionInputs) -> Tensor:
@@ -193,6 +213,19 @@ def _documents(
     return [Document(*each) for each in zip(sizes, masks, positions, strict=True)]
 
 
+def _alike(layout: Layout, cached: CachedRows) -> AttentionInputs | None:
+    """What rows with a cache are told when they are alike: no padding, as many computed, all keys seen."""
+    counts, block = cached.computed.sum(dim=1), cached.block
+    if not (layout.is_token.all() and (counts == counts[0]).all() and counts[0]):
+        return None
+    column = cached.computed.nonzero()[:, 1].view(len(counts), -1)
+    if block is not None and (block[:, None] > block.gather(1, column)[:, :, None]).any():
+        return None
+    place = (cached.slots[:, None] * cached.cache.columns + column).flatten()
+    position = layout.position.gather(1, column)
+    return AttentionInputs(position, None, cached.cache, place, cached, layout.position)
+
+
 def _cached_documents(layout: Layout, place: Tensor, sizes: list[int], cached: CachedRows) -> list[Document]:
     columns, documents = layout.position.shape[1], []
     for part in place.split(sizes):
@@ -202,7 +235,9 @@ def _cached_documents(layout: Layout, place: Tensor, sizes: list[int], cached: C
         if cached.block is not None:
             mask = cached.block[row, keys] <= cached.block[row, part % columns, None]
             mask = None if mask.all() else mask
-        index = cached.slots[row] * cached.cache.columns + keys
+        index: Any = cached.slots[row] * cached.cache.columns + keys
+        if index[-1] - index[0] == len(index) - 1:  # not copied in every layer
+            index = slice(int(index[0]), int(index[-1]) + 1)
         documents.append(Document(len(part), mask, layout.position[row, keys][None], index))
     return documents
 
@@ -232,14 +267,23 @@ def attention(
             raise UnmaskError("unmask's attention is not causal: set config.is_causal = False.")
         inputs = AttentionInputs(torch.arange(query.shape[2], device=query.device)[None])
     layer, inputs.layers = inputs.layers, inputs.layers + 1
+    if query.is_cuda:  # under autocast norms give float32, and not every kernel casts as torch's own does
+        query, key, value = (states.to(_compute_dtype(states.dtype)) for states in (query, key, value))
     options = {"scale": scaling, "dropout": dropout}
+    whole = (key, value)
+    if inputs.cache is not None:
+        assert inputs.place is not None
+        whole = inputs.cache.write(layer, inputs.place, key, value)
     if inputs.documents is None:
+        if inputs.cache is not None and inputs.rows is not None:
+            columns = inputs.key_position.shape[1]
+            key, value = (inputs.cache.read(states, inputs.rows.slots, columns) for states in whole)
         mask = None if attention_mask is None or attention_mask.numel() == 1 else attention_mask
         on_cuda = kernel == "auto" and query.is_cuda and mask is not None and mask.shape[2] > 1
         if (kernel == "flex_attention" or on_cuda) and not dropout:
             out = _flex(query, key, value, mask, scaling, sliding_window, inputs)
         else:
-            mask = _within(mask, inputs.position, inputs.position, sliding_window)
+            mask = _within(mask, inputs.position, inputs.key_position, sliding_window)
             out = _attend(kernel, query, key, value, mask, **options)
         return out.transpose(1, 2).contiguous(), None
     # Split, not sliced: the gradient of each slice would be a tensor as large as the whole row.
@@ -248,12 +292,10 @@ def attention(
     if inputs.cache is None:
         keys, values = key.split(sizes, dim=2), value.split(sizes, dim=2)
     else:
-        assert inputs.place is not None
-        whole = inputs.cache.write(layer, inputs.place, key, value)
         keys, values = (
             [states[document.keys].transpose(0, 1)[None] for document in inputs.documents] for states in whole
         )
-    half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    half = query.is_cuda and query.dtype in _HALF
     masked = any(document.mask is not None for document in inputs.documents)
     # The kernel counts a window from the last key, which a cache's queries need not end at.
     run_varlen = _varlen_kernel() if half else None
@@ -356,7 +398,7 @@ def _flex(
 
     if window not in inputs.block_masks:
         size = (len(query), 1, query.shape[2], key.shape[2])
-        allowed = _within(mask, inputs.position, inputs.position, window)
+        allowed = _within(mask, inputs.position, inputs.key_position, window)
         allowed = None if allowed is None else allowed.expand(size)
         inputs.block_masks[window] = allowed if allowed is None else create_block_mask(
             lambda b, h, q, k: allowed[b, 0, q, k], size[0], None, *size[2:], device=query.device
