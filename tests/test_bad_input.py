@@ -78,8 +78,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Path("order.jsonl").write_text(
             lines({"messages": [user, assistant]}, {"messages": [assistant, user]})
         )
-        Path("alone.jsonl").write_text(lines({"messages": [user, assistant]}, {"messages": [user]}))
-        Path("type.jsonl").write_text(lines(RECORD, {"instruction": "a", "output": {"text": "b"}}))
         Path("mixed.jsonl").write_text(
             lines(RECORD, {"instruction": "a", "output": ""}) + "{\n" + lines(*[RECORD] * 8) + "[\n"
         )
@@ -118,11 +116,6 @@ CASES = {
         "train recipe.yaml data.dataset_name=goood.jsonl checkpoint_save_dir=new",
         ("goood.jsonl: no such file", "did you mean good.jsonl?"),
     ),
-    "missing recipe": Case("train recip.yaml", ("recip.yaml: no such recipe file",)),
-    "missing prompts": Case(
-        "train recipe.yaml evaluation.prompts=held.jsonl checkpoint_save_dir=new",
-        ("held.jsonl: no such file",),
-    ),
     "missing evaluation data": Case(
         "data recipe.yaml data.eval_dataset_name=held.jsonl data.eval_size=0", ("held.jsonl: no such file",)
     ),
@@ -133,10 +126,6 @@ CASES = {
     "broken JSON array": Case(
         "train recipe.yaml data.dataset_name=broken.json checkpoint_save_dir=new",
         ("broken.json line 3: not valid JSON", "column 22"),
-    ),
-    "record without the field": Case(
-        "data recipe.yaml data.dataset_name=no_field.jsonl data.sft.format=alpaca",
-        ("no_field.jsonl line 2: no field 'output'", "fields here: instruction, outptu"),
     ),
     "record of no format": Case(
         "train recipe.yaml data.dataset_name=no_field.jsonl checkpoint_save_dir=new",
@@ -153,10 +142,6 @@ CASES = {
         "train recipe.yaml data.dataset_name=empty.json checkpoint_save_dir=new",
         ("empty.json record 2: field 'output' is empty", "a response needs text"),
     ),
-    "field of the wrong type": Case(
-        "train recipe.yaml data.dataset_name=type.jsonl checkpoint_save_dir=new",
-        ("type.jsonl line 2: field 'output' must be text; got an object",),
-    ),
     "turns out of order": Case(
         "data recipe.yaml data.dataset_name=order.jsonl",
         (
@@ -165,16 +150,9 @@ CASES = {
             "turns: assistant, user",
         ),
     ),
-    "instruction alone": Case(
-        "train recipe.yaml data.dataset_name=alone.jsonl checkpoint_save_dir=new",
-        ("alone.jsonl line 2: there is no assistant turn, so nothing to train on; turns: user",),
-    ),
     "page in a missing folder, named before the data are read": Case(
         "data recipe.yaml data.dataset_name=none.jsonl --html none/page.html",
         ("--html: none/page.html", "there is no folder", "make it first"),
-    ),
-    "page that is a folder": Case(
-        "data recipe.yaml --html folder", ("--html: folder is a folder; name a file",)
     ),
     "bad records that are neither stopped at nor skipped": Case(
         "data recipe.yaml data.on_bad_record=ignore",
@@ -192,9 +170,6 @@ CASES = {
         f"train recipe.yaml {START}some/model checkpoint_save_dir=new",
         ("some/model: no model could be loaded", "give a local path"),
     ),
-    "model name to convert without network": Case(
-        "convert some/model new", ("some/model: no model could be loaded", "give a local path")
-    ),
     "no padding token": Case(
         f"train recipe.yaml {START}no_pad_token checkpoint_save_dir=new",
         ("no_pad_token: the tokenizer has no padding token (pad_token)", "tokenizer_config.json"),
@@ -202,9 +177,6 @@ CASES = {
     "no end token": Case(
         f"data recipe.yaml {START}no_eos_token",
         ("no_eos_token: the tokenizer has no end token (eos_token)", "tokenizer_config.json"),
-    ),
-    "no end token to convert": Case(
-        "convert no_eos_token new", ("no_eos_token: the tokenizer has no end token (eos_token)",)
     ),
     "no mask token": Case(
         "generate no_mask --prompt a",
@@ -217,10 +189,6 @@ CASES = {
     "folder that is no checkpoint": Case(
         "generate folder --prompt a",
         ("folder: this folder is not a checkpoint: it has no config.json", "name a Hugging Face folder"),
-    ),
-    "folder to train from that is no checkpoint": Case(
-        f"train recipe.yaml {START}folder checkpoint_save_dir=new",
-        ("folder: this folder is not a checkpoint: it has no config.json",),
     ),
     "a run's own folder": Case(
         "generate run --prompt a", ("run: this folder is not a checkpoint", "did you mean run/final?")
@@ -257,15 +225,18 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_one_line_exit_code_2_and_nothing_harmed(place: Path, name: str) -> None:
-    before = tree_of(place)
+def test_one_line_exit_code_2_and_nothing_harmed(
+    made: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(made)
+    before = tree_of(made)
     said = run_cli(*CASES[name].arguments.split())
     assert said.code == 2
     assert said.err.startswith("error: ") and said.err.count("\n") == 1 and len(said.err) < 400
     assert "Traceback" not in said.err + said.out
     for words in CASES[name].words:
         assert words in said.err
-    assert tree_of(place) == before
+    assert tree_of(made) == before
 
 
 def test_skipped_records_are_counted_wherever_a_run_is_described(place: Path) -> None:
@@ -319,8 +290,8 @@ def test_without_a_network_a_hub_name_fails_at_once(
 def test_no_room_for_a_converted_checkpoint(place: Path) -> None:
     before = tree_of(place)
     with Full(2000):
-        said = run_cli("convert", "base", "new")
+        said = run_cli("convert", "base", "other")
     assert said.code == 2 and said.err.count("\n") == 1
-    assert said.err.startswith("error: new: could not be written: ")
+    assert said.err.startswith("error: other: could not be written: ")
     assert "nothing already there was changed" in said.err
-    assert tree_of(place) == before and not list(place.glob("*new*"))
+    assert tree_of(place) == before and not list(place.glob("*other*"))

@@ -444,9 +444,8 @@ def pack_text(
         UnmaskError: `block_size` is below 2, the tokenizer has no end token, or there is no text.
     """
     check_block_size(block_size)
-    end = _end_token(tokenizer, "put between documents")
+    end, number = _end_token(tokenizer, "put between documents"), 0
     left: list[int] | None = None
-    number = 0
     for document in documents:
         ids = document_ids(document, tokenizer)
         left = ids if left is None else [*left, end, *ids]

@@ -107,21 +107,18 @@ def check_tokenizer(
         UnmaskError: One is missing; the message says how to set it, and starts with `name` if given.
     """
     where = "" if name is None else f"{name}: "
-    if tokenizer.eos_token_id is None:
-        raise UnmaskError(
-            f"{where}the tokenizer has no end token (eos_token); set it to what its texts end with, in its "
-            'tokenizer_config.json or by tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"}).'
-        )
-    if tokenizer.pad_token_id is None:
-        raise UnmaskError(
-            f"{where}the tokenizer has no padding token (pad_token); set it, in its tokenizer_config.json "
-            "or by tokenizer.pad_token = tokenizer.eos_token."
-        )
-    if mask and tokenizer.mask_token_id is None:
-        raise UnmaskError(
-            f"{where}the tokenizer has no mask token (mask_token); convert the model with "
-            "`unmask convert BASE OUT`, or call unmask.data.tokenizer.add_mask_token(tokenizer)."
-        )
+    remedies = {
+        "end token (eos_token)": "set it to what its texts end with, in its tokenizer_config.json or by"
+        ' tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})',
+        "padding token (pad_token)": "set it, in its tokenizer_config.json or by tokenizer.pad_token ="
+        " tokenizer.eos_token",
+        "mask token (mask_token)": "convert the model with `unmask convert BASE OUT`, or call"
+        " unmask.data.tokenizer.add_mask_token(tokenizer)",
+    }
+    ids = (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id if mask else 0)
+    for token_id, (token, remedy) in zip(ids, remedies.items(), strict=True):
+        if token_id is None:
+            raise UnmaskError(f"{where}the tokenizer has no {token}; {remedy}.")
 
 
 def ids_without_token(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:
