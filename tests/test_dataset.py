@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from tiny import autoregressive_folder
 from transformers import PreTrainedTokenizerBase
 
@@ -332,6 +333,14 @@ def test_every_record_of_a_stream_comes_once_a_pass(tokenizer: PreTrainedTokeniz
     assert [example.record for example in held_out] == [0, 1, 2]
     steps, _ = rows_of(recipe(streaming=True, **STREAMS["held out"]), range(20))
     assert not {e.sample_id for e in held_out} & {sample for step in steps for _, sample, _, _ in step}
+    Dataset.from_list([json.loads(line) for line in Path("a.jsonl").read_text().splitlines()]).save_to_disk(
+        "t"
+    )
+    table = recipe(streaming=True, dataset_name="t", shuffle_buffer=4, eval_size=2)
+    held_out = {example.sample_id for example in load_data(table, tokenizer).held_out}
+    seen = {sample for step in rows_of(table, range(2))[0] for _, sample, _, _ in step}
+    whole = {example.sample_id for example in load_data(recipe(dataset_name="t"), tokenizer).train}
+    assert held_out | seen == whole and not held_out & seen and len(whole) == 10
     ended, _ = rows_of(recipe(streaming=True, **STREAMS["epochs"]), range(20))
     assert len(ended) == 7  # 30 records: the last step would not be whole
     Path("array.json").write_text('[{"prompt": "q", "completion": "a"}]')

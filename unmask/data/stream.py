@@ -45,7 +45,7 @@ class Stream(NamedTuple):
     def beginning(self, source: int) -> Iterator[Taken]:
         """Read a source in the order of its files."""
         for number, file in enumerate(self.files[source]):
-            for record in islice(file.read(), self._left_out(source, number), None):
+            for record in islice(file.read(), self.left_out(source, number), None):
                 yield Taken(source, 0, number, record)
 
     def dataset(self, source: int, epoch: int, seed: int) -> Any:
@@ -54,12 +54,13 @@ class Stream(NamedTuple):
 
         files = self.files[source]
         if len(files) == 1 and isinstance(files[0], Table):
-            return files[0].open(streaming=True).skip(self._left_out(source, 0))
+            return files[0].open(streaming=True).skip(self.left_out(source, 0))
         order = permutation(seed, source, epoch, len(files)).tolist()
-        parts = [(number, files[number], self._left_out(source, number)) for number in order]
+        parts = [(number, files[number], self.left_out(source, number)) for number in order]
         return IterableDataset.from_generator(_read, gen_kwargs={"files": parts})
 
-    def _left_out(self, source: int, file: int) -> int:
+    def left_out(self, source: int, file: int) -> int:
+        """Records of a file that are held out."""
         return self.held_out.get(file, 0) if source == 0 else 0
 
     def encode(
@@ -134,7 +135,8 @@ class Reader:
         self.read += 1
         if not isinstance(item.get("record"), Record):  # a row of a hub data set
             label = self.stream.files[self.number][0].label
-            item = {"file": 0, "record": Record(item, dict, label, self.read - 1)}
+            index = self.stream.left_out(self.number, 0) + self.read - 1
+            item = {"file": 0, "record": Record(item, dict, label, index)}
         return Taken(self.number, self.epoch, item["file"], item["record"])
 
     def restart(self) -> None:
