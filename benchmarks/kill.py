@@ -91,6 +91,11 @@ def newest(out: Path) -> int:
     return step_of(found[0]) if found else 0
 
 
+def writing(out: Path) -> bool:
+    """Whether a checkpoint is being written, or was when the process was killed."""
+    return any(out.glob(PARTIAL))
+
+
 def history(out: Path) -> list[dict[str, float]]:
     state = json.loads((out / f"checkpoint-{STEPS}" / STATE).read_text())
     names = ("step", "loss", "grad_norm", "learning_rate", "eval_loss")
@@ -107,14 +112,14 @@ def kill(out: Path, data: Path, draw: random.Random, saving: bool) -> str | None
     while moment is None or time.monotonic() < moment:
         if os.waitpid(child, os.WNOHANG)[0]:
             return None
-        reached = newest(out) >= before + more and (not saving or (out / PARTIAL).exists())
+        reached = newest(out) >= before + more and (not saving or writing(out))
         if moment is None and reached:
             moment = time.monotonic() + pause
         time.sleep(0.001)
     os.kill(child, signal.SIGKILL)
     if wait(child) != -signal.SIGKILL:
         return None
-    return "in a save" if (out / PARTIAL).exists() else "between saves"
+    return "in a save" if writing(out) else "between saves"
 
 
 def main() -> None:

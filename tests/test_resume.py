@@ -127,7 +127,7 @@ def test_another_recipe_is_refused_unless_allowed(tmp_path: Path) -> None:
         run(tmp_path, "out", optimizer__learning_rate=0.5, **again)
     with pytest.raises(UnmaskError, match=r"optimizer\.type.*start a new run"):
         run(tmp_path, "out", optimizer__type="muon", resume={"allow": ["optimizer"]}, **again)
-    with pytest.raises(UnmaskError, match="another architecture"):
+    with pytest.raises(UnmaskError, match="of another model or optimizer"):
         allow = {"allow": ["model.config"]}
         run(tmp_path, "out", model__config__hidden_size=48, resume=allow, **again)
     with pytest.raises(UnmaskError, match=r"ema\.decay"):

@@ -31,11 +31,7 @@ from unmask.training.optim import warmup_steps
 
 
 def check_base(recipe: Recipe) -> None:
-    """Find out whether the recipe starts from a checkpoint; otherwise its missing tokenizer would be named.
-
-    Raises:
-        UnmaskError: it is not one, it is of a family that cannot be trained, or it is an adapter.
-    """
+    """Find out whether the recipe starts from a checkpoint; otherwise its missing tokenizer would be named."""
     name = recipe.model.name_or_path
     if name is not None and is_adapter(name):
         raise UnmaskError(
@@ -63,12 +59,7 @@ def make_curriculum(recipe: Recipe) -> Curriculum:
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, encoder: Any = None) -> Any:
-    """Make the model to train: from random weights, an autoregressive base or a diffusion checkpoint.
-
-    Raises:
-        UnmaskError: an unknown field of `model.config`, a checkpoint that cannot be loaded, or settings
-            that contradict what the checkpoint says.
-    """
+    """Make the model to train: from random weights, an autoregressive base or a diffusion checkpoint."""
     settings, lora = recipe.model, recipe.lora.r is not None
     kernel: dict[str, Any] = {"attn_implementation": settings.attn_implementation}
     dtype = getattr(torch, settings.dtype)
@@ -97,11 +88,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, encoder: Any
 
 
 def empty_model(recipe: Recipe, device: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Any:
-    """Make a model from its config alone: on "cpu" with random weights, on "meta" without any.
-
-    Raises:
-        UnmaskError: an unknown field of `model.config`, or values that do not go together.
-    """
+    """Make a model from its config alone: on "cpu" with random weights, on "meta" without any."""
     settings = recipe.model
     where, fields = settings.name_or_path or "model.config", dict(settings.config or {})
     if settings.name_or_path is not None:
@@ -139,11 +126,7 @@ def empty_model(recipe: Recipe, device: str, tokenizer: PreTrainedTokenizerBase 
 
 
 def meta_model(recipe: Recipe) -> Any:
-    """The denoiser of a recipe without its weights, on torch's "meta" device; no data are read.
-
-    Raises:
-        UnmaskError: its config cannot be read or made.
-    """
+    """The denoiser of a recipe without its weights, on torch's "meta" device; no data are read."""
     model = _choose_trained(empty_model(recipe, "meta"), recipe)
     return model if recipe.lora.r is None else model.get_base_model()
 
@@ -179,11 +162,7 @@ def _choose_trained(model: Any, recipe: Recipe) -> Any:
 
 
 def check_block_sizes(recipe: Recipe, examples: Any) -> None:
-    """Refuse masked spans that are longer than any response.
-
-    Raises:
-        UnmaskError: one of `model.mask_block_sizes` is.
-    """
+    """Refuse masked spans that are longer than any response."""
     curriculum = make_curriculum(recipe)
     if not any(curriculum.block_masking_probability):
         return
@@ -202,12 +181,7 @@ def check_block_sizes(recipe: Recipe, examples: Any) -> None:
 
 
 def check_attention(recipe: Recipe, config: Any) -> None:
-    """Check the recipe against the attention that a model has, which it may leave open.
-
-    Raises:
-        UnmaskError: settings that block-causal attention or this machine contradicts, or blocks without
-            block-causal attention.
-    """
+    """Check the recipe against the attention that a model has, which it may leave open."""
     model, length, size = recipe.model, config.block_length, recipe.data.block_size
     causal = config.attention == "block_causal"
     whole = f"the {'block-causal' if causal else 'bidirectional'} attention of {model.name_or_path}"

@@ -52,11 +52,6 @@ HARMLESS = (
     *("model.attn_implementation", "checkpoint_save_dir", "resume_from_checkpoint", "resume"),
 )
 FIXED = ("optimizer.type", "lora", "model.freeze_embeddings")  # a checkpoint cannot be loaded into another
-# Of a model's config: the shapes of its weights, and what they are read as.
-ARCHITECTURE = (
-    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
-    *("num_attention_heads", "num_key_value_heads", "tie_word_embeddings", "mask_token_id"),
-)
 
 
 @dataclass
@@ -105,9 +100,6 @@ def save(
     Args:
         tensors: those of `training_tensors`.
         write_rest: called with the folder on the main process: model folder, recipe and so on.
-
-    Raises:
-        UnmaskError: on all processes, if one could not write.
     """
 
     def write_own() -> None:
@@ -172,9 +164,6 @@ def load_tensors(
     """Read what `training_tensors` named into the parameters, the optimizer and the average.
 
     Weights come from `state/` or from the model folder, whichever has them.
-
-    Raises:
-        UnmaskError: tensors are missing, or have other shapes.
     """
     weights = {name: p.detach() for name, p in parameters.items()}
     wanted: dict[str, Tensor] = {}
@@ -315,11 +304,7 @@ class ResumePoint(NamedTuple):
 
 
 def resume_point(recipe: Recipe, out: Path) -> ResumePoint:
-    """Find the checkpoint to resume from.
-
-    Raises:
-        UnmaskError: the folder holds a run already, the checkpoint is damaged, or of another recipe.
-    """
+    """Find the checkpoint to resume from."""
     wanted, existing, finished = recipe.resume_from_checkpoint, checkpoints(out), (out / FINAL).exists()
 
     def refuse(why: str, key: str = "resume_from_checkpoint") -> UnmaskError:
@@ -368,28 +353,6 @@ def resume_point(recipe: Recipe, out: Path) -> ResumePoint:
         differ = (f"{key} was {_value(saved, key)} and is now {_value(recipe, key)}" for key in refused)
         raise refuse(f"{start} is of a run with another recipe: {', '.join(differ)}; {remedy}")
     return ResumePoint(start, state, saved, notes)
-
-
-def check_fits(point: ResumePoint, config: Any, tokenizer: str) -> None:
-    """Refuse a checkpoint of another architecture (a model's config) or tokenizer (its fingerprint).
-
-    Raises:
-        UnmaskError: with what differs.
-    """
-    file = cast(Path, point.checkpoint) / "config.json"
-    saved, here = json.loads(file.read_text(encoding="utf-8")), config.to_dict()
-    differ = [
-        f"{name} {saved.get(name)}, here {here.get(name)}"
-        for name in ARCHITECTURE
-        if saved.get(name) != here.get(name)
-    ]
-    if point.state.tokenizer != tokenizer:
-        differ.append("model.tokenizer")
-    if differ:
-        raise UnmaskError(
-            f"resume_from_checkpoint: {point.checkpoint} is of another architecture or tokenizer:"
-            f" {'; '.join(differ)}; set the model as it was, or start a new run."
-        )
 
 
 def _changed_keys(recipe: Recipe, saved: Recipe) -> list[str]:

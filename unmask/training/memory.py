@@ -91,11 +91,7 @@ def estimate(recipe: Recipe, model: Any, devices: int, length: int, device_type:
 def memory_lines(
     recipe: Recipe, model: nn.Module, device: torch.device, devices: int, length: int
 ) -> list[str]:
-    """Say how much memory a run will need, and what to change if it may not fit.
-
-    Raises:
-        UnmaskError: weights, gradients and optimizer alone are more than the device has.
-    """
+    """Say how much memory a run will need, and what to change if it may not fit."""
     memory = estimate(recipe, model, devices, length, device.type)
     parts = ", ".join(f"{name} {_size(size)}" for name, size in memory.items() if size and name != "peak")
     lines = [f"memory: about {_size(memory['peak'])} of tensors a device at the peak ({parts})"]
@@ -119,11 +115,7 @@ def memory_lines(
 def dry_run(
     recipe: Recipe, devices: int | None = None, console: Console | None = None
 ) -> dict[int, dict[str, int]]:
-    """Show the memory that each device of a run would need; neither weights nor data are read.
-
-    Raises:
-        UnmaskError: the config of the model cannot be read or made, or the batch cannot be divided.
-    """
+    """Show the memory that each device of a run would need; neither weights nor data are read."""
     from unmask.training.build import meta_model
 
     console = console or Console()

@@ -51,9 +51,6 @@ def make_optimizer(recipe: Recipe, model: nn.Module, parameters: Mapping[str, nn
 
     Args:
         parameters: those to train, by name.
-
-    Raises:
-        UnmaskError: `adamw_8bit` without a library that has it.
     """
     settings = recipe.optimizer
     head = getattr(model, "get_output_embeddings", lambda: None)()

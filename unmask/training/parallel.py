@@ -86,11 +86,7 @@ def processes() -> Iterator[Processes]:
 
 
 def batch_plan(recipe: Recipe, ranks: int) -> tuple[int, int]:
-    """Divide the global batch: (sequences of a micro-batch, micro-batches of an optimizer step).
-
-    Raises:
-        UnmaskError: it cannot be divided evenly, or FSDP has a single process.
-    """
+    """Divide the global batch: (sequences of a micro-batch, micro-batches of an optimizer step)."""
     if recipe.distributed.type == "fsdp" and ranks == 1:
         raise UnmaskError(
             "distributed.type: fsdp shards the model over several processes, and this is one; start them with"
@@ -199,9 +195,6 @@ def load_shards(model: Any, name: str, device: torch.device) -> None:
 
     Args:
         name: folder or hub name of a checkpoint in safetensors.
-
-    Raises:
-        UnmaskError: a weight is missing, or has another shape.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():

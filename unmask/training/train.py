@@ -36,7 +36,7 @@ from unmask.model.checkpoint import save_checkpoint
 from unmask.training import checkpoint as checkpoints
 from unmask.training.build import build_model, check_base, check_block_sizes, make_curriculum, schedule_notes
 from unmask.training.card import PROVENANCE, provenance, write_card
-from unmask.training.checkpoint import FINAL, PREFIX, RECIPE, ResumePoint, check_fits, resume_point
+from unmask.training.checkpoint import FINAL, PREFIX, RECIPE, ResumePoint, resume_point
 from unmask.training.evaluate import SAMPLES, Answers, examples_of, held_out_loss, model_batch
 from unmask.training.memory import memory_lines
 from unmask.training.metrics import Accounting
@@ -159,7 +159,11 @@ class Run:
         self.counted_before = [] if recipe.data.streaming else point.state.source_counts
         fingerprint = tokenizer_fingerprint(self.tokenizer)
         if point.checkpoint is not None:
-            check_fits(point, denoiser.config, fingerprint)
+            if self.state.tokenizer != fingerprint:
+                where = f"resume_from_checkpoint: {point.checkpoint}"
+                raise UnmaskError(
+                    f"{where} was trained with another tokenizer; set model.tokenizer as it was."
+                )
             self._load(point.checkpoint)
             if positions := [position for position in self.state.data if position]:
                 if len(positions) != group.ranks:
