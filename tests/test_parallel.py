@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,7 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from tiny import autoregressive_folder, run_recipe, run_state, run_weights
+
+from unmask.training.train import train
 
 pytestmark = pytest.mark.slow
 
@@ -36,11 +40,9 @@ def launch(folder: Path, processes: int, **changes: Any) -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     done = subprocess.run(
-        [*command, str(program), str(folder), json.dumps(changes)],
+        [*command, f"--master_port={port}", str(program), str(folder), json.dumps(changes)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
@@ -64,48 +66,38 @@ def assert_same(one: Path, other: Path, tolerance: float = 1e-5) -> None:
         torch.testing.assert_close(others[name], weights[name], rtol=0, atol=10 * tolerance, msg=name)
 
 
+def alone(folder: Path, **changes: Any) -> Path:
+    """Train `run_recipe` on this process; the folder of the run."""
+    train(run_recipe(folder, **changes), Console(quiet=True))
+    return Path(changes["checkpoint_save_dir"])
+
+
 def test_two_processes_are_the_run_of_one(tmp_path: Path) -> None:
     shared: dict[str, Any] = {"save_steps": 3, "eval_steps": 3, "save_total_limit": None}
     shared |= {"model__time_sampling": "low_discrepancy", "ema__decay": 0.5}
-    one, ddp, fsdp = (str(tmp_path / name) for name in ("one", "ddp", "fsdp"))
-    launch(tmp_path, 1, checkpoint_save_dir=one, **shared)
-    launch(tmp_path, 2, checkpoint_save_dir=ddp, micro_batch_size=1, **shared)
-    launch(tmp_path, 2, checkpoint_save_dir=fsdp, distributed__type="fsdp", **shared)
-    for folder in (ddp, fsdp):
-        assert_same(Path(one), Path(folder))
+    names = ("one", "ddp", "fsdp", "whole")
+    folders = [{"checkpoint_save_dir": str(tmp_path / name)} for name in names]
+    one = alone(tmp_path, **folders[0], **shared)
+    ddp = launch(tmp_path, 2, **folders[1], micro_batch_size=1, **shared)
+    fsdp = launch(tmp_path, 2, **folders[2], distributed__type="fsdp", **shared)
+    assert_same(one, ddp)
+    assert_same(one, fsdp)
     # It was really sharded: two files of parts, and no whole model.
-    parts = sorted(file.name for file in (Path(fsdp) / "checkpoint-3" / "state").iterdir())
+    parts = sorted(file.name for file in (fsdp / "checkpoint-3" / "state").iterdir())
     assert len(parts) == 2 and parts[1].startswith("shard-00002")
-    assert not (Path(fsdp) / "checkpoint-3" / "model.safetensors").exists()
-    # A sharded checkpoint resumes on another number of processes, and whole.
-    for name, processes, kind in (("four", 4, "fsdp"), ("whole", 1, "ddp")):
-        out = tmp_path / name
-        out.mkdir()
-        (out / "checkpoint-3").symlink_to(Path(fsdp) / "checkpoint-3")
-        changes = {
-            "distributed__type": kind,
-            "resume_from_checkpoint": "auto",
-            "checkpoint_save_dir": str(out),
-        }
-        launch(tmp_path, processes, **changes, **shared)
-        assert_same(Path(one), out)
+    assert not (fsdp / "checkpoint-3" / "model.safetensors").exists()
+    # A sharded checkpoint resumes on another number of processes.
+    shutil.copytree(fsdp / "checkpoint-3", tmp_path / "whole" / "checkpoint-3")
+    assert_same(one, alone(tmp_path, **folders[3], resume_from_checkpoint="auto", **shared))
 
 
 def test_fsdp_from_a_checkpoint_reads_parts_and_adds_the_row_of_the_mask(tmp_path: Path) -> None:
     base = autoregressive_folder(tmp_path / "base", vocab_size=259)
     shared: dict[str, Any] = {"model": {"name_or_path": str(base)}, "save_steps": 6, "eval_steps": 6}
-    one, fsdp = (str(tmp_path / name) for name in ("one", "fsdp"))
-    launch(tmp_path, 1, checkpoint_save_dir=one, **shared)
-    launch(tmp_path, 2, checkpoint_save_dir=fsdp, distributed__type="fsdp", **shared)
-    assert_same(Path(one), Path(fsdp), 1e-4)
-
-
-def test_packed_rows_on_two_processes(tmp_path: Path) -> None:
-    shared: dict[str, Any] = {"save_steps": 6, "eval_steps": 3, "data__packing": True, "global_batch_size": 2}
-    one, ddp = (str(tmp_path / name) for name in ("one", "ddp"))
-    launch(tmp_path, 1, checkpoint_save_dir=one, **shared)
-    launch(tmp_path, 2, checkpoint_save_dir=ddp, **shared)
-    assert_same(Path(one), Path(ddp))
+    shared |= {"data__packing": True, "global_batch_size": 2}
+    one = alone(tmp_path, checkpoint_save_dir=str(tmp_path / "one"), **shared)
+    changes = {"checkpoint_save_dir": str(tmp_path / "fsdp"), "distributed__type": "fsdp"}
+    assert_same(one, launch(tmp_path, 2, **changes, **shared), 1e-4)
 
 
 def test_streams_and_mixtures_on_two_processes(tmp_path: Path) -> None:
@@ -118,6 +110,5 @@ def test_streams_and_mixtures_on_two_processes(tmp_path: Path) -> None:
         data: dict[str, Any] = {"sources": sources, "block_size": 64, "streaming": streaming}
         shared = {"data": data, "model__time_sampling": "low_discrepancy", "save_steps": 6}
         one, two = (str(tmp_path / f"{name}-{streaming}") for name in ("one", "two"))
-        launch(tmp_path, 1, checkpoint_save_dir=one, **shared)
-        launch(tmp_path, 2, checkpoint_save_dir=two, **shared)
-        assert_same(Path(one), Path(two))
+        alone_run = alone(tmp_path, checkpoint_save_dir=one, **shared)
+        assert_same(alone_run, launch(tmp_path, 2, checkpoint_save_dir=two, **shared))
