@@ -22,7 +22,7 @@ SEED = 20
 TRAIN_RECORDS = 12_000
 HELDOUT_PER_TASK = 50
 HELDOUT_WORDS = 150
-LETTERS = (2, 2, 3, 3, 4, 4, 5, 6)  # lengths of made-up words; real ones have up to the last
+LETTERS = (2, 2, 3, 3, 4, 4, 5, 5)  # lengths of made-up words; real ones have up to the last
 ONSETS = [
     "b",
     "c",
