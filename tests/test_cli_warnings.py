@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 
 import pytest
 
-from unmask.cli_warnings import SILENT, SILENT_LOGS, warnings_in_lines
+from unmask.cli_warnings import SILENT, warnings_in_lines
 
 
 def test_an_unknown_warning_is_one_line_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,15 +27,3 @@ def test_named_warnings_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
         for text, category in texts.items():
             warnings.warn(text, category, stacklevel=1)
     assert capsys.readouterr().err == ""
-
-
-def test_only_the_named_messages_of_a_logger_are_silent(caplog: pytest.LogCaptureFixture) -> None:
-    for name, message in SILENT_LOGS:
-        logger = logging.getLogger(name)
-        with warnings_in_lines():
-            logger.error(message.replace("\\", ""))
-            logger.error("something else")
-        logger.error(message.replace("\\", ""))
-    said = [record.getMessage() for record in caplog.records]
-    assert said.count("something else") == len(SILENT_LOGS)
-    assert len(said) == 2 * len(SILENT_LOGS)  # and afterwards nothing is silent

@@ -9,6 +9,8 @@ from typing import Annotated, Any, get_type_hints
 
 from typer import Argument, Option
 
+from unmask.errors import UnmaskError
+
 Model = Annotated[str, Argument(metavar="MODEL", help="Diffusion checkpoint: folder or hub name.")]
 System = Annotated[str | None, Option(help="System prompt.")]
 BatchSize = Annotated[int, Option(min=1, help="Batch size of a forward pass; does not change the answers.")]
@@ -61,6 +63,9 @@ def decoding_options(*names: str) -> Callable[[Callable[..., None]], Callable[..
         @functools.wraps(command)
         def run(**values: Any) -> None:
             settings = {name: values.pop(name) for name in names}
+            for name, value in settings.items():
+                if value != value:  # NaN, that not every version of click refuses
+                    raise UnmaskError(f"--{name.replace('_', '-')}: expected a number; got nan.")
             command(**values, decoding={name: x for name, x in settings.items() if x is not None})
 
         hints = get_type_hints(command, include_extras=True)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 # Beginnings of messages, as regular expressions, and why nobody needs to read them.
 SILENT: tuple[tuple[str, type[Warning]], ...] = (
@@ -17,21 +15,11 @@ SILENT: tuple[tuple[str, type[Warning]], ...] = (
     # A picture of `--trace` has a box for a character that the font lacks, and so says it itself.
     (r"Glyph \d+ \(.*\) missing from font", UserWarning),
 )
-# What libraries log: the logger, and a part of the message.
-SILENT_LOGS: tuple[tuple[str, str], ...] = (
-    # Our own comparison of the recipes names every key that a resumed run changes (`training/resume.py`).
-    ("transformers.trainer_utils", r"do not match the ones in the `trainer_state\.json`"),
-    # True of FSDP1. FSDP2, which we use, keeps a block gathered while its activations are recomputed.
-    ("transformers.training_args", r"redundant AllGather in the backward pass"),
-)
 
 
 @contextmanager
 def warnings_in_lines() -> Iterator[None]:
-    """Print each warning once, in one line, but for the silent ones; Python's own -W options come first.
-
-    What libraries log goes on to their own handlers, which print it, from the level "warning" up.
-    """
+    """Print each warning once, in one line, except the silent ones; Python's own -W options come first."""
     said: set[str] = set()
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
@@ -41,24 +29,10 @@ def warnings_in_lines() -> Iterator[None]:
             rank = os.environ.get("RANK", "0")
             print(f"warning{'' if rank == '0' else f' (process {rank})'}: {text}", file=sys.stderr)
 
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
+    with warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.simplefilter("default")
             for message, category in SILENT:
                 warnings.filterwarnings("ignore", message, category)
         warnings.showwarning = show
-        for name, message in SILENT_LOGS:
-            silent = _Silent(message)
-            logging.getLogger(name).addFilter(silent)
-            stack.callback(logging.getLogger(name).removeFilter, silent)
         yield
-
-
-class _Silent(logging.Filter):
-    def __init__(self, message: str):
-        super().__init__()
-        self.message = re.compile(message)
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return self.message.search(record.getMessage()) is None

@@ -8,6 +8,7 @@ working directory.
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
@@ -28,6 +29,10 @@ def _not_bool(value: Any) -> Any:
     if isinstance(value, bool):  # to Python an int: `seed: true` would be 1
         raise ValueError("expected a number")
     return value
+
+
+def _with_model_type(config: Any) -> Any:
+    return {"model_type": "qwen3", **config} if isinstance(config, Mapping) else config
 
 
 _NUMBER = BeforeValidator(_not_bool)
@@ -54,35 +59,20 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _empty_is_default(cls, data: Any) -> Any:
-        """A group that is absent, or whose keys are all commented out, has its defaults."""
-        if data is None:
-            return {}
-        if isinstance(data, Mapping):
-            groups = [name for name, item in cls.model_fields.items() if is_section(item.annotation)]
-            return {**dict.fromkeys(groups), **data}
-        return data
-
-    def changed(self) -> list[str]:
-        """Names of the fields that differ from their defaults."""
-        items = type(self).model_fields.items()
-        return [n for n, item in items if getattr(self, n) != item.get_default(call_default_factory=True)]
-
-
-def is_section(annotation: Any) -> bool:
-    """Whether a type is a group of keys."""
-    return isinstance(annotation, type) and issubclass(annotation, Section)
+        """A group whose keys are all commented out has its defaults."""
+        return {} if data is None else data
 
 
 class MaskingSchedulerRecipe(Section):
     """How the masking changes over the run; `unmask data RECIPE --curriculum out.png` shows it."""
 
     schedule_type: Literal["constant", "linear"] = "constant"
-    """linear = the three probabilities rise from 0 at the first step to their value at `max_schedule_steps`"""
+    """linear = the three probabilities rise from 0 to their values over `max_schedule_steps`"""
     max_schedule_steps: Positive | None = None
-    """length of the rise and of the phases of `model.mask_block_sizes`, in optimizer steps; null = `max_steps`"""
+    """length of the rise and of all phases of `model.mask_block_sizes`, in optimizer steps; null = `max_steps`"""
     source_steps: Count = 0
-    """optimizer steps over which the leading share of the instruction that is never masked grows from 0 to all of
-    it; the rest is trained on like the response; 0 = all of it from the start; `training_mode: sft` only"""
+    """optimizer steps over which the part of the instruction that is never masked grows from nothing to all of it;
+    0 = all of it from the start; `training_mode: sft` only"""
 
 
 class ModelRecipe(Section):
@@ -92,127 +82,49 @@ class ModelRecipe(Section):
     """autoregressive base (it is converted) or diffusion checkpoint to start from: a folder or a hub name"""
     tokenizer: str | None = None
     """a folder, a hub name, or "bytes" (one token per byte, no download); null = that of `model.name_or_path`"""
-    config: dict[str, Any] | None = None
-    """random weights: `model_type` (qwen3, qwen2 or llama; default qwen3) and fields of its transformers config
-    such as `hidden_size` and `num_hidden_layers`"""
+    config: Annotated[dict[str, Any] | None, BeforeValidator(_with_model_type)] = None
+    """random weights: `model_type` (qwen3, qwen2 or llama; default qwen3) and fields of its transformers config"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype of the weights"""
     freeze_embeddings: bool = False
     """whether the input embeddings are frozen, and with them an output head that shares their weights"""
     attn_implementation: Literal["auto", "sdpa", "eager", "flex_attention"] = "auto"
-    """attention kernel: sdpa = torch's own, on a GPU flash attention; eager = plain matrix products; auto = sdpa,
-    and eager where it is faster (bf16 on a CPU, up to 512 tokens)"""
+    """attention kernel; auto = sdpa, and eager where it is faster (bf16 on a CPU, up to 512 tokens)"""
     logit_shift: bool | None = None
     """whether position i of the network predicts token i + 1, as autoregressive weights do; null = true for an
-    autoregressive base, false from random weights, and what a diffusion checkpoint says"""
+    autoregressive base, false for random weights, and what a diffusion checkpoint says"""
     attention: Literal["bidirectional", "block_causal"] | None = None
-    """bidirectional = every token attends to every other; block_causal = to its own block and to earlier ones
-    (block diffusion); null = what the checkpoint says, else bidirectional"""
+    """block_causal = each token attends to its own block and to earlier ones (block diffusion); null = what the
+    checkpoint says, else bidirectional"""
     block_length: Positive | None = None
     """tokens of a block of block-causal attention; null = what the checkpoint says"""
     attention_annealing_steps: Count = 0
-    """optimizer steps over which attention opens from causal to bidirectional: the share of the later tokens that
-    each token sees grows from 0 to 1; 0 = all from the start"""
+    """optimizer steps over which the share of the later tokens that each token attends to grows from 0 to 1, from
+    causal to bidirectional attention; 0 = all from the start"""
     loss: Literal["elbo", "llada", "coda", "diffullama", "uniform", "cart"] = "elbo"
-    """objective, see docs/math.md: elbo = a bound on the negative log-likelihood per supervised token, with the
-    weight 1/t; the others are published conventions. The held-out loss is always elbo"""
+    """elbo = a bound on the negative log-likelihood per supervised token; the others are published conventions
+    (docs/math.md). The held-out loss is always elbo"""
     noise_schedule: Literal["linear", "cosine"] = "linear"
     """how often each masking rate t is drawn: linear = uniformly; cosine = high rates more often"""
     noise_eps: Rates = 1e-3
     """smallest masking rate t that training draws, of (0, 1]; a list has one an epoch, and its last one stays"""
     time_sampling: Literal["independent", "low_discrepancy"] = "independent"
-    """how the rates t of one optimizer step are drawn: each by itself, or spread evenly over the step's sequences,
-    which makes the loss less noisy"""
+    """how the rates t of one optimizer step are drawn; low_discrepancy = spread evenly over its sequences, which
+    makes the loss less noisy"""
     complementary_masks: bool = False
-    """whether every sequence is denoised twice in a step, the second time with the other tokens masked; doubles
-    the computation"""
+    """whether every sequence is denoised twice, the second time with the other tokens masked"""
     prefix_probability: Probabilities = 0.0
-    """share of the sequences in which a random number of the first tokens that could be masked becomes context; a
-    list has one an epoch, and its last one stays"""
+    """share of the sequences in which a random number of the first maskable tokens is never masked; a list: as for
+    `model.noise_eps`"""
     truncate_probability: Probabilities = 0.0
-    """share of the sequences that are cut after a random number of tokens that could be masked; a list has one an
-    epoch, and its last one stays"""
+    """share of the sequences that are cut after a random number of maskable tokens; a list: as for
+    `model.noise_eps`"""
     block_masking_probability: Probabilities = 0.0
-    """share of the sequences that are masked in spans of several tokens; a list has one an epoch, and its last one
-    stays"""
-    mask_block_sizes: Sizes | Annotated[list[Sizes], Field(min_length=1)] = Field(
-        default_factory=lambda: [2, 4, 8]
-    )
-    """sizes of these spans, in tokens; each such sequence draws one of them. [[2], [2, 4], [2, 4, 8]] = phases:
-    equal parts of `model.masking_scheduler.max_schedule_steps`, and the last one stays"""
+    """share of the sequences that are masked in spans of several tokens; a list: as for `model.noise_eps`"""
+    mask_block_sizes: Sizes | Annotated[list[Sizes], Field(min_length=1)] = [2, 4, 8]
+    """sizes of these spans, in tokens, of which a sequence draws one; [[2], [2, 4], [2, 4, 8]] = phases, equal parts
+    of `model.masking_scheduler.max_schedule_steps`"""
     masking_scheduler: MaskingSchedulerRecipe = MaskingSchedulerRecipe()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_model_type(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and isinstance(data.get("config"), Mapping):
-            return {**data, "config": {"model_type": "qwen3", **data["config"]}}
-        return data
-
-    @model_validator(mode="after")
-    def _check(self) -> ModelRecipe:
-        if (self.name_or_path is None) == (self.config is None):
-            raise ValueError(
-                "give exactly one of model.name_or_path (start from a checkpoint) and model.config (start from"
-                f" random weights); got {'neither' if self.config is None else 'both'}"
-            )
-        if self.config is not None:
-            if (kind := self.config["model_type"]) not in ("qwen3", "qwen2", "llama"):
-                raise ValueError(f"model.config.model_type: expected qwen3, qwen2 or llama; got {kind!r}")
-            if self.tokenizer is None:
-                raise ValueError(
-                    'model.tokenizer: missing; with model.config give a folder, a hub name, or "bytes"'
-                )
-            if self.attention == "block_causal" and self.block_length is None:
-                raise ValueError("model.block_length: missing; model.attention: block_causal needs it")
-        causal = "model.attention: block_causal" if self.attention == "block_causal" else ""
-        if causal and self.attention_annealing_steps:
-            _contradiction("model.attention_annealing_steps", causal, "it never becomes bidirectional")
-        if self.block_length is not None and not causal and (self.config is not None or self.attention):
-            _no_effect("model.block_length", "bidirectional attention", "model.attention: block_causal")
-        hidden = causal or (self.attention_annealing_steps and "model.attention_annealing_steps")
-        if hidden and self.loss == "cart":
-            _contradiction("model.loss: cart", hidden, "a part of the context is hidden")
-        self._check_masking()
-        return self
-
-    def _check_masking(self) -> None:
-        scheduler = self.masking_scheduler
-        names = ("prefix_probability", "truncate_probability", "block_masking_probability")
-        tables = {name: by_epoch(getattr(self, name)) for name in names}
-        prefix, truncate, spans = tables.values()
-        for epoch in range(max(len(prefix), len(truncate))):
-            pair = prefix[min(epoch, len(prefix) - 1)], truncate[min(epoch, len(truncate) - 1)]
-            if sum(pair) > 1:
-                raise ValueError(
-                    "model.prefix_probability + model.truncate_probability must be at most 1, since a sequence"
-                    f" takes at most one of them; got {pair[0]:g} + {pair[1]:g} in epoch {epoch + 1}"
-                )
-        phases = by_phase(self.mask_block_sizes)
-        if any(max(after) < max(before) for before, after in pairwise(phases)):
-            raise ValueError(
-                f"model.mask_block_sizes: phases must go from small sizes to large ones; got {phases}"
-            )
-        if "mask_block_sizes" in self.changed() and not any(spans):
-            _no_effect("model.mask_block_sizes", "model.block_masking_probability: 0")
-        if scheduler.schedule_type == "linear":
-            for name in names:
-                if isinstance(getattr(self, name), list):
-                    _contradiction(f"model.{name}: a list", "model.masking_scheduler.schedule_type: linear")
-            if not any(map(any, tables.values())):
-                _no_effect("model.masking_scheduler.schedule_type: linear", f"{', '.join(names)} all 0")
-        elif scheduler.max_schedule_steps is not None and len(phases) == 1:
-            _no_effect(
-                "model.masking_scheduler.max_schedule_steps", "schedule_type: constant and a single phase"
-            )
-        if self.complementary_masks:
-            twice = "model.complementary_masks"
-            if self.noise_schedule != "linear":
-                _contradiction("model.noise_schedule: cosine", twice, "t and 1 - t must be as likely")
-            if self.loss == "diffullama":
-                _contradiction("model.loss: diffullama", twice, "the two masks together take every token")
-            if max(by_epoch(self.noise_eps)) >= 0.5:
-                _contradiction("model.noise_eps of 0.5 or more", twice, "t is drawn from [eps, 1 - eps]")
 
 
 class CustomFormat(Section):
@@ -245,11 +157,10 @@ class SFTRecipe(Section):
     too_long: Literal["truncate", "drop"] = "truncate"
     """a record longer than `data.block_size`: cut at the response's end, or left out"""
     end_fill: Positive = 1
-    """end-of-sequence tokens follow a response until the two together are a multiple of this many tokens, all of
-    them supervised; 1 = exactly one"""
+    """supervised end-of-sequence tokens fill a response up to a multiple of this many tokens; 1 = exactly one"""
     thinking: Literal["off", "on", "template"] = "template"
-    """where a response starts, in training and in generation: off = after an empty think block, on = after the
-    opening of one, template = where the chat template's own generation prompt ends"""
+    """where a response starts, in training and generation: off = after an empty think block, on = after an opened
+    one, template = where the chat template's generation prompt ends"""
     custom_format: CustomFormat = CustomFormat()
     """field names of `data.sft.format: custom`"""
 
@@ -272,7 +183,7 @@ class SourceRecipe(Section):
     weight: PositiveFloat = 1.0
     """how often sequences are taken from this source, in proportion to the weights of the others"""
     epochs: Positive | None = None
-    """passes over the source, after which the others go on without it; null = as `data.on_source_end` says"""
+    """passes over the source, after which it ends; null = as `data.on_source_end` says"""
 
 
 class DataRecipe(Section):
@@ -283,11 +194,9 @@ class DataRecipe(Section):
     sources: Annotated[list[SourceRecipe], Field(min_length=1)] | None = None
     """a mixture: several sources, drawn from by weight"""
     on_source_end: Literal["repeat", "stop"] = "repeat"
-    """when a source without `epochs` runs out: repeat = it starts again; stop = the epoch of the mixture ends, and
-    all such sources start again; `data.sources` only"""
+    """when a source without `epochs` runs out: repeat = it starts again; stop = all such sources start again"""
     streaming: bool = False
-    """whether records are read as they are needed, for data larger than the disk; `max_steps` is the length of
-    the run"""
+    """whether records are read as they are needed, for data larger than the disk"""
     shuffle_buffer: Positive = 10_000
     """records that are read ahead and shuffled together; `data.streaming: true` only"""
     dataset_config: str | None = None
@@ -299,75 +208,29 @@ class DataRecipe(Section):
     block_size: TwoOrMore = 1024
     """longest row, in tokens; text is cut into rows of this length"""
     packing: bool = False
-    """sequence packing: several records share a row, each attending to itself alone, so that little is padding;
-    `global_batch_size` then counts rows. In pre-training each document is a sequence"""
+    """sequence packing: several records share a row, each attending to itself alone; `global_batch_size` then
+    counts rows. In pre-training each document is a sequence"""
     long_documents: Literal["split", "cut"] = "split"
-    """a document longer than `data.block_size`: split = it continues in further rows, as a sequence of its own in
-    each; cut = its end is left out, counted and reported; `training_mode: pretrain` with packing only"""
+    """a document longer than `data.block_size`: split = it continues in further rows, a sequence in each; cut = its
+    end is left out and counted; `training_mode: pretrain` with packing only"""
     max_records: Positive | None = None
     """records read from the start of the data; null = all"""
     eval_dataset_name: str | Texts | None = None
-    """data of the held-out loss, named as in `data.dataset_name`; of a list the loss is logged for each name too"""
+    """data of the held-out loss, named as in `data.dataset_name`; for a list the loss of each name is logged too"""
     eval_size: Count = 0
-    """held out for the evaluation: records, or rows when pre-training, from the end of the data; of a stream
-    records from its start"""
+    """held out for the evaluation: records, in pre-training rows, from the end of the data, of a stream from its
+    start"""
     on_bad_record: Literal["stop", "skip"] = "stop"
-    """a record that is bad input (invalid JSON, a missing field, an empty response): stop = the run ends with file,
-    line and field; skip = it is left out, counted and reported"""
+    """a record that is bad input (invalid JSON, a missing field, an empty response): stop = an error with file, line
+    and field; skip = it is left out and counted"""
     num_workers: Count = 0
     """processes that encode data; 0 = one for each core"""
     sft: SFTRecipe = SFTRecipe()
 
-    @model_validator(mode="after")
-    def _check(self) -> DataRecipe:
-        changed = self.changed()
-        if self.dataset_name is None and self.sources is None:
-            raise ValueError("data.dataset_name: missing; give it, or data.sources (a mixture)")
-        if self.dataset_name is not None and self.sources is not None:
-            _contradiction("data.dataset_name", "data.sources")
-        if self.eval_dataset_name is not None and self.eval_size:
-            _no_effect("data.eval_size", "data.eval_dataset_name")
-        if "long_documents" in changed and not self.packing:
-            _no_effect("data.long_documents", "data.packing: false")
-        if self.sft.custom_format.changed() and self.sft.format != "custom":
-            _no_effect(
-                "data.sft.custom_format", f"data.sft.format: {self.sft.format}", "data.sft.format: custom"
-            )
-        if "instruction_response_separator" in self.sft.changed() and self.sft.layout == "chat":
-            _no_effect("data.sft.instruction_response_separator", "data.sft.layout: chat")
-        if self.streaming and self.max_records is not None:
-            _no_effect("data.max_records", "data.streaming: true", "max_steps")
-        if not self.streaming and "shuffle_buffer" in changed:
-            _no_effect("data.shuffle_buffer", "data.streaming: false, where all data is shuffled")
-        if self.sources is None:
-            if "on_source_end" in changed:
-                _no_effect("data.on_source_end", "data.dataset_name, which is a single source")
-            return self
-        for name in ("dataset_config", "split", "text_field", "max_records", "eval_size"):
-            if name in changed:
-                _no_effect(
-                    f"data.{name}", "data.sources", "it in each source, epochs, or data.eval_dataset_name"
-                )
-        if "on_source_end" in changed and all(source.epochs is not None for source in self.sources):
-            _no_effect("data.on_source_end", "sources that all have epochs")
-        same = {"weight": 1.0, "epochs": None}
-        for number, source in enumerate(self.sources):
-            format = source.format or self.sft.format
-            if source.custom_format.changed() and format != "custom":
-                _no_effect(f"data.sources.{number}.custom_format", f"format: {format}", "format: custom")
-            if source.model_copy(update=same) in [s.model_copy(update=same) for s in self.sources[:number]]:
-                raise ValueError(
-                    f"data.sources.{number}: {source.dataset_name} is a source already; raise its weight"
-                )
-        return self
-
 
 class OptimizerRecipe(Section):
-    """The optimizer."""
-
     type: Literal["adamw", "adafactor", "muon", "adamw_8bit"] = "adamw"
-    """muon = Muon for the matrices of the hidden layers and AdamW for the rest; adamw_8bit = AdamW with its state
-    in 8 bits (bitsandbytes)"""
+    """muon = Muon for the matrices of the hidden layers, AdamW for the rest; adamw_8bit = by bitsandbytes"""
     learning_rate: Amount = 1e-4
     """peak learning rate"""
     weight_decay: Amount = 0.0
@@ -381,29 +244,12 @@ class OptimizerRecipe(Section):
     max_grad_norm: Amount = 1.0
     """gradient clipping norm; 0 = no clipping"""
 
-    @model_validator(mode="after")
-    def _check(self) -> OptimizerRecipe:
-        for name in ("beta1", "beta2", "epsilon"):
-            if self.type == "adafactor" and name in self.changed():
-                _no_effect(f"optimizer.{name}", "optimizer.type: adafactor")
-        return self
-
 
 class SchedulerRecipe(Section):
-    """The learning-rate schedule."""
-
     type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
     """learning-rate schedule; linear and cosine end at 0"""
     warmup_steps: Count = 0
     """optimizer steps over which the learning rate rises from 0"""
-
-    @model_validator(mode="after")
-    def _check(self) -> SchedulerRecipe:
-        if self.type == "constant" and self.warmup_steps:
-            _no_effect(
-                "lr_scheduler.warmup_steps", "lr_scheduler.type: constant", "type: constant_with_warmup"
-            )
-        return self
 
 
 class LoraRecipe(Section):
@@ -416,16 +262,9 @@ class LoraRecipe(Section):
     dropout: Decay = 0.0
     """LoRA dropout: share of an adapter's inputs that are zeroed in training"""
     target_modules: Texts | None = None
-    """names of the linear layers that get an adapter, such as [q_proj, v_proj]; null = all of them but the output
-    head"""
+    """linear layers with an adapter, such as [q_proj, v_proj]; null = all of them but the output head"""
     use_dora: bool = False
     """DoRA: the magnitude of each row of a weight is trained separately from its direction"""
-
-    @model_validator(mode="after")
-    def _check(self) -> LoraRecipe:
-        if self.r is None and self.changed():
-            _no_effect(f"lora.{self.changed()[0]}", "lora.r: null", "lora.r, such as 16")
-        return self
 
 
 class EMARecipe(Section):
@@ -439,16 +278,16 @@ class DistributedRecipe(Section):
     """How several processes, one a device, share the model; without effect on a single one."""
 
     type: Literal["ddp", "fsdp"] = "ddp"
-    """parallelism: ddp = every device holds the whole model; fsdp = weights, gradients and optimizer are sharded
-    over the devices (PyTorch's FSDP2)"""
+    """parallelism: ddp = every device has the whole model; fsdp = weights, gradients and optimizer state are
+    sharded over the devices (PyTorch's FSDP2)"""
 
 
 class ResumeRecipe(Section):
     """Resuming from a checkpoint of another recipe."""
 
-    allow: list[str] = Field(default_factory=list)
-    """keys whose values may differ from those of the checkpoint, such as [optimizer.learning_rate]; a group stands
-    for all its keys. Lengths, intervals and what only divides the work may always differ"""
+    allow: list[str] = []
+    """keys or groups that may differ from the checkpoint's, such as [optimizer.learning_rate]; lengths, intervals
+    and what only divides the work may always differ"""
 
 
 class EvaluationRecipe(Section):
@@ -463,8 +302,7 @@ class EvaluationRecipe(Section):
     steps: Positive | None = None
     """denoising steps per answer; null = one per token of `max_new_tokens`"""
     show: Count = 3
-    """answers generated at each evaluation too, into `samples.jsonl` and TensorBoard, and printed at the end with
-    their tokens appearing"""
+    """answers that are generated at each evaluation too (`samples.jsonl`, TensorBoard) and printed at the end"""
     batch_size: Positive = 64
     """prompts generated together"""
 
@@ -476,8 +314,8 @@ class Recipe(Section):
     """pretrain = every token may be masked; sft = only those of the responses"""
     seed: Count = 0
     """random seed of weights, data order and noise"""
-    model: ModelRecipe
-    data: DataRecipe
+    model: ModelRecipe = ModelRecipe()
+    data: DataRecipe = DataRecipe()
     global_batch_size: Positive = 32
     """sequences per optimizer step, over all devices"""
     micro_batch_size: Positive | None = None
@@ -489,25 +327,25 @@ class Recipe(Section):
     lora: LoraRecipe = LoraRecipe()
     ema: EMARecipe = EMARecipe()
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """compute dtype (mixed precision); auto = bf16 on accelerators that have it and on CPUs that multiply matrices
-    faster in it, fp32 on all others; of a resumed run that of its checkpoint"""
+    """compute dtype (mixed precision); auto = bf16 where the device is faster in it, else fp32; a resumed run keeps
+    that of its checkpoint"""
     gradient_checkpointing: bool = False
     """activation checkpointing: recompute activations in the backward pass to save memory"""
     torch_compile: bool = False
-    """whether the model is compiled in the first steps, which takes minutes; for long runs on GPUs"""
+    """whether the model is compiled in the first steps, which takes minutes: for long runs on GPUs"""
     distributed: DistributedRecipe = DistributedRecipe()
     log_steps: Positive = 10
     """optimizer steps between two logged losses"""
     eval_steps: Positive | None = None
     """optimizer steps between two evaluations; null = only at the end"""
     early_stopping_patience: Positive | None = None
-    """evaluations in a row without a lower held-out loss that end the run; the best weights are then the result.
-    `save_steps` must be `eval_steps`. null = all of `max_steps`, and the last weights"""
+    """evaluations in a row without a lower held-out loss that end the run, whose result is the best weights;
+    `save_steps` must be `eval_steps`; null = no early stopping"""
     save_steps: Positive | None = None
     """optimizer steps between two checkpoints; null = only the final one"""
     save_total_limit: Positive | None = 2
     """intermediate checkpoints kept, the newest; null = all"""
-    report_to: list[str] = Field(default_factory=lambda: ["tensorboard"])
+    report_to: list[str] = ["tensorboard"]
     """experiment trackers: tensorboard, wandb, mlflow, comet_ml; [] = none"""
     checkpoint_save_dir: str = "outputs/run"
     """folder the run writes"""
@@ -515,71 +353,13 @@ class Recipe(Section):
     """checkpoint folder to resume from; auto = the newest in `checkpoint_save_dir`"""
     resume: ResumeRecipe = ResumeRecipe()
     on_non_finite: Literal["stop", "skip"] = "stop"
-    """a loss or gradient that is NaN or infinite: stop = the run ends; skip = the optimizer step is left out, and
-    the run ends after 10 of them in a row"""
+    """NaN or infinite loss or gradient: stop = the run ends; skip = no optimizer step; the 10th in a row ends it"""
     evaluation: EvaluationRecipe = EvaluationRecipe()
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        model, data, sft = self.model, self.data, self.training_mode == "sft"
-        if self.micro_batch_size and self.global_batch_size % self.micro_batch_size:
-            raise ValueError(
-                "global_batch_size must be a multiple of micro_batch_size; got"
-                f" {self.global_batch_size} and {self.micro_batch_size}"
-            )
-        if model.time_sampling == "low_discrepancy" and self.global_batch_size == 1:
-            _no_effect("model.time_sampling: low_discrepancy", "global_batch_size: 1")
-        if self.optimizer.type == "adafactor" and self.distributed.type == "fsdp":
-            _contradiction("optimizer.type: adafactor", "distributed.type: fsdp")
-        if self.lora.r is not None:
-            if model.name_or_path is None:
-                raise ValueError("lora.r needs weights to adapt; set model.name_or_path, not model.config")
-            if model.freeze_embeddings:
-                _no_effect("model.freeze_embeddings", "lora.r: all weights are frozen")
-            if self.optimizer.type == "muon":
-                _contradiction("optimizer.type: muon", "lora.r", "it is for whole matrices")
-        if self.resume.allow and self.resume_from_checkpoint is None:
-            _no_effect("resume.allow", "resume_from_checkpoint: null")
-        if self.eval_steps and not (data.eval_size or data.eval_dataset_name):
-            _no_effect("eval_steps", "no evaluation data", "data.eval_size or data.eval_dataset_name")
-        if self.early_stopping_patience and not (self.eval_steps and self.save_steps == self.eval_steps):
-            raise ValueError(
-                "early_stopping_patience needs evaluations and a checkpoint of each: set eval_steps, and"
-                f" save_steps to the same; got {self.eval_steps} and {self.save_steps}"
-            )
-        if sft:
-            unused = [f"data.{name}" for name in ("text_field", "long_documents") if name in data.changed()]
-            unused += [
-                f"data.sources.{n}.text_field"
-                for n, s in enumerate(data.sources or [])
-                if s.text_field != "text"
-            ]
-        else:
-            unused = [f"data.sft.{name}" for name in data.sft.changed()]
-            unused += [f"data.sources.{n}.format" for n, s in enumerate(data.sources or []) if s.format]
-            unused += ["evaluation.prompts"] if self.evaluation.prompts is not None else []
-            unused += ["model.masking_scheduler.source_steps"] if model.masking_scheduler.source_steps else []
-        if unused:
-            other = "pretrain" if sft else "sft"
-            _no_effect(unused[0], f"training_mode: {self.training_mode}", f"training_mode: {other}")
-        if data.streaming or data.sources is not None:
-            for name in (
-                "noise_eps",
-                "prefix_probability",
-                "truncate_probability",
-                "block_masking_probability",
-            ):
-                if isinstance(getattr(model, name), list):
-                    _contradiction(
-                        f"model.{name}: a list, one number an epoch",
-                        "streams and mixtures, whose sources each have their own epochs",
-                    )
-        length = model.block_length
-        if length is not None and (length > data.block_size or (not sft and data.block_size % length)):
-            raise ValueError(
-                f"data.block_size must be a multiple of model.block_length = {length}, at least that in sft;"
-                f" got {data.block_size}"
-            )
+        for problem in _problems(self):
+            raise ValueError(problem)
         return self
 
     def to_yaml(self) -> str:
@@ -597,21 +377,160 @@ def by_phase(sizes: list[int] | list[list[int]]) -> list[list[int]]:
     return [phase for phase in sizes if isinstance(phase, list)] or [cast(list[int], sizes)]
 
 
-def _no_effect(key: str, why: str, remedy: str | None = None) -> None:
-    raise ValueError(f"{key} has no effect with {why}; remove it" + (f", or set {remedy}" if remedy else ""))
+# What does not go together
+
+PROBABILITIES = ("prefix_probability", "truncate_probability", "block_masking_probability")
+# A key, and the value of another key with which it has no effect; `...` = any but null, false, 0 and [].
+NO_EFFECT: tuple[tuple[str, str, Any], ...] = (
+    ("model.block_length", "model.attention", "bidirectional"),
+    ("model.mask_block_sizes", "model.block_masking_probability", 0.0),
+    ("model.freeze_embeddings", "lora.r", ...),
+    ("model.masking_scheduler.source_steps", "training_mode", "pretrain"),
+    ("evaluation.prompts", "training_mode", "pretrain"),
+    ("data.sft", "training_mode", "pretrain"),
+    ("data.text_field", "training_mode", "sft"),
+    ("data.long_documents", "data.packing", False),
+    ("data.long_documents", "training_mode", "sft"),
+    ("data.sft.custom_format", "data.sft.format", get_args(Format)[:-1]),
+    ("data.sft.instruction_response_separator", "data.sft.layout", "chat"),
+    ("data.eval_size", "data.eval_dataset_name", ...),
+    ("data.max_records", "data.streaming", True),
+    ("data.shuffle_buffer", "data.streaming", False),
+    ("data.on_source_end", "data.sources", None),
+    ("data.dataset_config", "data.sources", ...),
+    ("data.split", "data.sources", ...),
+    ("data.text_field", "data.sources", ...),
+    ("data.max_records", "data.sources", ...),
+    ("data.eval_size", "data.sources", ...),
+    ("optimizer.beta1", "optimizer.type", "adafactor"),
+    ("optimizer.beta2", "optimizer.type", "adafactor"),
+    ("optimizer.epsilon", "optimizer.type", "adafactor"),
+    ("lr_scheduler.warmup_steps", "lr_scheduler.type", "constant"),
+    ("lora", "lora.r", None),
+    ("resume.allow", "resume_from_checkpoint", None),
+)
+# A key and its value (`list` = any list), another with the value that it contradicts, and why.
+CONTRADICTIONS: tuple[tuple[str, Any, str, Any, str], ...] = (
+    ("data.dataset_name", ..., "data.sources", ..., "each names the data"),
+    ("lora.r", ..., "model.config", ..., "adapters need trained weights: set model.name_or_path"),
+    ("optimizer.type", "muon", "lora.r", ..., "Muon is for whole matrices"),
+    ("optimizer.type", "adafactor", "distributed.type", "fsdp", "its state cannot be sharded"),
+    ("model.time_sampling", "low_discrepancy", "global_batch_size", 1, "one rate cannot be spread"),
+    ("model.attention_annealing_steps", ..., "model.attention", "block_causal", "it stays causal"),
+    ("model.loss", "cart", "model.attention", "block_causal", "a part of the context is hidden"),
+    ("model.loss", "cart", "model.attention_annealing_steps", ..., "a part of the context is hidden"),
+    ("model.noise_schedule", "cosine", "model.complementary_masks", ..., "t and 1 - t must be as likely"),
+    ("model.loss", "diffullama", "model.complementary_masks", ..., "the two masks cover every token"),
+    *(
+        (f"model.{name}", list, other, ..., "the sources of streams and mixtures each have their own epochs")
+        for name in ("noise_eps", *PROBABILITIES)
+        for other in ("data.streaming", "data.sources")
+    ),
+    *(
+        (f"model.{name}", list, "model.masking_scheduler.schedule_type", "linear", "both change it")
+        for name in PROBABILITIES
+    ),
+)
 
 
-def _contradiction(key: str, other: str, why: str | None = None) -> None:
-    raise ValueError(f"{key} contradicts {other}{f': {why}' if why else ''}; remove one of them")
+def _at(recipe: Recipe, key: str) -> Any:
+    value: Any = recipe
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
 
 
-def _escape(value: Any) -> Any:
-    """Write `${` in texts as `\\${`, so that reading it back is not an interpolation."""
-    if isinstance(value, dict):
-        return {key: _escape(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_escape(inner) for inner in value]
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+def _is(value: Any, wanted: Any) -> bool:
+    if wanted is ... or wanted is list:
+        return bool(value) and (wanted is ... or isinstance(value, list))
+    return value in wanted if isinstance(wanted, tuple) else value == wanted
+
+
+def _problems(recipe: Recipe) -> Iterator[str]:
+    """What is wrong with a recipe whose values are each right."""
+    model, data, sft = recipe.model, recipe.data, recipe.training_mode == "sft"
+    if (model.name_or_path is None) == (model.config is None):
+        yield (
+            "give exactly one of model.name_or_path (start from a checkpoint) and model.config (start from"
+            f" random weights); got {'neither' if model.config is None else 'both'}"
+        )
+    if data.dataset_name is None and data.sources is None:
+        yield "data.dataset_name: missing; give it, or data.sources (a mixture)"
+    keys = [field for field in recipe_fields() if "[]" not in field.key]
+    for key, other, wanted in NO_EFFECT:
+        if _is(value := _at(recipe, other), wanted):
+            for changed in keys:
+                if f"{changed.key}.".startswith(f"{key}.") and _at(recipe, changed.key) != changed.default:
+                    yield f"{changed.key} has no effect with {other}: {_show(value)}; remove it, or change {other}"
+    for key, value, other, wanted, why in CONTRADICTIONS:
+        if _is(got := _at(recipe, key), value) and _is(found := _at(recipe, other), wanted):
+            yield f"{key}: {_show(got)} contradicts {other}: {_show(found)} ({why}); remove one of them"
+    if model.config is not None:
+        if (kind := model.config["model_type"]) not in ("qwen3", "qwen2", "llama"):
+            yield f"model.config.model_type: expected qwen3, qwen2 or llama; got {kind!r}"
+        if model.tokenizer is None:
+            yield 'model.tokenizer: missing; with model.config give a folder, a hub name, or "bytes"'
+        if (model.attention == "block_causal") != (model.block_length is not None):
+            yield "model.block_length and model.attention: block_causal need each other; set both or none"
+    yield from _masking_problems(model)
+    if recipe.micro_batch_size and recipe.global_batch_size % recipe.micro_batch_size:
+        yield (
+            "global_batch_size must be a multiple of micro_batch_size; got"
+            f" {recipe.global_batch_size} and {recipe.micro_batch_size}"
+        )
+    if recipe.eval_steps and not (data.eval_size or data.eval_dataset_name):
+        yield "eval_steps has no effect without data.eval_size or data.eval_dataset_name; set one of them"
+    if recipe.early_stopping_patience and not (recipe.eval_steps and recipe.save_steps == recipe.eval_steps):
+        yield (
+            "early_stopping_patience needs evaluations and a checkpoint of each: set eval_steps, and save_steps"
+            f" to the same; got {recipe.eval_steps} and {recipe.save_steps}"
+        )
+    length = model.block_length
+    if length is not None and (length > data.block_size or (not sft and data.block_size % length)):
+        yield (
+            f"data.block_size must be a multiple of model.block_length = {length}, at least that in sft;"
+            f" got {data.block_size}"
+        )
+    sources = data.sources or []
+    if sources and data.on_source_end == "stop" and all(source.epochs for source in sources):
+        yield "data.on_source_end has no effect with sources that all have epochs; remove it"
+    for number, source in enumerate(sources):
+        key, same = f"data.sources.{number}", {"weight": 1.0, "epochs": None}
+        if source.custom_format != CustomFormat() and (source.format or data.sft.format) != "custom":
+            yield f"{key}.custom_format has no effect without format: custom; set that, or remove it"
+        if (source.text_field != "text") if sft else source.format:
+            name = "text_field" if sft else "format"
+            yield f"{key}.{name} has no effect with training_mode: {recipe.training_mode}; remove it"
+        if source.model_copy(update=same) in [other.model_copy(update=same) for other in sources[:number]]:
+            yield f"{key}: {source.dataset_name} is a source already; raise its weight"
+    for key in recipe.resume.allow:
+        if not any(f"{field.key}.".startswith(f"{key}.") for field in keys):
+            yield f"resume.allow: {_unknown(key, None)[1]}"
+
+
+def _masking_problems(model: ModelRecipe) -> Iterator[str]:
+    prefix, truncate, spans = (by_epoch(getattr(model, name)) for name in PROBABILITIES)
+    for epoch in range(max(len(prefix), len(truncate))):
+        pair = prefix[min(epoch, len(prefix) - 1)], truncate[min(epoch, len(truncate) - 1)]
+        if sum(pair) > 1:
+            yield (
+                "model.prefix_probability + model.truncate_probability must be at most 1, since a sequence takes"
+                f" at most one of them; got {pair[0]:g} + {pair[1]:g} in epoch {epoch + 1}"
+            )
+    phases = by_phase(model.mask_block_sizes)
+    if any(max(after) < max(before) for before, after in pairwise(phases)):
+        yield f"model.mask_block_sizes: phases must go from small sizes to large ones; got {phases}"
+    if model.complementary_masks and max(by_epoch(model.noise_eps)) >= 0.5:
+        yield "model.noise_eps must be below 0.5 with model.complementary_masks: t is drawn from [eps, 1 - eps]"
+    scheduler = model.masking_scheduler
+    if scheduler.schedule_type == "linear":
+        if not any((*prefix, *truncate, *spans)):
+            yield f"model.masking_scheduler.schedule_type: linear has no effect with {', '.join(PROBABILITIES)} 0"
+    elif scheduler.max_schedule_steps is not None and len(phases) == 1:
+        yield (
+            "model.masking_scheduler.max_schedule_steps has no effect with schedule_type: constant and a single"
+            " phase of model.mask_block_sizes; remove it"
+        )
 
 
 # Reading
@@ -633,17 +552,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         UnmaskError: a file that cannot be read, broken YAML, an override that is not `key=value`, an unknown key,
             a value of the wrong type or range, or settings that contradict.
     """
-    where = str(path)
     try:
         config = OmegaConf.load(io.StringIO(Path(path).read_text(encoding="utf-8")))
     except FileNotFoundError as error:
-        raise UnmaskError(f"{where}: no such recipe file") from error
+        raise UnmaskError(f"{path}: no such recipe file") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        raise UnmaskError(f"{where}{line}: cannot be read as a recipe: {_reason(error)}.") from error
+        raise UnmaskError(f"{path}{line}: cannot be read as a recipe: {_reason(error)}.") from error
     if not isinstance(config, DictConfig):
-        raise UnmaskError(f"{where}: expected keys such as 'max_steps: 1000'; got a list.")
+        raise UnmaskError(f"{path}: expected keys such as 'max_steps: 1000'; got a list.")
     origin = {}
     for text in overrides:
         key, equals, _ = text.partition("=")
@@ -658,8 +576,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = error.full_key or ""
-        raise UnmaskError(f"{origin.get(key, where)}: {key}: {_reason(error)}.") from error
-    return _validate(tree, where, origin)
+        raise UnmaskError(f"{origin.get(key, path)}: {key}: {_reason(error)}.") from error
+    return _validate(tree, str(path), origin)
 
 
 def recipe_from_dict(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
@@ -679,15 +597,14 @@ def recipe_fields() -> tuple[RecipeField, ...]:
 
 def _walk(section: type[Section], prefix: str = "") -> Iterator[RecipeField]:
     for name, item in section.model_fields.items():
-        if is_section(item.annotation):
-            yield from _walk(cast(Any, item.annotation), f"{prefix}{name}.")
-            continue
-        default = ... if item.is_required() else item.get_default(call_default_factory=True)
-        meaning = " ".join((item.description or "").split())
-        yield RecipeField(prefix + name, default, _accepts(item.annotation, item.metadata), meaning)
-        listed = [inner for inner in _inner_types(item.annotation) if is_section(inner)]
-        for inner in listed:
-            yield from _walk(inner, f"{prefix}{name}[].")
+        kinds = list(_inner_types(item.annotation))
+        groups = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
+        if groups != kinds:
+            default = ... if item.is_required() else item.default
+            meaning = " ".join((item.description or "").split())
+            yield RecipeField(prefix + name, default, _accepts(item.annotation, item.metadata), meaning)
+        for group in groups:
+            yield from _walk(group, f"{prefix}{name}{'.' if groups == kinds else '[].'}")
 
 
 def _inner_types(kind: Any) -> Iterator[Any]:
@@ -706,14 +623,15 @@ def _accepts(kind: Any, metadata: Sequence[Any] = ()) -> str:
     if origin is list:
         return f"list of {_accepts(args[0])}"
     if args and origin is not dict:
-        return " or ".join(_accepts(inner) for inner in args)
+        return " or ".join(map(_accepts, args))
     names = {str: "text", bool: "true or false", int: "integer", float: "number", type(None): "null"}
-    bounds = []
-    for mark in metadata:
-        for part in getattr(mark, "metadata", None) or [mark]:
-            for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
-                if (bound := getattr(part, name, None)) is not None:
-                    bounds.append(f"{sign} {bound:g}")
+    bounds = [
+        f"{sign} {bound:g}"
+        for mark in metadata
+        for part in getattr(mark, "metadata", None) or [mark]
+        for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+        if (bound := getattr(part, name, None)) is not None
+    ]
     return " ".join([names.get(kind, "group of keys"), ", ".join(bounds)]).strip()
 
 
@@ -728,62 +646,39 @@ def _merged(config: DictConfig, override: DictConfig, key: str) -> DictConfig:
 
 def _validate(tree: Any, where: str, origin: dict[str, str]) -> Recipe:
     try:
-        recipe = Recipe.model_validate(tree)
+        return Recipe.model_validate(tree)
     except ValidationError as invalid:
         # Unknown keys come first: a misspelt key is often why another one is missing.
         unknown = ("extra_forbidden", "invalid_key")
-        errors = sorted(invalid.errors(), key=lambda e: e["type"] not in unknown)
         messages: dict[str, str] = {}
-        for error in errors:
+        for error in sorted(invalid.errors(), key=lambda error: error["type"] not in unknown):
             # A union appends the member that was tried, which is not a key.
             parts = [str(part) for part in error["loc"] if not re.search(r"[\[\]]", str(part))]
-            key = _known_prefix(parts)
+            key, accepts = _known_prefix(parts)
             if error["type"] in unknown:
                 key, message = _unknown(".".join(parts), error["input"])
-            elif "error" in error.get("ctx", {}) and not error["msg"].endswith("expected a number"):
-                message = str(error.get("ctx", {})["error"])  # of a section's own check, which names its keys
-                key = message
+            elif not parts and error["type"] == "value_error":
+                message = str(error.get("ctx", {})["error"])  # of `_problems`
+                key = message.split(" ")[0].rstrip(":")
             elif error["type"] == "missing":
-                message = f"{key}: missing; expected {_expected(key)}"
+                message = f"{key}: missing; expected {accepts}"
             else:
-                message = f"{key}: expected {_expected(key)}; got {_show(_value_at(tree, key))}"
+                message = f"{key}: expected {accepts}; got {_show(error['input'])}"
             source = next((origin[o] for o in reversed(origin) if f"{key}.".startswith(f"{o}.")), where)
             messages.setdefault(key, f"{source}: {message}")  # a union reports one error for each member
         more = f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""
         raise UnmaskError(next(iter(messages.values())) + more) from invalid
-    known = [item.key for item in recipe_fields()]
-    for key in recipe.resume.allow:
-        if not any(name == key or name.startswith(f"{key}.") for name in known):
-            raise UnmaskError(f"{where}: resume.allow: {_unknown(key, None)[1]}")
-    return recipe
 
 
-def _expected(key: str) -> str:
-    name = re.sub(r"\.\d+(?=\.|$)", "[]", key)
-    return next((item.accepts for item in recipe_fields() if item.key == name), "a group of keys")
-
-
-def _value_at(tree: Any, key: str) -> Any:
-    for part in key.split("."):
-        tree = (
-            tree[int(part)]
-            if isinstance(tree, list)
-            else tree.get(part)
-            if isinstance(tree, Mapping)
-            else tree
-        )
-    return tree
-
-
-def _known_prefix(parts: list[str]) -> str:
-    """The longest start of a location that is a key; list indices count."""
-    known = {item.key for item in recipe_fields()}
-    groups = {name.rsplit(".", 1)[0] for name in known if "." in name}
+def _known_prefix(parts: list[str]) -> tuple[str, str]:
+    """The longest start of a location that is a key or a group, and what it accepts."""
+    known = {field.key: field.accepts for field in recipe_fields()}
+    known |= {name.rpartition(".")[0]: "a group of keys" for name in known if "." in name}
     for end in range(len(parts), 0, -1):
         name = ".".join("[]" if part.isdecimal() else part for part in parts[:end]).replace(".[]", "[]")
-        if name in known or name in groups:
-            return ".".join(parts[:end])
-    return ".".join(parts) or "recipe"
+        if name in known:
+            return ".".join(parts[:end]), known[name]
+    return "recipe", "a group of keys"
 
 
 def _unknown(key: str, value: Any) -> tuple[str, str]:
@@ -813,10 +708,17 @@ def _nearest(key: str) -> str | None:
 
 
 def _show(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = "a group of keys" if isinstance(value, Mapping) else repr(value)
+    text = "a group of keys" if isinstance(value, Mapping) else json.dumps(value, default=str).strip('"')
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _escape(value: Any) -> Any:
+    """Write `${` in texts as `\\${`, so that reading it back is not an interpolation."""
+    if isinstance(value, dict):
+        return {key: _escape(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_escape(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def _reason(error: Exception) -> str:

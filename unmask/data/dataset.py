@@ -242,7 +242,7 @@ def data_sources(recipe: Recipe) -> list[DataSource]:
     sources = []
     for source in data.sources:
         format = source.format or data.sft.format
-        if format == "custom" and (source.custom_format.changed() or fields is None):
+        if format == "custom" and (source.custom_format != type(source.custom_format)() or fields is None):
             custom = CustomFields(**source.custom_format.model_dump())
         else:
             custom = fields if format == "custom" else None
