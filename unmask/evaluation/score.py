@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
@@ -99,10 +99,14 @@ class FileScore:
 
     records: list[RecordScore]
     total: Score
-    num_bytes: int
     num_forwards: int  # sequences that went through the model
     texts: Texts
     tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of the scored texts."""
+        return sum(item.num_bytes for item in self.texts.items)
 
     def bits_per_byte(self) -> Estimate:
         """Bits per UTF-8 byte of the scored text; end tokens have nats, but no bytes."""
@@ -113,11 +117,6 @@ def score_file(
     model: str,
     file: str | Path,
     *,
-    raw: bool = False,
-    format: str = "auto",
-    end_fill: int = 1,
-    block_size: int | None = None,
-    limit: int | None = None,
     estimator: str = "exact_k",
     num_samples: int = 64,
     seed: int = 0,
@@ -125,12 +124,13 @@ def score_file(
     out: Path | None = None,
     per_token: bool = False,
     console: Console | None = None,
+    **reading: Any,
 ) -> FileScore:
     """Score every record of a file under a diffusion checkpoint.
 
     Args:
         model: folder or hub name.
-        file, raw, format, end_fill, block_size, limit: see `read_texts`.
+        file, reading: see `read_texts`: `raw`, `format`, `end_fill`, `block_size`, `limit`.
         estimator, num_samples, seed, batch_size: see `unmask.likelihood`.
         out: file for one JSON line per record; written whole, after the scoring.
         per_token: add each scored token with its nats to those lines.
@@ -145,17 +145,15 @@ def score_file(
         raise UnmaskError("per_token has an effect with out alone: it adds the tokens to its lines.")
     if out is not None:
         check_output_file(out, "out")
-    positions = read_config(model).get("max_position_embeddings")
     tokenizer = load_tokenizer(model)
-    reading: dict[str, Any] = {"raw": raw, "format": format, "end_fill": end_fill, "block_size": block_size}
-    texts = read_texts(file, tokenizer, limit=limit, positions=positions, **reading)
+    positions = read_config(model).get("max_position_embeddings")
+    texts = read_texts(file, tokenizer, positions=positions, **reading)
     denoiser: Any = load_model(model)
     place_for_inference(denoiser)
     records: list[RecordScore] = []
     parts = []
     console = console or Console(quiet=True)
-    columns = (TextColumn("scoring"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("scoring", total=len(texts.items))
         for start in range(0, len(texts.items), RECORDS_AT_ONCE):
             items = texts.items[start : start + RECORDS_AT_ONCE]
@@ -174,18 +172,12 @@ def score_file(
                 token_nll = part.token_nll[row, : len(item.example.input_ids)].tolist()
                 mixture = None if part.mixture_nll is None else part.mixture_nll[row].item()
                 records.append(RecordScore(item, score, token_nll, mixture))
-    fields = ("nll", "stderr", "num_tokens", "record_key")
     if out is not None:
         lines = (record.as_json(i, tokenizer if per_token else None) for i, record in enumerate(records))
         atomic_write(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    return FileScore(
-        records,
-        total(*(torch.cat([getattr(part, name) for part in parts]) for name in fields)),
-        sum(item.num_bytes for item in texts.items),
-        sum(part.num_forwards for part in parts),
-        texts,
-        tokenizer,
-    )
+    fields = ("nll", "stderr", "num_tokens", "record_key")
+    whole = total(*(torch.cat([getattr(part, name) for part in parts]) for name in fields))
+    return FileScore(records, whole, sum(part.num_forwards for part in parts), texts, tokenizer)
 
 
 def read_texts(
@@ -201,10 +193,9 @@ def read_texts(
 ) -> Texts:
     """Read and encode the conversations or the plain text of a file.
 
-    Conversations are rendered with the tokenizer's chat template. The last response is scored, its end token
-    included; everything before it is the prompt. Plain text is a file that has no records, records with a
-    field "text" that are not conversations, or with `raw` every file. A text longer than `block_size` is cut
-    into pieces, each of which is scored without the one before.
+    Conversations are rendered with the tokenizer's chat template; the last response is scored with its end
+    token, given everything before it. Plain text is a file that has no records, records with a field "text"
+    that are not conversations, or with `raw` every file; each piece is scored without the one before.
 
     Args:
         file: file, folder, glob or hub name.
@@ -212,10 +203,9 @@ def read_texts(
         format: format of the records, or "auto".
         end_fill: end tokens fill a response to a multiple of so many tokens, all of them scored, like
             `data.sft.end_fill` in training.
-        block_size: tokens of a piece of plain text, 1024 by default; longer conversations are dropped. At
-            most `positions`, and that by default.
+        block_size: tokens of a piece of plain text, 1024 by default; longer conversations are dropped.
         limit: conversations or pieces at most.
-        positions: the longest sequence that the model takes.
+        positions: the longest sequence that the model takes, and the largest `block_size`.
 
     Raises:
         UnmaskError: the file or a record cannot be used, a setting does not fit, or nothing is left.
@@ -287,32 +277,38 @@ def show_records(scored: FileScore, count: int, console: Console) -> None:
 
 def show_total(scored: FileScore, console: Console) -> None:
     """Print the figures of the whole file, each with its standard error, and the records left out."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for justify in ("left", "right", "left"):
-        table.add_column(no_wrap=True, justify=justify)
-    score = scored.total
-    table.add_row("records" if scored.texts.kind == "conversations" else "blocks", f"{len(scored.records):,}")
-    table.add_row("tokens", f"{int(score.num_tokens):,}")
-    table.add_row("bytes", f"{scored.num_bytes:,}")
-    table.add_row("nats", f"{score.nll:,.1f}", f"± {score.stderr:,.1f}")
+    score, plain = scored.total, scored.texts.kind == "plain text"
+    rows = [
+        ("blocks" if plain else "records", f"{len(scored.records):,}", ""),
+        ("tokens", f"{int(score.num_tokens):,}", ""),
+        ("bytes", f"{scored.num_bytes:,}", ""),
+        ("nats", f"{score.nll:,.1f}", f"± {score.stderr:,.1f}"),
+    ]
     for name, (value, stderr) in (
         ("nats per token", score.nats_per_token()),
         ("perplexity", score.perplexity()),
         ("bits per byte", scored.bits_per_byte()),
     ):
-        table.add_row(name, f"{value:,.4f}", f"± {stderr:,.4f}")
+        rows.append((name, f"{value:,.4f}", f"± {stderr:,.4f}"))
     if scored.records[0].mixture_nll is not None:
         mixture = sum(record.mixture_nll or 0.0 for record in scored.records)
-        table.add_row("nats of the mixture", f"{mixture:,.1f}", "over the orders sampled")
-    table.add_row("forward passes", f"{scored.num_forwards:,}")
+        rows.append(("nats of the mixture", f"{mixture:,.1f}", "over the orders sampled"))
+    rows.append(("forward passes", f"{scored.num_forwards:,}", ""))
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for justify in ("left", "right", "left"):
+        table.add_column(no_wrap=True, justify=justify)
+    for row in rows:
+        table.add_row(*row)
     console.print(table, highlight=False)
-    for reason, (count, location) in scored.texts.dropped.items():
-        console.print(f"not scored: {count:,} {reason} (first: {location})", highlight=False, markup=False)
-    if scored.texts.kind == "plain text":
+    notes = [
+        f"not scored: {count:,} {reason} (first: {location})"
+        for reason, (count, location) in scored.texts.dropped.items()
+    ]
+    if plain:
         size = f"{scored.texts.block_size:,}"
-        console.print(
-            f"plain text, in blocks of at most {size} tokens, each scored independently", highlight=False
-        )
+        notes.append(f"plain text, in blocks of at most {size} tokens, each scored independently")
+    notes.append("± is one standard error; the 95% interval is 2.0 of them for 64 samples, 2.8 for 8, 12.7 for 2")
+    console.print("\n".join(notes), highlight=False, markup=False)
 
 
 def coloured_tokens(texts: list[str], nll: list[float], width: int) -> Iterator[Text]:
