@@ -58,16 +58,23 @@ def test_times_stay_in_range(seed: int, eps: float) -> None:
     assert t.item() >= torch.tensor(eps).item()  # eps as float32 holds it
 
 
-def test_times_without_seeds_follow_the_generator() -> None:
+def test_draws_without_seeds_follow_the_generator_and_those_with_seeds_do_not_touch_it() -> None:
+    def draw(generator: torch.Generator | None = None, seeds: Tensor | None = None) -> Tensor:
+        t = sample_t(3, eps=0.4, generator=generator, noise_seed=seeds)
+        given: dict[str, Any] = {"generator": generator, "noise_seed": seeds}
+        return transition(random_ids(3, 20), t, everywhere(3, 20), MASK, **given).is_masked
+
     torch.manual_seed(5)
-    first = sample_t(4)
+    first = draw()
+    assert not torch.equal(draw(), first)
     torch.manual_seed(5)
-    assert torch.equal(sample_t(4), first)
-    assert not torch.equal(sample_t(4), first)
-    ours = torch.Generator().manual_seed(5)
+    assert torch.equal(draw(), first)
     before = torch.get_rng_state()
-    assert torch.equal(sample_t(4, generator=ours), first)
+    assert torch.equal(draw(torch.Generator().manual_seed(5)), first)
+    keyed = draw(seeds=torch.arange(3))
     assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(77)
+    assert torch.equal(draw(seeds=torch.arange(3)), keyed)
 
 
 # transition: what it masks
@@ -163,68 +170,6 @@ def test_masks_are_independent_of_the_time_they_are_drawn_at() -> None:
         assert_rate(masked.is_masked[some], t[some].double().mean())
 
 
-# Keyed noise: the same wherever a sample stands
-
-
-def noise_of(
-    rows: list[list[int]], seeds: list[int], columns: list[list[int]], length: int
-) -> list[list[bool]]:
-    """Noise of ragged rows whose tokens stand in the given columns of a padded batch, read back ragged."""
-    x_0 = torch.zeros(len(rows), length, dtype=torch.int64)
-    is_token = torch.zeros(len(rows), length, dtype=torch.bool)
-    for row, (ids, where) in enumerate(zip(rows, columns, strict=True)):
-        x_0[row, where] = torch.tensor(ids)
-        is_token[row, where] = True
-    positions = (is_token.cumsum(1) - 1).clamp(min=0)
-    seed = torch.tensor(seeds)
-    t = sample_t(len(rows), eps=0.4, noise_seed=seed)
-    noised = transition(x_0, t, is_token, MASK, noise_seed=seed, positions=positions)
-    assert not noised.is_masked[~is_token].any()
-    return [noised.is_masked[row, where].tolist() for row, where in enumerate(columns)]
-
-
-def test_noise_does_not_depend_on_padding_batch_order_or_batch_mates() -> None:
-    rows = [list(range(9)), list(range(4)), list(range(6))]
-    seeds = [11, 12, -5]
-    right = [list(range(len(row))) for row in rows]
-    alone = [
-        noise_of([row], [seed], [where], len(row))[0]
-        for row, seed, where in zip(rows, seeds, right, strict=True)
-    ]
-    assert any(any(row) for row in alone)
-    assert not all(all(row) for row in alone)
-    assert noise_of(rows, seeds, right, 9) == alone
-    assert noise_of(rows, seeds, right, 14) == alone
-    left = [[20 - len(row) + i for i in range(len(row))] for row in rows]
-    assert noise_of(rows, seeds, left, 20) == alone
-    middle = [[i + (3 if i > 1 else 1) for i in range(len(row))] for row in rows]
-    assert noise_of(rows, seeds, middle, 12) == alone
-    assert noise_of(rows[::-1], seeds[::-1], right[::-1], 9) == alone[::-1]
-    assert noise_of([rows[0], rows[2]], [99, seeds[2]], [right[0], right[2]], 9)[1] == alone[2]
-
-
-def test_seeded_noise_neither_reads_nor_moves_a_generator() -> None:
-    before = torch.get_rng_state()
-    first = transition(random_ids(3, 8), 0.5, everywhere(3, 8), MASK, noise_seed=torch.arange(3))
-    sample_t(3, noise_seed=torch.arange(3))
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(77)
-    second = transition(random_ids(3, 8), 0.5, everywhere(3, 8), MASK, noise_seed=torch.arange(3))
-    assert torch.equal(first.is_masked, second.is_masked)
-
-
-def test_noise_without_seeds_follows_the_generator() -> None:
-    def draw(generator: torch.Generator | None = None) -> Tensor:
-        return transition(random_ids(3, 20), 0.5, everywhere(3, 20), MASK, generator=generator).is_masked
-
-    torch.manual_seed(5)
-    first = draw()
-    assert not torch.equal(draw(), first)
-    torch.manual_seed(5)
-    assert torch.equal(draw(), first)
-    assert torch.equal(draw(torch.Generator().manual_seed(5)), first)
-
-
 def test_seeds_of_examples_differ_by_run_sample_and_epoch() -> None:
     samples = torch.arange(50)
     seeds = torch.cat([example_seeds(run, samples, epoch) for run in range(20) for epoch in range(-1, 20)])
@@ -242,9 +187,6 @@ def test_documents_of_a_row_spread_its_stratum() -> None:
     for row in table:  # the gaps between multiples of a badly approximable number
         gaps = torch.cat([row, row.min()[None] + 1]).sort().values.diff()
         assert gaps.max() < 2.5 / 50
-    # Each by itself is uniform, since the row's stratum is.
-    many = torch.stack([low_discrepancy(0, step, torch.arange(4), total=4) for step in range(5000)])
-    assert_uniform((document_strata(many.flatten(), 3)[:, 2] * 64).long(), 64)
 
 
 def test_documents_of_a_row_do_not_share_rates_with_blocks_of_one_another() -> None:
@@ -435,12 +377,9 @@ def test_the_leading_share_of_a_documents_source_stays_context(share: float, ope
     drawn, _ = draw_word(word, documents, Objective(source_share=share), rows=1)
     response = [i for i, letter in enumerate(word) if letter == "r"]
     assert drawn.maskable[0].nonzero()[:, 0].tolist() == sorted(response + opened)
-
-
-def test_without_source_the_share_opens_nothing() -> None:
-    _, inputs = draw_word("srrs", None, Objective(), rows=1)
-    drawn = corrupt(inputs._replace(source=None), Objective(source_share=0), SEEDS[:1])
-    assert torch.equal(drawn.maskable, inputs.maskable)
+    _, inputs = draw_word(word, documents, Objective(), rows=1)  # without source it opens nothing
+    without = corrupt(inputs._replace(source=None), Objective(source_share=share), SEEDS[:1])
+    assert torch.equal(without.maskable, inputs.maskable)
 
 
 # S3: cells
@@ -598,11 +537,12 @@ def test_strata_depend_on_run_step_and_place_alone() -> None:
     assert not torch.equal(low_discrepancy(4, 7, torch.arange(12), 12), whole)
 
 
-@pytest.mark.parametrize("place", [0, 5, 6])
-def test_each_place_is_uniform_over_the_steps(place: int) -> None:
-    here = torch.tensor([place])
-    points = torch.cat([low_discrepancy(1, step, here, 7) for step in range(2000)])
-    assert_uniform((points * 40).long(), 40)
+def test_each_place_and_each_document_of_a_place_is_uniform_over_the_steps() -> None:
+    steps = torch.stack([low_discrepancy(1, step, torch.tensor([0, 5, 6]), 7) for step in range(2000)])
+    for points in steps.T:
+        assert_uniform((points * 40).long(), 40)
+        for document in document_strata(points, 3).T:
+            assert_uniform((document * 40).long(), 40)
 
 
 def test_strata_take_the_place_of_the_uniforms() -> None:

@@ -4,15 +4,12 @@ Absorbing-state diffusion: at time t every maskable token has become the mask to
 (Sahoo et al., "Simple and Effective Masked Diffusion Language Models", arXiv:2406.07524, eq. 1 with
 alpha_t = 1 - t; Nie et al., LLaDA, arXiv:2502.09992, eq. 7).
 
-The corruptions of the CoDA recipe, named S1 to S3 as there, leave every maskable token masked with exactly
-the probability `t` that is recorded for it:
+The corruptions of the CoDA recipe leave every maskable token masked with exactly the recorded `t`:
 
   S1  a random number of a document's first maskable tokens becomes context: not masked, not counted;
   S2  a document is cut after a random number of maskable tokens: the rest becomes padding;
-  S3  masks come in cells. A grid of cells of k tokens is laid over the document with a random phase, and
-      every cell is masked as a whole when its own uniform is below t. Whatever cell the phase puts a
-      token in, that cell's uniform is independent of the phase, so P(masked) = t at every position: at
-      the edges, next to a prompt, and in a response shorter than a cell.
+  S3  masks come in cells: a grid of cells of k tokens with a random phase, each masked as a whole when its own
+      uniform, which is independent of the phase, is below t.
 
 Shapes: B batch, L sequence, D documents of a row.
 """
@@ -105,28 +102,23 @@ def example_seeds(
 def low_discrepancy(seed: int, step: int, place: Int[Tensor, "..."], total: int) -> Float[Tensor, "..."]:
     """Spread the uniforms of one optimizer step evenly over [0, 1): `(place / total + u) mod 1`.
 
-    Each is uniform by itself, since u is, and together they hit every interval of length 1 / total once
-    (Kingma et al., "Variational Diffusion Models", arXiv:2107.00630, app. I.1). It lowers the variance of
-    the loss, and makes the noise of a sample depend on its place in the global batch, which is still no
-    matter of micro-batches, padding or processes.
+    Each is uniform, and together they hit every interval of length 1 / total once (Kingma et al., "Variational
+    Diffusion Models", arXiv:2107.00630, app. I.1), which lowers the variance of the loss. The noise of a sample
+    then depends on its place in the global batch.
 
     Args:
         seed: seed of the run.
         step: the optimizer step; all its samples share one u.
         place: index of each sample among the `total` samples of the step.
-
-    Returns:
-        Uniforms in [0, 1), to be passed on as `strata`.
     """
     shift = keyed_uniform(torch.tensor(seed, device=place.device), STREAM_STRATA, step)
     return (place.float() / total + shift) % 1.0
 
 
 def document_strata(strata: Float[Tensor, "B"], documents: int) -> Float[Tensor, "B D"]:
-    """Give each document of a packed row a stratum of its own: that of the row, shifted by d silver ratios.
+    """Give each document of a packed row its own stratum: that of the row, shifted by d silver ratios.
 
-    Not by golden ones, as blocks of a document are: block b + 1 of one would share its rate with block b of
-    the next.
+    Shifted by golden ones, as blocks are, block b + 1 would share its rate with block b of the next document.
     """
     shift = torch.arange(documents, device=strata.device) * _SILVER & (2**24 - 1)
     return (strata[:, None] + shift * 2.0**-24) % 1.0
@@ -165,11 +157,10 @@ def sample_t(
     """Draw the masking rate of each row from [eps, 1], uniformly unless the schedule says otherwise.
 
     Args:
-        eps: smallest rate, in (0, 1). The weight 1/t of the loss is at most 1/eps.
+        eps: smallest rate, in (0, 1); the largest weight 1/t of the loss is 1/eps.
         schedule: see `masking_rate`.
-        noise_seed: one int64 seed a row; the draw is then a pure function of it.
+        noise_seed: one int64 seed a row, of which the draw is a pure function; by default `generator` draws.
         strata: the uniforms themselves, from `low_discrepancy`.
-        generator: torch generator for draws without seeds; torch's global one by default.
     """
     if strata is not None:
         uniform = strata
@@ -196,15 +187,13 @@ def transition(
         x_0: clean ids.
         sigma: masking probability in [0, 1]: a number, one a row (B,) or (B, 1), or one a position (B, L).
         maskable_mask: True where a token may be masked.
-        mask_token_id: id of the mask token.
         noise_seed: int64 seeds, one a row or one a position; position i is then masked by a hash of
-            (seed, `positions[i]`), whatever else is in the batch. Without it torch's generator is used.
-        positions: index of each token within its example; the column by default. It makes the draw
-            independent of padding. Tokens of one seed and one index share their fate.
-        generator: torch generator for draws without seeds; torch's global one by default.
+            (seed, `positions[i]`). Without it `generator`, or torch's global one, draws.
+        positions: index of each token within its example, independent of padding; the column by default.
+            Tokens of one seed and one index are masked together.
 
     Returns:
-        `Noised`; its layout is that of rows of one document without padding.
+        `Noised`, with the layout of rows of one document without padding.
 
     Raises:
         ValueError: `maskable_mask` has another shape than `x_0`.

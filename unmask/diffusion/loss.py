@@ -5,13 +5,10 @@ For absorbing-state diffusion the negative evidence lower bound is
     -log p(x_0) <= E_{t ~ U(0,1)} E_{x_t} [ 1/t * sum_{i masked} -log p(x_0[i] | x_t) ]
 
 (Sahoo et al., arXiv:2406.07524, eq. 10; Nie et al., arXiv:2502.09992, eq. 3). The default preset "elbo" is
-a one-sample estimate of the right-hand side, divided by the number of supervised tokens of the whole
-optimizer step: **nats per supervised token**. Supervised means maskable: whether a token happened to be
-masked in this draw does not change the divisor. Dividing by the number of masked tokens while weighting by
-1/t, which is common, estimates no bound and is 0/0 when nothing is masked.
-
-The other presets are published conventions, told by two things: the weight of each masked token and what
-the weighted sum is divided by. `docs/math.md` has the table of what each one estimates.
+a one-sample estimate of the right-hand side, divided by the number of supervised (maskable) tokens of the
+optimizer step, masked in this draw or not: **nats per supervised token**. The other presets are published
+conventions: the weight of each masked token, and what the weighted sum is divided by. `docs/math.md` has the
+table of what each one estimates.
 """
 
 from __future__ import annotations
@@ -95,24 +92,13 @@ def _by_time_per_document(noised: Noised, objective: Objective, dtype: torch.dty
     return _by_time(noised, objective, dtype) / count.clamp(min=1)
 
 
-def _by_nothing(noised: Noised, objective: Objective, dtype: torch.dtype) -> Tensor:
-    return torch.ones_like(noised.t, dtype=dtype)
-
-
-def _by_context(noised: Noised, objective: Objective, dtype: torch.dtype) -> Tensor:
-    return context_weight(noised.is_masked, noised.layout).to(dtype)
-
-
 def _supervised(noised: Noised) -> Tensor:
     return noised.maskable.sum()
 
 
 PRESETS: dict[str, Preset] = {
     "elbo": Preset(
-        _by_time,
-        _supervised,
-        True,
-        "the negative ELBO of all supervised tokens, over their number",
+        _by_time, _supervised, True, "the negative ELBO of all supervised tokens, over their number"
     ),
     "llada": Preset(
         _by_time_per_document,
@@ -133,13 +119,13 @@ PRESETS: dict[str, Preset] = {
         "1/t-weighted cross-entropy over the number of masked tokens: too large, about twice",
     ),
     "uniform": Preset(
-        _by_nothing,
+        lambda noised, objective, dtype: torch.ones_like(noised.t, dtype=dtype),
         _supervised,
         False,
         "cross-entropy of masked tokens without the weight 1/t: high masking rates count most",
     ),
     "cart": Preset(
-        _by_context,
+        lambda noised, objective, dtype: context_weight(noised.is_masked, noised.layout).to(dtype),
         _supervised,
         False,
         "cross-entropy weighted by the unmasked context near each masked token",

@@ -307,7 +307,9 @@ def show_total(scored: FileScore, console: Console) -> None:
     if plain:
         size = f"{scored.texts.block_size:,}"
         notes.append(f"plain text, in blocks of at most {size} tokens, each scored independently")
-    notes.append("± is one standard error; the 95% interval is 2.0 of them for 64 samples, 2.8 for 8, 12.7 for 2")
+    notes.append(
+        "± is one standard error; the 95% interval is 2.0 of them for 64 samples, 2.8 for 8, 12.7 for 2"
+    )
     console.print("\n".join(notes), highlight=False, markup=False)
 
 
