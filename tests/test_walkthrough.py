@@ -20,7 +20,6 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 SHORT = [
     "max_steps=2",
-    "lr_scheduler.warmup_steps=1",
     "evaluation.limit=3",
     "global_batch_size=4",
     "data.max_records=64",

@@ -25,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RANK_SECONDS = 3.0  # that a process of several waits before it speaks of its error
+RANK_SECONDS = 3.0  # that a process of several waits before it prints its error
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file with the recipe.")]
 Overrides = Annotated[
@@ -43,7 +43,7 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def common(
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error. May stand anywhere.")
+        bool, typer.Option("--debug", help="Show the traceback of an error; anywhere in the command.")
     ] = False,
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version.")
@@ -92,7 +92,7 @@ def data(
 ) -> None:
     """Show what training will see: sequences in colour, lengths, what was dropped and why.
 
-    Also tokens per source, how full the batches are, and what is there twice.
+    Also tokens per source, how full the batches are, and duplicates.
     With --html the same as a page for a browser, with --curriculum how masking
     and attention change over the run.
     """
@@ -144,7 +144,7 @@ def data(
 @app.command()
 def prepare(
     recipe: RecipeFile,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write, or to go on with.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write, or to resume.")],
     overrides: Overrides = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes that encode; by default one a core.")
@@ -152,8 +152,8 @@ def prepare(
 ) -> None:
     """Encode the recipe's training data once, in parallel: Arrow shards with a manifest.
 
-    Train from it with data.dataset_name=OUT. Interrupted, the same command goes
-    on where it was.
+    Train from it with data.dataset_name=OUT. The same command resumes an
+    interrupted one.
     """
     from unmask.config import load_recipe
 
@@ -166,7 +166,7 @@ def prepare(
         check_base(settings)
         manifest = run(settings, out, workers=workers)
     except KeyboardInterrupt:
-        print(f"interrupted; the same command goes on with what {out} holds", file=sys.stderr)
+        print(f"interrupted; the same command resumes {out}", file=sys.stderr)
         raise typer.Exit(130) from None
     report, counts = manifest.report, manifest.counts
     print(
@@ -209,7 +209,7 @@ def train(
 
     try:
         run(settings)
-    except KeyboardInterrupt:  # before the run listens by itself
+    except KeyboardInterrupt:  # before the run handles signals
         raise typer.Exit(130) from None
 
 
@@ -244,7 +244,7 @@ def score(
         int, typer.Option(min=2, help="Draws a record, an even number; more lower the standard error.")
     ] = 64,
     seed: Annotated[int, typer.Option(help="Seed of the masks.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences in one forward.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Batch size; does not change the figures.")] = 16,
     limit: Annotated[int | None, typer.Option(min=1, help="Score the first N records or blocks.")] = None,
     format: Annotated[
         str,
