@@ -136,7 +136,7 @@ def remask_all(proposal: Proposal) -> Decision:
     return Decision(best, proposal.committed & (proposal.step == 4)[:, None])
 
 
-@pytest.mark.parametrize("policy", ["remdm_cap", "remdm_rescale", remask_all], ids=str)
+@pytest.mark.parametrize("policy", ["remdm_cap", "remdm_rescale", remask_all])
 @pytest.mark.parametrize("block_length", [None, 4])
 def test_a_stop_string_waits_for_what_is_final(
     model: Any, tokenizer: PreTrainedTokenizerBase, policy: Any, block_length: int | None
