@@ -257,7 +257,7 @@ def test_several_errors_show_the_first_and_count() -> None:
 def test_missing_key() -> None:
     with pytest.raises(UnmaskError, match=r"^recipe: data.dataset_name: missing; give it, or data.sources"):
         recipe_from_dict({"model": {"name_or_path": "x"}})
-    with pytest.raises(UnmaskError, match=r"recipe: recipe: expected a group of keys; got x"):
+    with pytest.raises(UnmaskError, match=r"recipe: recipe: expected a group of keys; got 'x'"):
         recipe_from_dict("x")  # pyright: ignore[reportArgumentType]
 
 
@@ -400,7 +400,7 @@ SOURCE = {"dataset_name": "a.jsonl"}
         ({"sources": [SOURCE, {**SOURCE, "epochs": 0}]}, "data.sources.1.epochs"),
         ({"sources": [{"weight": 1}]}, "data.sources.0.dataset_name: missing"),
         ({"sources": []}, "data.sources: expected list of group of keys or null; got []"),
-        ({"sources": ["a"]}, "data.sources.0: expected a group of keys; got a"),
+        ({"sources": ["a"]}, "data.sources.0: expected a group of keys; got 'a'"),
         ({"sources": [SOURCE, {**SOURCE, "weight": 2}]}, "data.sources.1: a.jsonl is a source already"),
         ({"sources": [SOURCE], "dataset_name": "a"}, "data.dataset_name"),
         ({"sources": [SOURCE], "split": "x"}, "data.split"),

@@ -80,6 +80,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
     settings = SETTINGS[name](tmp_path) if callable(SETTINGS[name]) else SETTINGS[name]

@@ -122,6 +122,7 @@ def shell(arguments: list[str], place: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_readme_commands_run_in_their_order(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = commands()
     assert {"make demo", "make test"} <= set(shown)
@@ -158,6 +159,7 @@ def test_readme_links_exist() -> None:
         assert (ROOT / link).exists(), link
 
 
+@pytest.mark.slow
 def test_example_of_the_contract_shows_both_modes() -> None:
     out = shell([sys.executable, str(ROOT / "sft_example.py")], ROOT)
     assert "1. pretrain" in out and "2. sft" in out and "ValueError: training_mode='sft'" in out

@@ -663,7 +663,7 @@ def _validate(tree: Any, where: str, origin: dict[str, str]) -> Recipe:
             elif error["type"] == "missing":
                 message = f"{key}: missing; expected {accepts}"
             else:
-                message = f"{key}: expected {accepts}; got {_show(error['input'])}"
+                message = f"{key}: expected {accepts}; got {_show(error['input'], quoted=True)}"
             source = next((origin[o] for o in reversed(origin) if f"{key}.".startswith(f"{o}.")), where)
             messages.setdefault(key, f"{source}: {message}")  # a union reports one error for each member
         more = f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""
@@ -707,8 +707,11 @@ def _nearest(key: str) -> str | None:
     return best if score(best)[0] >= 0.7 else None
 
 
-def _show(value: Any) -> str:
-    text = "a group of keys" if isinstance(value, Mapping) else json.dumps(value, default=str).strip('"')
+def _show(value: Any, quoted: bool = False) -> str:
+    if isinstance(value, str):
+        text = repr(value) if quoted else value
+    else:
+        text = "a group of keys" if isinstance(value, Mapping) else json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
