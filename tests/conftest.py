@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 
-# Before any hub library is imported: the tests reach no network.
+# Before any hub library is imported: the tests reach no network, and each process of them (pytest-xdist) has a
+# cache of encoded data to itself, which goes with it.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="unmask-tests-")
 
 import hypothesis
 import jaxtyping
@@ -26,6 +31,7 @@ from unmask.model import bf16  # noqa: E402
 hypothesis.settings.register_profile("steady", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("steady")
 
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)  # on tensors this small threads only cost
 
 
