@@ -4,7 +4,7 @@ Training: model FLOP utilisation of SFT steps (bf16, AdamW) on padded and on pac
 model needs over the measured peak of a matrix product. Generation: new tokens a second, of a bidirectional model
 on a fixed canvas and of a block-causal one with cached keys, for 1 to 32 prompts together.
 
-    python benchmarks/gpu.py            # minutes; about 35 GiB; skipped without a GPU
+    python benchmarks/gpu.py            # skipped without a GPU
     python benchmarks/gpu.py --tiny     # the same on any device with two small layers: shows that it runs, no figure
 """
 
