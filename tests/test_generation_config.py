@@ -135,6 +135,10 @@ def test_the_pipeline_of_transformers_decodes_as_the_checkpoint_says(
     model.generation_config = DiffusionGenerationConfig(max_new_tokens=7, eos_token_id=258, pad_token_id=256)
     run: Any = pipeline("text-generation", model=model, tokenizer=tokenizer)  # pyright: ignore
     prompts = ["ab", "a longer one"]
+    if hasattr(run, "generation_config"):  # older ones put defaults of their own in place of the checkpoint's
+        with pytest.raises(UnmaskError, match="max_length"):
+            run(prompts)
+        return
     expected = complete(model, tokenizer, [list(text.encode()) for text in prompts])
     found = run(prompts, batch_size=2, return_full_text=False)
     assert [one["generated_text"] for [one] in found] == [done.text for done in expected]

@@ -230,7 +230,7 @@ def save_checkpoint(
     Of a model with adapters the adapters alone are written. `weights` are those of a model that is sharded
     over processes, gathered; by default the model's own.
     """
-    if hasattr(model, "peft_config"):
+    if hasattr(model, "merge_and_unload"):  # a PeftModel; merged ones keep a peft_config with peft 0.18
         from peft import get_peft_model_state_dict
 
         adapter = cast(Any, model)
