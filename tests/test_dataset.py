@@ -20,7 +20,7 @@ from tiny import autoregressive_folder
 from transformers import PreTrainedTokenizerBase
 
 from unmask.config import Recipe, recipe_from_dict
-from unmask.data.dataset import load_data, make_encoder, prepare, run_tokenizer
+from unmask.data.dataset import examples_of, load_data, make_encoder, prepare, run_tokenizer
 from unmask.data.encode import Encoder, Example, encode_records, pack_text
 from unmask.data.files import read_records
 from unmask.errors import UnmaskError
@@ -295,9 +295,7 @@ def rows_of(
     for step in steps:
         if (units := source.at(step)) is None:
             break
-        examples = [
-            (example, unit) for unit in units for example in getattr(unit.row, "examples", [unit.row])
-        ]
+        examples = [(example, unit) for unit in units for example in examples_of(unit.row)]
         found.append([(e.input_ids, e.sample_id, unit.epoch, unit.place) for e, unit in examples])
     return found, source.state_dict()
 

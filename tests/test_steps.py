@@ -12,7 +12,7 @@ from tiny import run_recipe
 
 from unmask import byte_tokenizer
 from unmask.config import Recipe
-from unmask.data.dataset import Unit, load_data, prepare
+from unmask.data.dataset import Unit, examples_of, load_data, prepare
 from unmask.data.encode import Example
 from unmask.errors import UnmaskError
 
@@ -30,7 +30,7 @@ def steps(recipe: Recipe, count: int, rank: int = 0, ranks: int = 1) -> list[lis
 
 
 def described(unit: Unit) -> tuple[int, int, int]:
-    examples = getattr(unit.row, "examples", [unit.row])
+    examples = examples_of(unit.row)
     return hash(tuple(example.sample_id for example in examples)), unit.epoch, unit.place
 
 

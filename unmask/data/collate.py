@@ -25,11 +25,6 @@ WINDOW = 2048  # examples packed together
 class Row(list[Example]):
     """Examples that share a row, in their order in it."""
 
-    @property
-    def examples(self) -> list[Example]:
-        """The examples."""
-        return self
-
 
 def pack(examples: Sequence[Example], length: int, window: int = WINDOW) -> list[Row]:
     """Put examples into rows of at most `length` tokens: longest first, each into the fullest row it fits.

@@ -18,6 +18,7 @@ import torch
 
 import unmask
 from unmask.config import Recipe
+from unmask.data.dataset import listed
 from unmask.data.prepare import tokenizer_fingerprint
 from unmask.io import sha256
 from unmask.training.build import loss_unit
@@ -105,7 +106,7 @@ def provenance(recipe: Recipe, tokenizer: Any, group: Processes) -> dict[str, An
         "data": {name: _contents(name) for name in _sources(recipe)},
         "evaluation_data": {
             name: _contents(name)
-            for name in (*_listed(recipe.data.eval_dataset_name), *_listed(recipe.evaluation.prompts))
+            for name in (*listed(recipe.data.eval_dataset_name), *listed(recipe.evaluation.prompts))
         },
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "started_from": None if model is None else _contents(model, "*.safetensors"),
@@ -116,11 +117,7 @@ def _sources(recipe: Recipe) -> dict[str, float | None]:
     """The names of the training data, those of a mixture with their weights."""
     if recipe.data.sources is not None:
         return {source.dataset_name: source.weight for source in recipe.data.sources}
-    return dict.fromkeys(_listed(recipe.data.dataset_name))
-
-
-def _listed(names: str | list[str] | None) -> list[str]:
-    return [names] if isinstance(names, str) else names or []
+    return dict.fromkeys(listed(recipe.data.dataset_name))
 
 
 def _commit_name(commit: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from unmask.config import Recipe
 from unmask.data.collate import collate
-from unmask.data.dataset import custom_fields
+from unmask.data.dataset import custom_fields, examples_of
 from unmask.data.files import read_records
 from unmask.diffusion.corrupt import Noised, corrupt, example_seeds
 from unmask.diffusion.likelihood import Masks, exact_masks
@@ -50,11 +50,6 @@ def model_batch(
     if recipe.training_mode == "pretrain":
         del tensors["src_mask"]
     return tensors, ids
-
-
-def examples_of(row: Any) -> list[Any]:
-    """The examples of a packed row, or the one that a row is."""
-    return list(getattr(row, "examples", [row]))
 
 
 @torch.no_grad()
