@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -37,12 +36,9 @@ def launch(folder: Path, processes: int, **changes: Any) -> Path:
     run_recipe(folder)  # writes the data
     program = folder / "program.py"
     program.write_text(PROGRAM.format(tests=str(Path(__file__).parent)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     done = subprocess.run(
-        [*command, f"--master_port={port}", str(program), str(folder), json.dumps(changes)],
+        [*command, str(program), str(folder), json.dumps(changes)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},

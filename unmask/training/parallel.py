@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -82,6 +83,9 @@ def processes() -> Iterator[Processes]:
             dist.barrier()  # none leaves while another still speaks to it
     finally:
         if joined:
+            # The models of the run hold the group, in cycles: its threads would outlive it, and one that frees a
+            # tensor while Python ends aborts the process ("terminate called without an active exception").
+            gc.collect()
             dist.destroy_process_group()
 
 
