@@ -71,9 +71,13 @@ def assert_same_gradients(model: Any, loss: Tensor, other: Any, expected: Tensor
 # The oracle
 
 
-def plain_blocks(maskable: list[bool], block_length: int) -> list[int]:
+def plain_blocks(maskable: list[bool], block_length: int, anchor: str = "response") -> list[int]:
     """Number the blocks of one document: a new one where a run starts and after `block_length` tokens."""
     blocks: list[int] = []
+    if anchor != "response":
+        runs = [i for i, flag in enumerate(maskable) if flag and (i == 0 or not maskable[i - 1])]
+        start = runs[-1] % block_length if runs and anchor == "prompt_end" else 0
+        return [(i - start) // block_length + (start > 0) for i in range(len(maskable))]
     size = 0
     for i, flag in enumerate(maskable):
         starts = i == 0 or flag != maskable[i - 1] or size == block_length
@@ -125,7 +129,7 @@ def separate_nll(
     """-log p of each masked token (B, L), 0 elsewhere: one stock forward for every block."""
     nll: dict[tuple[int, int], Tensor] = {}
     for row, columns in documents_of(is_token, segment_ids):
-        blocks = plain_blocks(maskable[row, columns].tolist(), config.block_length)
+        blocks = plain_blocks(maskable[row, columns].tolist(), config.block_length, config.block_anchor)
         for block in sorted(set(blocks)):
             hidden = [i for i, b in enumerate(blocks) if b == block and is_masked[row, columns[i]]]
             seen = [i for i, b in enumerate(blocks) if b <= block]
@@ -268,9 +272,15 @@ def test_one_pass_equals_one_forward_a_block(objective: str, place: str, shift: 
 
 @shifted_or_not
 @pytest.mark.parametrize("block_length", [1, 2, 5, 64])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_block_length_and_family(family: str, block_length: int, shift: bool) -> None:
-    model = block_model(block_length, family=family, logit_shift=shift, seed=block_length)
+@pytest.mark.parametrize(
+    ("family", "anchor"), [*product(FAMILIES, ["response"]), *product(["llama"], ["document", "prompt_end"])]
+)
+def test_every_block_length_family_and_anchor(
+    family: str, anchor: str, block_length: int, shift: bool
+) -> None:
+    model = block_model(
+        block_length, family=family, logit_shift=shift, seed=block_length, block_anchor=anchor
+    )
     batch = pack(ROWS[:2], "right")
     drawn = noise_of(model, **batch.given())
     twin = bidirectional_twin(model)

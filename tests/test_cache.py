@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from tiny import ragged, random_ids, tiny_model
 from torch import Tensor
 
+from unmask.diffusion.attention import BlockAnchor
 from unmask.errors import UnmaskError
 
 MASK = 31
@@ -17,6 +18,7 @@ WINDOW: dict[str, Any] = {
     "use_sliding_window": True,
     "sliding_window": 2,
 }
+ANCHORS = pytest.mark.parametrize("anchor", get_args(BlockAnchor))
 SHIFTS = pytest.mark.parametrize("shift", [False, True], ids=["unshifted", "shifted"])
 
 
@@ -55,10 +57,12 @@ def columns_computed(model: Any) -> list[int]:
     ],
     ids=str,
 )
+@ANCHORS
 def test_cached_decoding_equals_the_whole_forward_pass(
-    shift: bool, side: str, settings: dict[str, Any]
+    anchor: Any, shift: bool, side: str, settings: dict[str, Any]
 ) -> None:
-    model = block_model(4, logit_shift=shift, num_hidden_layers=3, layer_types=["full_attention"] * 3)
+    fields = {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
+    model = block_model(4, logit_shift=shift, block_anchor=anchor, **fields)
     ids, mask = ragged([5, 0, 8, 3, 1], side)
     settings = {"max_new_tokens": 11, "eos_token_id": list(range(1, 30, 3)), **settings}
     cached, whole = (
@@ -92,9 +96,10 @@ def test_blocks_that_begin_in_the_prompt(shift: bool) -> None:
     assert cached.sequences[0, 8 + first] == logits[0, 5 + first].argmax()
 
 
-def test_each_forward_pass_sees_the_block_as_training_does() -> None:
+@ANCHORS
+def test_each_forward_pass_sees_the_block_as_training_does(anchor: Any) -> None:
     """The logits of the current block are those of the whole canvas, whose later blocks it cannot see."""
-    model = block_model(3, logit_shift=True)
+    model = block_model(3, logit_shift=True, block_anchor=anchor)
     prompt, mask = ragged([4, 4])
     outputs: list[Tensor] = []
     shown: list[Tensor] = []
@@ -105,7 +110,8 @@ def test_each_forward_pass_sees_the_block_as_training_does() -> None:
     model.generate(prompt, mask, max_new_tokens=8, steps=5, eos_token_id=[], use_cache=False)
     hook.remove()
     network.remove()
-    assert [ids.shape[1] - 4 for ids in shown] == [3, 6, 6, 8, 8]
+    if anchor == "response":
+        assert [ids.shape[1] - 4 for ids in shown] == [3, 6, 6, 8, 8]
     for ids, logits in zip(shown, outputs, strict=True):
         whole = torch.cat([ids, torch.full((2, 12 - ids.shape[1]), MASK)], dim=1)
         is_token = torch.cat([mask, torch.ones(2, 8, dtype=torch.long)], dim=1)

@@ -48,7 +48,7 @@ class Toy(torch.nn.Module):
         self.blocks = [i // (block_length or length) for i in range(length)]
         attention = "block_causal" if block_length else "bidirectional"
         self.config = SimpleNamespace(vocab_size=9, mask_token_id=8, noise_eps=0.05, is_causal=False)
-        vars(self.config).update(attention=attention, block_length=block_length)
+        vars(self.config).update(attention=attention, block_length=block_length, block_anchor="response")
         generator = torch.Generator().manual_seed(seed)
         logits = torch.randn((words + 1) ** length, length, words, generator=generator, dtype=torch.float64)
         self.table = -(2 * logits).log_softmax(dim=-1)

@@ -10,13 +10,15 @@ Shapes: B batch, L sequence, Q query columns, K key columns.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from unmask.diffusion.rng import STREAM_ATTENTION, keyed_uniform
+
+BlockAnchor = Literal["response", "document", "prompt_end"]
 
 
 class Layout(NamedTuple):
@@ -81,18 +83,41 @@ def predicting_column(layout: Layout) -> Int[Tensor, "B L"]:
     return torch.where(layout.document.gather(1, previous) == layout.document, previous, column)
 
 
-def block_index(layout: Layout, maskable: Bool[Tensor, "B L"], block_length: int) -> Int[Tensor, "B L"]:
+def block_index(
+    layout: Layout, maskable: Bool[Tensor, "B L"], block_length: int, anchor: BlockAnchor = "response"
+) -> Int[Tensor, "B L"]:
     """Number the blocks of each document, from 0, for block diffusion.
 
-    Every maximal run of maskable tokens, and of tokens that are not, starts a new block and is cut after
-    each `block_length` tokens. A response therefore starts a block, as generation does after a prompt.
+    Args:
+        maskable: True = response, False = context.
+        anchor: where the tokens of a block begin to be counted. "response": every maximal run of maskable
+            tokens, and of others, starts a block. "document": at the document's first token, so that a block
+            may hold the end of a prompt and the start of its response (SDAR, Fast-dLLM v2). "prompt_end":
+            where the last response starts, forwards and backwards, so that the document's first block may be
+            shorter (Tiny-A2D's sampler).
     """
-    index = token_positions(layout.is_token)
-    documents = _run_starts(layout.is_token, layout.document)
-    runs = documents | _run_starts(layout.is_token, maskable.long())
-    starts = layout.is_token & ((index - _latest(index, runs)) % block_length == 0)
+    index, documents = token_positions(layout.is_token), _run_starts(layout.is_token, layout.document)
+    runs = _run_starts(layout.is_token, maskable.long()) | documents
+    start = _latest(index, documents)
+    if anchor == "response":
+        start = _latest(index, runs)
+    elif anchor == "prompt_end":
+        last = torch.where(runs & maskable, layout.position, 0)
+        last = torch.zeros_like(last).scatter_reduce(1, layout.document, last, "amax")
+        start = start + last.gather(1, layout.document)
+    starts = layout.is_token & (documents | ((index - start) % block_length == 0))
     number = starts.long().cumsum(dim=1)
     return (number - _latest(number, documents)).clamp(min=0)
+
+
+def in_flagged_block(
+    layout: Layout, block: Int[Tensor, "B L"], flag: Bool[Tensor, "B L"]
+) -> Bool[Tensor, "B L"]:
+    """Find the tokens whose block has a flagged token."""
+    starts = _run_starts(layout.is_token, block) | _run_starts(layout.is_token, layout.document)
+    number = starts.long().cumsum(dim=1).clamp(min=1) - 1
+    flagged = torch.zeros_like(number).scatter_add(1, number, (flag & layout.is_token).long())
+    return layout.is_token & (flagged.gather(1, number) > 0)
 
 
 def count_by_document(layout: Layout, flag: Bool[Tensor, "B L"]) -> Int[Tensor, "B L"]:

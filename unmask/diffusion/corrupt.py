@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from unmask.diffusion.attention import Layout, block_index, count_by_document, row_layout
+from unmask.diffusion.attention import BlockAnchor, Layout, block_index, count_by_document, row_layout
 from unmask.diffusion.objective import Objective, Schedule
 from unmask.diffusion.rng import (
     STREAM_CELLS,
@@ -64,6 +64,14 @@ class ForwardInputs(NamedTuple):
     """Whether some column is padding."""
     packed: bool
     """Whether rows have several documents."""
+    block_anchor: BlockAnchor = "response"
+    """Where blocks begin to be counted, see `block_index`."""
+
+    def block_index(self, layout: Layout, maskable: Bool[Tensor, "B L"]) -> Int[Tensor, "B L"] | None:
+        """Number the blocks of a block-causal model; None for a bidirectional one."""
+        if self.block_length is None:
+            return None
+        return block_index(layout, maskable, self.block_length, self.block_anchor)
 
 
 class Noised(NamedTuple):
@@ -261,7 +269,7 @@ def corrupt(
         maskable = maskable & ~context & ~cut
         layout = layout._replace(is_token=layout.is_token & ~cut)
     # 3. The rate: one a document, or one a block.
-    block = None if inputs.block_length is None else block_index(layout, maskable, inputs.block_length)
+    block = inputs.block_index(layout, maskable)
     if strata is None:
         uniform = keyed_uniform(seed, STREAM_TIME, *(() if block is None else (block,)))
     else:

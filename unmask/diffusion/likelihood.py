@@ -31,7 +31,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from unmask.diffusion.attention import block_index
 from unmask.diffusion.corrupt import Noised
 from unmask.diffusion.rng import GOLDEN, STREAM_MASK, STREAM_SCORE, STREAM_STRATA, STREAM_TIME, keyed_hash
 from unmask.errors import UnmaskError
@@ -350,9 +349,8 @@ def likelihood(
     inputs = model.prepare(**given, training_mode="sft" if "src_mask" in given else "pretrain")
     ids = inputs.input_ids
     is_token, maskable = inputs.layout.is_token, inputs.maskable
-    block = torch.zeros_like(ids)
-    if inputs.block_length is not None:
-        block = block_index(inputs.layout, maskable, inputs.block_length)
+    block = inputs.block_index(inputs.layout, maskable)
+    block = torch.zeros_like(ids) if block is None else block
     source = is_token & ~maskable
     each = keyed_hash(seed, STREAM_SCORE, inputs.layout.position, ids, source.long())
     keys = keyed_hash(torch.where(is_token, each, 0).sum(dim=1), is_token.sum(dim=1))

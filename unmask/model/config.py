@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
+from unmask.diffusion.attention import BlockAnchor
 from unmask.diffusion.corrupt import NO_MASK_TOKEN
 from unmask.errors import UnmaskError
 
@@ -22,7 +23,7 @@ PREFIX = "unmask_"
 # family is as uniform, so there the id comes from the tokenizer (`unmask convert`).
 _QWEN3_VOCAB_SIZE, _QWEN3_MASK_TOKEN_ID = 151936, 151669
 
-FIELDS = ("mask_token_id", "logit_shift", "noise_eps", "attention", "block_length")
+FIELDS = ("mask_token_id", "logit_shift", "noise_eps", "attention", "block_length", "block_anchor")
 _OF_THE_BASE = ("architectures", "auto_map")  # they name the base's classes and code
 
 
@@ -39,6 +40,8 @@ class _DiffusionConfig:
             and to earlier ones (see `unmask.diffusion.attention.block_index`): what the model was trained
             with, which training, likelihood and generation all follow.
         block_length: tokens of a block; with "block_causal" alone.
+        block_anchor: where blocks begin to be counted, see `unmask.diffusion.attention.block_index`: "response",
+            "document" or "prompt_end".
         is_causal: False: attention is never causal token by token.
     """
 
@@ -48,6 +51,7 @@ class _DiffusionConfig:
     noise_eps: float = 1e-3
     attention: str = "bidirectional"
     block_length: int | None = None
+    block_anchor: BlockAnchor = "response"
     is_causal: bool = False
 
     @classmethod
@@ -160,5 +164,10 @@ def block_length_of(config: Any, name: str = "config") -> int | None:
         raise UnmaskError(
             f"{name}.attention must be 'bidirectional', or 'block_causal' with a positive block_length;"
             f" got {attention!r} and {length!r}."
+        )
+    if config.block_anchor not in get_args(BlockAnchor):
+        raise UnmaskError(
+            f"{name}.block_anchor must be one of {', '.join(get_args(BlockAnchor))};"
+            f" got {config.block_anchor!r}."
         )
     return length

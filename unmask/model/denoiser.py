@@ -28,7 +28,7 @@ from unmask.diffusion.attention import (
     attend_annealed,
     attend_block_causal,
     attend_two_copies,
-    block_index,
+    in_flagged_block,
     predicting_column,
     row_layout,
 )
@@ -209,6 +209,7 @@ class MaskedDiffusionMixin(GenerateMixin):
             block_length=block_length_of(config),
             padded=padded,
             packed=segment_ids is not None,
+            block_anchor=config.block_anchor,
         )
 
     def denoise(self, inputs: ForwardInputs, noised: Noised, objective: Objective) -> Float[Tensor, "B L H"]:
@@ -282,10 +283,10 @@ class MaskedDiffusionMixin(GenerateMixin):
         if (is_masked & ~inputs.maskable).any():  # a block model's clean copy would show the token
             raise ValueError("is_masked must be False at padding and where src_mask is True.")
         x_t = torch.where(is_masked, mask_token_of(self.config), input_ids)
-        if inputs.block_length is None:
+        block = inputs.block_index(inputs.layout, inputs.maskable)
+        if block is None:
             hidden = self.shifted_hidden(inputs, x_t)
         else:
-            block = block_index(inputs.layout, inputs.maskable, inputs.block_length)
             hidden = self.block_diffusion_hidden(input_ids, x_t, inputs.maskable, inputs.layout, block)
         return row_nll(self.lm_head, hidden[is_masked], input_ids[is_masked])
 
@@ -298,8 +299,8 @@ class MaskedDiffusionMixin(GenerateMixin):
             attend: True = may attend; by default what the config and the documents ask for.
         """
         layout, ragged = inputs.layout, inputs.padded or inputs.packed
-        if attend is None and inputs.block_length is not None:
-            attend = attend_block_causal(layout, block_index(layout, inputs.maskable, inputs.block_length))
+        if attend is None and (block := inputs.block_index(layout, inputs.maskable)) is not None:
+            attend = attend_block_causal(layout, block)
         hidden = run_backbone(self.model, ids, layout, attend, ragged=ragged)
         if not self.config.logit_shift:
             return hidden
@@ -317,13 +318,15 @@ class MaskedDiffusionMixin(GenerateMixin):
     ) -> Float[Tensor, "B L H"]:
         """Run the network on clean and noised ids in one pass, for block diffusion.
 
-        The noised copy has the columns that may be masked in some row. With the shift, a block's first
-        token is predicted from the clean last token of the block before, as it is in generation.
+        The noised copy has the blocks that may be masked, in the columns of all rows that have some. With the
+        shift, a block's first token is predicted from the clean last token of the block before, as it is in
+        generation.
         """
         length = x_t.shape[1]
-        noised = maskable.any(dim=0).nonzero()[:, 0]
+        in_copy = in_flagged_block(layout, block, maskable)
+        noised = in_copy.any(dim=0).nonzero()[:, 0]
         ids = torch.cat([input_ids, x_t[:, noised]], dim=1)
-        is_token = torch.cat([layout.is_token, maskable[:, noised]], dim=1)
+        is_token = torch.cat([layout.is_token, in_copy[:, noised]], dim=1)
         copies = Layout(
             is_token,
             *(torch.cat([each, each[:, noised]], dim=1) for each in (layout.document, layout.position)),
@@ -333,7 +336,7 @@ class MaskedDiffusionMixin(GenerateMixin):
         in_noised = column.clone()
         in_noised[noised] = length + torch.arange(len(noised), device=x_t.device)
         source = predicting_column(layout) if self.config.logit_shift else column.expand_as(layout.position)
-        same_block = maskable & maskable.gather(1, source) & (block.gather(1, source) == block)
+        same_block = in_copy & in_copy.gather(1, source) & (block.gather(1, source) == block)
         return _take(raw, torch.where(same_block, in_noised[source], source))
 
 

@@ -84,10 +84,10 @@ class GenerateMixin:
             )
         block = None
         if block_length is not None:
-            canvas = is_token.new_ones(len(input_ids), new)
+            canvas, anchor = is_token.new_ones(len(input_ids), new), self.config.block_anchor
             maskable = prompts.maskable if src_mask is not None else torch.zeros_like(is_token)
             layout = row_layout(torch.cat([is_token, canvas], dim=1))
-            block = block_index(layout, torch.cat([maskable, canvas], dim=1), block_length)
+            block = block_index(layout, torch.cat([maskable, canvas], dim=1), block_length, anchor)
         output = generate_canvas(
             BackboneDenoiser(self, config, len(input_ids), input_ids.shape[1] + new),
             input_ids,
