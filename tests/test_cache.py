@@ -146,17 +146,13 @@ def test_an_approximate_cache_refreshed_each_step_is_exact(kind: str, fields: di
 
 
 @pytest.mark.parametrize("kind", ["prefix", "dual"])
-def test_an_approximate_cache_computes_less_and_reports_how_it_differs(kind: str) -> None:
+def test_an_approximate_cache_computes_less(kind: str) -> None:
     model = tiny_model(num_hidden_layers=3, layer_types=["full_attention"] * 3).eval()
     ids, columns = random_ids(6, 5), columns_computed(model)
     settings = {"max_new_tokens": 12, "block_length": 4, "eos_token_id": [], "temperature": 1.0}
     model.generate(ids, approximate_cache=kind, **settings)
     prefix = [17, 12, 12, 12, 17, 8, 8, 8, 17, 4, 4, 4]
     assert columns == (prefix if kind == "prefix" else [17, 4, 4, 4] * 3)
-    out = model.generate(ids, approximate_cache=kind, check_cache=True, **settings)
-    assert out.disagreement.shape == (6,) and 0 < out.disagreement.mean() < 1
-    again = model.generate(ids, approximate_cache=kind, check_cache=True, refresh_interval=1, **settings)
-    assert again.disagreement.tolist() == [0.0] * 6
 
 
 def test_settings_that_do_not_fit_the_attention() -> None:

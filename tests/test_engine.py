@@ -5,9 +5,8 @@ Ids of the tiny models: 0 padding, 1 end, 31 mask; float64, so that equal means 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
-from itertools import pairwise, permutations, product
+from itertools import permutations, product
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, TextDiffusionStreamer, TextStr
 
 from unmask import DiffusionGenerationConfig
 from unmask.errors import UnmaskError
-from unmask.generation.engine import DenoiserInput, DiffusionGenerationOutput, generate_canvas
+from unmask.generation.engine import DenoiserInput, generate_canvas
 from unmask.generation.policy import POLICIES, share_steps
 
 PAD, END, MASK = 0, 1, 31
@@ -30,44 +29,34 @@ def block_model(block_length: int = 4, **fields: Any) -> Any:
 
 
 def plain_loop(
-    model: Any,
-    prompt: list[int],
-    canvas: int,
-    steps: int,
-    ends: list[int],
-    forbidden: set[int],
-    block: int | None = None,
-    growing: bool = False,
+    model: Any, prompt: list[int], canvas: int, steps: int, ends: list[int], block: int | None, growing: bool
 ) -> tuple[list[int], list[int], int]:
     """Temperature 0 for one prompt, with full logits and lists: (response, commit_step, forward passes)."""
-    response: list[int | None] = [None] * canvas
+    state: list[int] = [MASK] * canvas
     committed = [-1] * canvas
     forwards = 0
 
     def first_end() -> int:
-        return next((i for i in range(canvas) if response[i] in ends), canvas)
+        return next((i for i, token in enumerate(state) if token in ends), canvas)
 
-    sizes = [min(block or canvas, canvas - start) for start in range(0, canvas, block or canvas)]
-    for number, (size, count) in enumerate(zip(sizes, share_steps(steps, sizes), strict=True)):
-        start, stop = number * (block or canvas), number * (block or canvas) + size
+    starts = range(0, canvas, block or canvas)
+    sizes = [min(block or canvas, canvas - start) for start in starts]
+    for start, size, count in zip(starts, sizes, share_steps(steps, sizes), strict=True):
         for step in range(count):
-            live = [i for i in range(start, min(stop, first_end())) if response[i] is None]
+            live = [i for i in range(start, min(start + size, first_end())) if state[i] == MASK]
             if not live:
                 break
-            seen = response[:stop] if growing else response
-            ids = torch.tensor([prompt + [MASK if token is None else token for token in seen]])
+            ids = torch.tensor([prompt + (state[: start + size] if growing else state)])
             source = torch.arange(ids.shape[1])[None] < len(prompt)
             logits = model(ids, src_mask=source, training_mode="sft").logits[0, len(prompt) :].detach()
-            logits[:, sorted(forbidden - set(ends))] = -torch.inf
+            logits[:, [MASK, *({PAD, 5} - set(ends))]] = -torch.inf
             p, best = torch.softmax(logits, dim=-1).max(dim=-1)
             live.sort(key=lambda i, p=p: -p[i].item())
             for i in live[: (step + 1) * size // count - step * size // count]:
-                response[i], committed[i] = int(best[i]), forwards
+                state[i], committed[i] = int(best[i]), forwards
             forwards += 1
-    in_answer = [i <= first_end() and response[i] is not None for i in range(canvas)]
-    ids = [
-        token if keep and token is not None else PAD for token, keep in zip(response, in_answer, strict=True)
-    ]
+    in_answer = [i <= first_end() and token != MASK for i, token in enumerate(state)]
+    ids = [token if keep else PAD for token, keep in zip(state, in_answer, strict=True)]
     return ids, [s if keep else -1 for s, keep in zip(committed, in_answer, strict=True)], forwards
 
 
@@ -83,36 +72,26 @@ LOOPS: list[tuple[int, int, dict[str, Any], int | None]] = [
 ]
 
 
-@pytest.mark.parametrize("ends", [[], [END], ENDS], ids=["endless", "end", "ends"])
 @pytest.mark.parametrize(("canvas", "steps", "settings", "block"), LOOPS)
 def test_greedy_equals_a_plain_loop(
-    canvas: int, steps: int, settings: dict[str, Any], block: int | None, ends: list[int]
+    canvas: int, steps: int, settings: dict[str, Any], block: int | None
 ) -> None:
-    for seed in range(3):
+    early = 0
+    for seed, ends in product(range(3), ([], [END], ENDS)):
         fields = {"logit_shift": seed % 2 == 0, "seed": seed // 2}
         model = tiny_model(**fields).eval() if block is None else block_model(block, **fields)
-        length = block or settings.get("block_length")
         prompt = random_ids(1, 3 * seed, seed=seed)
         given = {"max_new_tokens": canvas, "steps": steps, "eos_token_id": ends, "pad_token_id": PAD}
         out = model.generate(prompt, suppress_tokens=[PAD, 5], return_trace=True, **given, **settings)
         growing = settings.get("canvas") == "growing" or block is not None
-        ids, committed, forwards = plain_loop(
-            model, prompt[0].tolist(), canvas, steps, ends, {MASK, PAD, 5}, length, growing
-        )
+        length = block or settings.get("block_length")
+        ids, committed, forwards = plain_loop(model, prompt[0].tolist(), canvas, steps, ends, length, growing)
         assert out.sequences[0].tolist() == prompt[0].tolist() + ids
         assert out.commit_step[0].tolist() == committed
         assert out.num_forwards.tolist() == [forwards]
         assert out.tokens_per_forward.item() == pytest.approx(sum(s >= 0 for s in committed) / forwards)
-
-
-def test_the_plain_loop_ends_early_in_some_of_these() -> None:
-    """Or the comparison above would say nothing about end tokens, and about later blocks."""
-    for model, block in ((tiny_model().eval(), None), (block_model(4), 4)):
-        prompts = [random_ids(1, 3 * n, seed=n)[0].tolist() for n in range(4)]
-        runs = [plain_loop(model, prompt, 12, 12, ENDS, {MASK, PAD, 5}, block, True) for prompt in prompts]
-        forwards = [count for _, _, count in runs]
-        assert min(forwards) < 12 and any(-1 in committed for _, committed, _ in runs)
-        assert block is None or min(forwards) <= 4 < max(forwards)
+        early += forwards < steps
+    assert early > 0 or steps < 8, "or nothing was said about what end tokens save"
 
 
 BATCHED: list[dict[str, Any]] = [
@@ -160,10 +139,8 @@ def test_an_answer_does_not_depend_on_its_batch(settings: dict[str, Any]) -> Non
         check_trace(out, "remdm" in str(settings), {MASK, PAD, 6, 9})
 
 
-def check_trace(out: DiffusionGenerationOutput, remasks: bool, banned: set[int]) -> None:
+def check_trace(out: Any, remasks: bool, banned: set[int]) -> None:
     """Nothing forbidden is written, and the trace of one row is what happened."""
-    assert out.sequences is not None and out.states is not None and out.commit_step is not None
-    assert out.confidence is not None and out.entropy is not None
     in_answer = out.commit_step[0] >= 0
     answer = out.sequences[0, out.sequences.shape[1] - len(in_answer) :][in_answer]
     assert not banned & set(answer.tolist())
@@ -206,95 +183,53 @@ def test_one_block_without_a_prompt_is_the_bidirectional_sampler(temperature: fl
 
 
 class Recorder:
-    """A denoiser that passes everything on and keeps what it was asked."""
+    """A denoiser with logits that change with everything in the row, as those of a model do."""
 
-    def __init__(self, logits: Callable[[Tensor], Tensor]):
-        self.logits = logits
-        self.seen: list[Tensor] = []
+    def __init__(self) -> None:
+        self.rows: list[int] = []
 
     def __call__(self, inputs: DenoiserInput) -> list[Tensor]:
         assert not (inputs.needs_logits & ~inputs.is_token).any()
         assert (inputs.ids[inputs.needs_logits] == MASK).all()
-        self.seen.append(inputs.ids.clone())
-        return [self.logits(inputs.ids)[inputs.needs_logits]]
+        self.rows.append(len(inputs.ids))
+        length = inputs.ids.shape[1]
+        keys = (inputs.ids * torch.arange(1, length + 1)).sum(dim=1).tolist()
+        rows = [torch.randn(length, 32, generator=torch.Generator().manual_seed(key)) for key in keys]
+        return [2 * torch.stack(rows).double()[inputs.needs_logits]]
 
 
-def random_logits(ids: Tensor) -> Tensor:
-    """Logits that change with everything in the row, as those of a model do."""
-    key = (ids * torch.arange(1, ids.shape[1] + 1)).sum(dim=1)
-    rows = [torch.randn(ids.shape[1], 32, generator=torch.Generator().manual_seed(int(k))) for k in key]
-    return 2 * torch.stack(rows).double()
-
-
-def run_stub(batch: int = 3, **settings: Any) -> tuple[DiffusionGenerationOutput, Recorder]:
+def run_stub(batch: int, **settings: Any) -> tuple[Any, Recorder]:
     settings = {"max_new_tokens": 10, "pad_token_id": PAD, "return_trace": True, **settings}
-    config = DiffusionGenerationConfig(mask_token_id=MASK, **settings)
-    recorder = Recorder(random_logits)
+    config, recorder = DiffusionGenerationConfig(mask_token_id=MASK, **settings), Recorder()
     ids = random_ids(batch, 2, seed=batch)
     return generate_canvas(recorder, ids, ids >= 0, config), recorder
 
 
-@pytest.mark.parametrize(("steps", "block"), [(10, None), (4, None), (1, None), (10, 3), (7, 3), (4, 3)])
-def test_blocks_are_filled_in_order_and_every_forward_pass_commits(steps: int, block: int | None) -> None:
-    blocks = {} if block is None else {"block_length": block, "canvas": "growing"}
-    out, recorder = run_stub(batch=1, steps=steps, temperature=1.0, **blocks)
-    assert out.sequences is not None and out.commit_step is not None and out.num_forwards is not None
-    sizes = [10] if block is None else [3, 3, 3, 1]
-    block_of_step = [number for number, count in enumerate(share_steps(steps, sizes)) for _ in range(count)]
-    assert len(recorder.seen) == steps == out.num_forwards.item()
-    counts = []
-    for (before, after), number in zip(pairwise([*recorder.seen, out.sequences]), block_of_step, strict=True):
-        start = 2 + sum(sizes[:number])
-        assert before.shape[1] == start + sizes[number]  # nothing is computed for later blocks
-        before, after = before[0], after[0, : before.shape[1]]
-        assert (before[:start] != MASK).all() and torch.equal(before[before != MASK], after[before != MASK])
-        counts.append(int((before == MASK).sum() - (after == MASK).sum()))
-    assert sum(counts) == 10 and min(counts) >= 1
-    if block is None:
-        assert max(counts) - min(counts) <= 1
-    committed = out.commit_step[0].tolist()
-    assert [Counter(committed)[step] for step in range(steps)] == counts
-    assert [block_of_step[step] for step in committed] == [i // (block or 10) for i in range(10)]
-
-
-@pytest.mark.parametrize(
-    "settings", [{}, {"temperature": 1.0}, {"block_length": 3, "canvas": "growing"}], ids=str
-)
+@pytest.mark.parametrize("settings", [{}, {"block_length": 3, "canvas": "growing"}], ids=str)
 def test_after_the_end_token_there_is_padding_and_forward_passes_are_saved(settings: dict[str, Any]) -> None:
     ends = [6, 11, 19, 23]
-    out, recorder = run_stub(batch=40, eos_token_id=ends, suppress_tokens=[PAD], **settings)
-    assert out.sequences is not None and out.commit_step is not None and out.num_forwards is not None
-    assert out.confidence is not None and out.tokens_per_forward is not None
+    out, recorder = run_stub(batch=40, eos_token_id=ends, suppress_tokens=[PAD], temperature=1.0, **settings)
     lengths = []
     for row in range(40):
-        response = out.sequences[row, 2:].tolist()
-        commit, confidence = out.commit_step[row].tolist(), out.confidence[row].tolist()
-        end = next((i for i, token in enumerate(response) if token in ends), None)
-        length = 10 if end is None else end + 1
+        response, commit = out.sequences[row, 2:].tolist(), out.commit_step[row].tolist()
+        length = next((i + 1 for i, token in enumerate(response) if token in ends), 10)
         lengths.append(length)
-        assert response[length:] == [PAD] * (10 - length)
-        assert commit[length:] == [-1] * (10 - length) and confidence[length:] == [0.0] * (10 - length)
-        assert PAD not in response[:length] and MASK not in response[:length]
-        assert min(commit[:length]) >= 0 and min(confidence[:length]) > 0
+        assert response[length:] == [PAD] * (10 - length) and PAD not in response[:length]
+        assert commit[length:] == [-1] * (10 - length) and min(commit[:length]) >= 0
         assert out.num_forwards[row] == max(commit[:length]) + 1
-        assert out.tokens_per_forward[row].item() == pytest.approx(length / int(out.num_forwards[row]))
-        if "block_length" in settings:
+        if settings:
             assert int(out.num_forwards[row]) <= 3 * -(-length // 3)
-    assert out.num_forwards.min() < 10, "no row ended early"
     assert {1, 2, 4} <= {-(-length // 3) for length in lengths}
     # A finished row leaves the batch: the rows computed are those reported.
-    assert sum(len(ids) for ids in recorder.seen) == int(out.num_forwards.sum())
-    assert len(recorder.seen) == int(out.num_forwards.max())
+    assert sum(recorder.rows) == int(out.num_forwards.sum())
 
 
 def test_padding_after_the_end_and_suppressed_end_tokens() -> None:
     out, _ = run_stub(batch=20, eos_token_id=[6, 11], pad_token_id=None)
-    assert out.sequences is not None and out.commit_step is not None
     after = out.sequences[:, 2:][out.commit_step < 0]
     assert len(after) > 0 and (after == 6).all()  # the end token where there is no padding token
     # An end token can be written even if it is suppressed.
     out, _ = run_stub(batch=20, suppress_tokens=[i for i in range(31) if i != 9], eos_token_id=[4])
-    assert out.sequences is not None
     assert set(out.sequences[:, 2:].flatten().tolist()) == {9, 4, PAD}
 
 
@@ -354,8 +289,7 @@ def test_two_tokens_are_drawn_from_the_enumerated_joint_distribution(policy: str
     config = DiffusionGenerationConfig(
         max_new_tokens=2, policy=policy, temperature=1.0, seed=list(range(n)), mask_token_id=MASK
     )
-    out = generate_canvas(table_denoiser(tables, vocab), none, none.bool(), config)
-    assert out.sequences is not None and out.num_forwards is not None
+    out: Any = generate_canvas(table_denoiser(tables, vocab), none, none.bool(), config)
     drawn = torch.bincount(out.sequences[:, 0] * vocab + out.sequences[:, 1], minlength=9).double()
     assert chi_square_p(drawn, exact.flatten()) > 1e-6
     assert chi_square_p(drawn, independent.flatten()) < 1e-6  # ... and could tell
@@ -391,12 +325,10 @@ def test_one_token_per_step_in_random_order_samples_the_models_own_conditionals(
 class Streamer:
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any]] = []
+        self.put, self.put_draft = self.keep("put"), self.keep("draft")
 
-    def put(self, value: Tensor) -> None:
-        self.calls.append(("put", value.tolist()))
-
-    def put_draft(self, value: Tensor) -> None:
-        self.calls.append(("draft", value.tolist()))
+    def keep(self, kind: str) -> Callable[[Tensor], None]:
+        return lambda value: self.calls.append((kind, value.tolist()))
 
     def end(self) -> None:
         self.calls.append(("end", None))

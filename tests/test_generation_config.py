@@ -41,7 +41,6 @@ NAN, INF = float("nan"), float("inf")
         ("seed", [None, 2**63, [1, 2**70]], {}),
         ("approximate_cache", ["full"], {}),
         ("refresh_interval", [2], {}),  # without approximate_cache
-        ("check_cache", ["yes"], {"approximate_cache": "dual"}),
         ("top_q", [0.9], {}),
         ("max_length", [9], {}),
         ("num_return_sequences", [2], {}),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -15,65 +16,40 @@ from tiny import assert_rate, chi_square_p
 from unmask.errors import UnmaskError
 from unmask.generation.policy import (
     RANKED,
-    Decision,
-    EntropyBound,
-    Factor,
+    REMASK,
     Proposal,
-    Ranked,
-    Remask,
-    Threshold,
     ancestral,
+    entropy_bound,
+    factor,
     most_confident,
+    ranked,
+    remask,
     share_steps,
+    threshold,
 )
 
 
 @given(canvas=st.integers(1, 200), data=st.data())
 @settings(max_examples=100)
-def test_steps_are_shared_out_over_the_blocks(canvas: int, data: st.DataObject) -> None:
+def test_steps_are_shared_out_over_the_blocks_in_proportion(canvas: int, data: st.DataObject) -> None:
     block_length = data.draw(st.integers(1, canvas))
     sizes = [min(block_length, canvas - start) for start in range(0, canvas, block_length)]
     steps = data.draw(st.integers(len(sizes), canvas))
     shares = share_steps(steps, sizes)
     assert len(shares) == len(sizes) and sum(shares) == steps
     for share, size in zip(shares, sizes, strict=True):
-        assert 1 <= share <= size  # every step of a block has a token to commit
-    for share, size in zip(shares, sizes, strict=True):
-        assert abs(share - steps * size / canvas) < 1  # in proportion
-
-
-def test_shares_of_steps() -> None:
-    assert share_steps(4, [1, 4, 3]) == [1, 1, 2]  # the rest of a prompt's block, then whole ones
+        assert 1 <= share <= size and abs(share - steps * size / canvas) < 1
     with pytest.raises(UnmaskError, match="steps"):
-        share_steps(2, [4, 4, 1])
-
-
-@given(
-    rows=st.lists(
-        st.lists(
-            st.tuples(st.sampled_from([-1.0, 0.0, 0.1, 0.5, 0.5, 1.0]), st.booleans()), min_size=4, max_size=4
-        ),
-        min_size=1,
-        max_size=4,
-    ),
-    count=st.integers(0, 6),
-)
-@settings(max_examples=100)
-def test_most_confident_equals_sorting(rows: list[list[tuple[float, bool]]], count: int) -> None:
-    confidence = torch.tensor([[value for value, _ in row] for row in rows])
-    candidates = torch.tensor([[open_ for _, open_ in row] for row in rows])
-    chosen = most_confident(confidence, candidates, count)
-    for row, picked in zip(rows, chosen.tolist(), strict=True):
-        ranked = sorted((-value, place) for place, (value, open_) in enumerate(row) if open_)
-        assert [place for place, is_in in enumerate(picked) if is_in] == sorted(p for _, p in ranked[:count])
+        share_steps(len(sizes) - 1, sizes)
 
 
 def test_ties_go_to_the_leftmost_and_counts_may_differ_between_rows() -> None:
     wide = torch.arange(5000)[None] % 3 / 3  # long enough for a sort that does not keep order to show
     chosen = most_confident(wide, torch.ones(1, 5000, dtype=torch.bool), 700)
     assert chosen[0].nonzero()[:, 0].tolist() == list(range(2, 2100, 3))
-    confidence = torch.tensor([[0.1, 0.2, 0.3]] * 3)
-    chosen = most_confident(confidence, torch.ones(3, 3, dtype=torch.bool), torch.tensor([0, 1, 5]))
+    chosen = most_confident(
+        wide[:, :3].expand(3, -1), wide[:, :3].expand(3, -1) >= 0, torch.tensor([0, 1, 5])
+    )
     assert chosen.tolist() == [[False] * 3, [False, False, True], [True] * 3]
 
 
@@ -106,14 +82,21 @@ NOTHING = lambda n, p, entropies: False  # noqa: E731
 # (policy, key of a position by p, margin, entropy and index, lowest first; whether the n best fit together, by
 # the probability of the last and the entropies of all)
 LOOPS: list[tuple[Any, Callable[..., float], Callable[..., bool]]] = [
-    (Ranked(RANKED["maskgit_plus"]), lambda p, m, h, i: -p, NOTHING),
-    (Ranked(RANKED["topk_margin"]), lambda p, m, h, i: -m, NOTHING),
-    (Ranked(RANKED["entropy"]), lambda p, m, h, i: h, NOTHING),
-    (Ranked(RANKED["left_to_right"]), lambda p, m, h, i: i, NOTHING),
-    *((Threshold(x), lambda p, *_: -p, lambda n, p, hs, x=x: p >= x) for x in (0.2, 0.6, 0.95)),
-    *((Factor(x), lambda p, *_: -p, lambda n, p, hs, x=x: (n + 1) * (1 - p) < x) for x in (0.3, 1.0, 2.5)),
+    (partial(ranked, score=RANKED["maskgit_plus"]), lambda p, m, h, i: -p, NOTHING),
+    (partial(ranked, score=RANKED["topk_margin"]), lambda p, m, h, i: -m, NOTHING),
+    (partial(ranked, score=RANKED["entropy"]), lambda p, m, h, i: h, NOTHING),
+    (partial(ranked, score=RANKED["left_to_right"]), lambda p, m, h, i: i, NOTHING),
+    *((partial(threshold, threshold=x), lambda p, *_: -p, lambda n, p, hs, x=x: p >= x) for x in (0.2, 0.95)),
     *(
-        (EntropyBound(x), lambda p, m, h, i: h, lambda n, p, hs, x=x: sum(hs[:-1]) <= x)
+        (partial(factor, factor=x), lambda p, *_: -p, lambda n, p, hs, x=x: (n + 1) * (1 - p) < x)
+        for x in (0.3, 1.0, 2.5)
+    ),
+    *(
+        (
+            partial(entropy_bound, entropy_bound=x),
+            lambda p, m, h, i: h,
+            lambda n, p, hs, x=x: sum(hs[:-1]) <= x,
+        )
         for x in (0.0, 0.2, 1.0, 100.0)
     ),
 ]
@@ -124,19 +107,11 @@ def test_a_policy_takes_the_best_that_fit_or_its_quota(
     policy: Any, key: Callable[..., float], fits: Callable[..., bool]
 ) -> None:
     proposal = random_proposal()
+    figures = torch.stack([proposal.confidence, proposal.margin, proposal.entropy], dim=-1).tolist()
     expected = []
-    for row in range(len(proposal.candidates)):
-        figures = [
-            (*values, index)
-            for index, values in enumerate(
-                zip(
-                    *(x[row].tolist() for x in (proposal.confidence, proposal.margin, proposal.entropy)),
-                    strict=True,
-                )
-            )
-            if proposal.candidates[row, index]
-        ]
-        best = sorted(figures, key=lambda one: key(*one))
+    for row, candidates in enumerate(proposal.candidates):
+        open_ = [(*figures[row][index], index) for index in candidates.nonzero()[:, 0].tolist()]
+        best = sorted(open_, key=lambda one: key(*one))
         counts = [
             n for n in range(1, len(best) + 1) if fits(n, best[n - 1][0], [h for _, _, h, _ in best[:n]])
         ]
@@ -147,45 +122,38 @@ def test_a_policy_takes_the_best_that_fit_or_its_quota(
 def test_the_order_at_a_temperature_is_drawn_without_replacement() -> None:
     """Of two candidates the first is taken with the probability of a softmax; Gumbel's trick against that."""
     n = 8000
-    proposal = random_proposal(n, 3)
-    fixed = torch.tensor([[0.9, 0.5, 0.7]]).expand(n, -1)
-    proposal = proposal._replace(
+    proposal = random_proposal(
+        n,
+        3,
         candidates=torch.tensor([[True, False, True]]).expand(n, -1),
-        confidence=fixed,
+        confidence=torch.tensor([[0.9, 0.5, 0.7]]).expand(n, -1),
         quota=torch.ones(n, dtype=torch.long),
-        step=torch.zeros(n, dtype=torch.long),
     )
-    taken = Ranked(RANKED["maskgit_plus"], alg_temp=0.5)(proposal)
+    taken = ranked(proposal, RANKED["maskgit_plus"], alg_temp=0.5)
     assert not taken[:, 1].any() and (taken.sum(dim=1) == 1).all()
-    p = torch.softmax(torch.tensor([0.9, 0.7]) / 0.5, dim=0)[0].item()
-    assert_rate(taken[:, 0], p)
-    cold = Ranked(RANKED["maskgit_plus"], alg_temp=1e-4)(proposal)
-    assert cold[:, 0].all()
+    assert_rate(taken[:, 0], torch.softmax(torch.tensor([0.9, 0.7]) / 0.5, dim=0)[0].item())
+    assert ranked(proposal, RANKED["maskgit_plus"], alg_temp=1e-4)[:, 0].all()
 
 
 def test_random_order_is_one_order_and_uniform() -> None:
-    n, length = 6000, 3
-    every = random_proposal(n, length)._replace(
-        candidates=torch.ones(n, length, dtype=torch.bool), quota=torch.ones(n, dtype=torch.long)
+    n = 6000
+    every = random_proposal(
+        n, 3, candidates=torch.ones(n, 3, dtype=torch.bool), quota=torch.ones(n, dtype=torch.long)
     )
-    first = Ranked(RANKED["random"])(every)
-    assert torch.equal(first, Ranked(RANKED["random"])(every._replace(step=every.step + 1)))
+    first = ranked(every, RANKED["random"])
+    assert torch.equal(first, ranked(every._replace(step=every.step + 1), RANKED["random"]))
     assert_rate(first, 1 / 3)
 
 
 def test_the_ancestral_sampler_gives_every_token_an_even_step() -> None:
     """The step of a token is uniform, and steps at which nothing would happen do not exist."""
     n, length, steps = 4000, 3, 4
-    every = random_proposal(n, length)._replace(
-        candidates=torch.ones(n, length, dtype=torch.bool), steps=torch.full((n,), steps)
-    )
-    times = torch.zeros(n, length, dtype=torch.long)  # how many tokens are committed before or with each
-    left, forwards = every.candidates.clone(), torch.zeros(n, dtype=torch.long)
+    left, forwards = torch.ones(n, length, dtype=torch.bool), torch.zeros(n, dtype=torch.long)
+    every = random_proposal(n, length, steps=torch.full((n,), steps))
     while left.any():
         now = ancestral(every._replace(candidates=left))
         assert (now.any(dim=1) == left.any(dim=1)).all()
         forwards += now.any(dim=1)
-        times += torch.where(now, forwards[:, None], 0)
         left = left & ~now
     # Distinct values of three uniform draws from four steps: exact by enumeration.
     counts = Counter(len({*draw}) for draw in product(range(steps), repeat=length))
@@ -194,26 +162,20 @@ def test_the_ancestral_sampler_gives_every_token_an_even_step() -> None:
     assert chi_square_p(found, exact) > 1e-6
 
 
-@pytest.mark.parametrize("kind", ["cap", "rescale", "confidence"])
+@pytest.mark.parametrize("kind", REMASK)
 @pytest.mark.parametrize("eta", [0.2, 1.0])
 def test_remasking_leaves_the_share_of_masked_tokens_as_it_is(kind: str, eta: float) -> None:
     """The marginals: after step k of N the expected share committed is k / N, with and without remasking."""
     n, length, steps = 3000, 8, 6
-    state = random_proposal(n, length)
+    state = random_proposal(n, length, steps=torch.full((n,), steps))
     confidence = torch.rand(n, length, generator=torch.Generator().manual_seed(3))
     committed = torch.zeros(n, length, dtype=torch.bool)
     again = 0
     for step in range(steps):
-        move = Remask(kind, eta)(
-            state._replace(
-                candidates=~committed,
-                committed=committed,
-                confidence=confidence,
-                step=torch.full((n,), step),
-                steps=torch.full((n,), steps),
-            )
-        )
-        assert isinstance(move, Decision) and move.remask is not None
+        at = torch.full((n,), step)
+        proposal = state._replace(candidates=~committed, committed=committed, confidence=confidence, step=at)
+        move = remask(proposal, kind, eta)
+        assert move.remask is not None
         assert not (move.remask & ~committed).any() and not (move.commit & committed).any()
         again += int(move.remask.sum())
         committed = (committed | move.commit) & ~move.remask
@@ -231,7 +193,7 @@ def test_remasking_by_confidence_takes_the_less_sure() -> None:
         confidence=torch.tensor([[0.0, 0.0, 0.99, 0.01]]).expand(n, -1),
         step=torch.full((n,), 3),
     )
-    shares = Remask("confidence", 0.5)(state).remask
+    shares = remask(state, "remdm_confidence", 0.5).remask
     assert shares is not None
     sure, doubtful = shares.double().mean(dim=0)[2:].tolist()
     assert doubtful / sure == pytest.approx(math.exp(0.98), rel=0.15)

@@ -2,13 +2,14 @@
 
 import copy
 import difflib
+from functools import partial
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import ConfigDict, Field, ValidationError, create_model
 from transformers import GenerationConfig
 
 from unmask.errors import UnmaskError
-from unmask.generation.policy import ADAPTIVE, POLICIES, RANKED, REMASK, Policy, Ranked, Remask, ancestral
+from unmask.generation.policy import ADAPTIVE, POLICIES, RANKED, REMASK, Policy, ancestral, ranked, remask
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -24,7 +25,7 @@ _OF_POLICY: dict[str, tuple[tuple[str, ...], float]] = {
     "threshold": (("threshold",), 0.9),
     "factor": (("factor",), 1.0),
     "entropy_bound": (("entropy_bound",), 0.1),
-    "eta": (tuple(REMASK), 0.1),
+    "eta": (REMASK, 0.1),
 }
 # Settings of transformers that have another name here.
 _ELSEWHERE = {
@@ -78,7 +79,6 @@ class DiffusionGenerationConfig(GenerationConfig):
     # arXiv:2505.22618). Changes answers.
     approximate_cache: Literal["prefix", "dual"] | None = None
     refresh_interval: Positive | None = None  # steps until that cache is recomputed; None = once per block
-    check_cache: bool = False  # also run every forward pass exactly and report `disagreement`
     return_trace: bool = False  # also return commit steps, confidence, entropy and the canvas after each step
     return_dict_in_generate: bool = True  # a `DiffusionGenerationOutput`; False = the ids alone
     mask_token_id: Count | None = None  # None = that of the model's config
@@ -101,11 +101,7 @@ class DiffusionGenerationConfig(GenerationConfig):
 
         Of transformers' own, `do_sample` sets the temperature: False to 0, True to 1 unless it is above 0.
         """
-        settings = {
-            name: value
-            for name, value in settings.items()
-            if not (name in _NEUTRAL and value == _NEUTRAL[name])
-        }
+        settings = {k: v for k, v in settings.items() if k not in _NEUTRAL or v != _NEUTRAL[k]}
         sampled = settings.pop("do_sample", None)
         if sampled is False:
             settings |= {"temperature": 0.0, "top_k": None, "top_p": None}
@@ -142,13 +138,13 @@ class DiffusionGenerationConfig(GenerationConfig):
                 raise UnmaskError(
                     f"{name} has no effect with policy {self.policy_name!r}; remove one of them."
                 )
-        for names, needed, there in (
-            (("top_k", "top_p"), "a temperature above 0", self.temperature > 0),
-            (("refresh_interval", "check_cache"), "approximate_cache", self.approximate_cache is not None),
+        for name, needed, there in (
+            ("top_k", "a temperature above 0", self.temperature > 0),
+            ("top_p", "a temperature above 0", self.temperature > 0),
+            ("refresh_interval", "approximate_cache", self.approximate_cache is not None),
         ):
-            for name in names:
-                if getattr(self, name) and not there:
-                    raise UnmaskError(f"{name} has no effect without {needed}; set it or remove {name}.")
+            if getattr(self, name) and not there:
+                raise UnmaskError(f"{name} has no effect without {needed}; set it or remove {name}.")
 
     @property
     def policy_name(self) -> str:
@@ -169,13 +165,13 @@ class DiffusionGenerationConfig(GenerationConfig):
         if callable(self.policy):
             return cast(Policy, self.policy)
         name = self.policy_name
-        value = {key: getattr(self, key) for key in _OF_POLICY if getattr(self, key) is not None}
-        value = {key: default for key, (_, default) in _OF_POLICY.items()} | value
+        own = {key: default for key, (policies, default) in _OF_POLICY.items() if name in policies}
+        own |= {key: getattr(self, key) for key in own if getattr(self, key) is not None}
         if name in RANKED:
-            return Ranked(RANKED[name], value["alg_temp"])
+            return partial(ranked, score=RANKED[name], **own)
         if name in ADAPTIVE:
-            return ADAPTIVE[name](value[name])
-        return ancestral if name == "origin" else Remask(REMASK[name], value["eta"])
+            return partial(ADAPTIVE[name], **own)
+        return partial(remask, kind=name, **own) if name in REMASK else ancestral
 
     @property
     def eos_token_ids(self) -> list[int]:

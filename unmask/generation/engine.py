@@ -18,14 +18,16 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers import LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.utils.generic import ModelOutput
 
 from unmask.diffusion.attention import token_positions
 from unmask.diffusion.rng import keyed_hash
 from unmask.errors import UnmaskError
 from unmask.generation.config import DiffusionGenerationConfig
-from unmask.generation.policy import Decision, Proposal, Remask, share_steps
-from unmask.generation.sampling import Sampled, as_criterion, as_processor, sample, suppress, uniforms
+from unmask.generation.policy import REMASK, Decision, Proposal, share_steps
+from unmask.generation.sampling import Sampled, as_functions, sample, suppress, uniforms
 
 _LAST = torch.iinfo(torch.long).max
 
@@ -64,9 +66,6 @@ class DiffusionGenerationOutput(ModelOutput):
     confidence: Float[Tensor, "B C"] | None = None
     entropy: Float[Tensor, "B C"] | None = None
     states: Int[Tensor, "B F C"] | None = None
-    # With `check_cache`: share of the positions asked for at which the approximate cache gave another token
-    # than the exact forward pass.
-    disagreement: Float[Tensor, "B"] | None = None
 
 
 def generate_canvas(
@@ -92,7 +91,8 @@ def generate_canvas(
         UnmaskError: fewer steps than blocks, a policy that commits nothing, or logits that are NaN.
     """
     length = input_ids.shape[1]
-    masks = input_ids.new_full((len(input_ids), config.max_new_tokens), config.mask_token_id or 0)
+    assert config.mask_token_id is not None
+    masks = input_ids.new_full((len(input_ids), config.max_new_tokens), config.mask_token_id)
     ids = torch.cat([input_ids, masks], dim=1)
     is_token = torch.cat([is_token, torch.ones_like(masks, dtype=torch.bool)], dim=1)
     canvas = (torch.arange(ids.shape[1], device=ids.device) >= length).expand(ids.shape)
@@ -120,9 +120,9 @@ class Engine:
         canvas: True = a position to fill; its id must be the mask token.
         block: blocks of the tokens as a block-causal model was trained on.
         cached: whether the denoiser caches keys and values of completed blocks.
-        logits_processor: see `unmask.generation.sampling.as_processor`.
-        stopping_criteria: see `unmask.generation.sampling.as_criterion`; asked about a row's ids up to each
-            token that is final, as are all before it.
+        logits_processor: functions of (ids (M, L) of each position's row, logits (M, V)), or one.
+        stopping_criteria: functions of (ids (1, n), None), or one; those of transformers' class also get
+            `prompt_length`. Asked about a row's ids up to each token that is final, as are all before it.
     """
 
     def __init__(
@@ -140,11 +140,11 @@ class Engine:
     ):
         assert config.mask_token_id is not None
         self.denoiser, self.config, self.mask_token_id = denoiser, config, config.mask_token_id
-        self.processor, self.criterion = as_processor(logits_processor), as_criterion(stopping_criteria)
+        self.processors = LogitsProcessorList(as_functions("logits_processor", logits_processor))
+        self.criteria = as_functions("stopping_criteria", stopping_criteria)
         self.ids, self.is_token, self.canvas = ids.clone(), is_token, canvas
         self.model_block, self.cached = block, cached
-        self.policy = config.make_policy()
-        self.remasks = isinstance(self.policy, Remask)
+        self.policy, self.remasks = config.make_policy(), config.policy_name in REMASK
         self.drafts = False  # whether what is committed may be masked again while its block is not complete
         batch, device = len(ids), ids.device
         self.canvas_index = (canvas.long().cumsum(dim=1) - 1).clamp(min=0)
@@ -177,15 +177,20 @@ class Engine:
         self.confidence = torch.zeros(ids.shape, device=device)
         self.entropy = torch.zeros_like(self.confidence)
         self.states: list[Tensor] = []
-        self.differing = torch.zeros(batch, 2, device=device)  # other tokens, tokens compared
 
     def steps(self) -> Iterable[None]:
         """Work until every row is done, one denoising step of all unfinished rows at a time."""
         while len(rows := self._unfinished_rows()) > 0:
             if self.cached:
                 self._cache_completed_blocks(rows)
-            for group, whole in self._groups(rows):
-                self._advance(group, whole)
+            if self.config.approximate_cache is None:
+                self._advance(rows)
+            else:
+                step, interval = self.step[rows], self.config.refresh_interval
+                fresh = step == 0 if interval is None else step % interval == 0
+                for group, is_fresh in ((rows[fresh], True), (rows[~fresh], False)):
+                    if len(group):
+                        self._advance(group, is_fresh)
             if self.config.return_trace:
                 self.states.append(self.ids.clone())
             yield
@@ -196,23 +201,21 @@ class Engine:
 
     def output(self, sequences: Tensor, in_answer: Tensor, columns: slice) -> DiffusionGenerationOutput:
         """Make what `generate` returns; `in_answer` and the trace are those of `columns`."""
-        trace = self.config.return_trace
-        different, compared = self.differing.unbind(dim=1)
-        return DiffusionGenerationOutput(
+        output = DiffusionGenerationOutput(
             sequences=sequences,
             tokens_per_forward=in_answer.sum(dim=1) / self.num_forwards.clamp(min=1),
             num_forwards=self.num_forwards,
-            commit_step=torch.where(in_answer, self.commit_step[:, columns], -1) if trace else None,
-            confidence=torch.where(in_answer, self.confidence[:, columns], 0.0) if trace else None,
-            entropy=torch.where(in_answer, self.entropy[:, columns], 0.0) if trace else None,
-            states=torch.stack(self.states or [self.ids], dim=1)[:, :, columns] if trace else None,
-            disagreement=different / compared.clamp(min=1) if self.config.check_cache else None,
         )
+        if self.config.return_trace:
+            output.commit_step = torch.where(in_answer, self.commit_step[:, columns], -1)
+            output.confidence = torch.where(in_answer, self.confidence[:, columns], 0.0)
+            output.entropy = torch.where(in_answer, self.entropy[:, columns], 0.0)
+            output.states = torch.stack(self.states or [self.ids], dim=1)[:, :, columns]
+        return output
 
     def _schedule(self) -> tuple[Int[Tensor, "B N"], Int[Tensor, "B N"]]:
         """Count the tokens of each block and divide the steps over the blocks."""
-        blocks = max(1, int(self.block_of.amax()) + 1) if self.block_of.numel() else 1
-        sizes = self.block_of.new_zeros(len(self.block_of), blocks)
+        sizes = self.block_of.new_zeros(len(self.block_of), max(1, int(self.block_of.amax()) + 1))
         sizes.scatter_add_(1, self.block_of.clamp(min=0), self.canvas.long())
         steps_of = torch.ones_like(sizes)
         for row, counts in enumerate(sizes.tolist()):
@@ -222,6 +225,10 @@ class Engine:
                 steps_of[row, : len(used)] = torch.tensor(shares)
         return sizes, steps_of
 
+    def _of_block(self, table: Int[Tensor, "B N"]) -> Int[Tensor, "B"]:
+        """The entry of each row's current block; that of the last block for rows that are done."""
+        return table.gather(1, self.block.clamp(max=table.shape[1] - 1)[:, None])[:, 0]
+
     def _before_end(self) -> Bool[Tensor, "B L"]:
         """Positions before or at the first committed end token of each row: those still worth denoising."""
         ended = torch.isin(self.ids, self.eos) & self.canvas & ~self.masked
@@ -229,26 +236,20 @@ class Engine:
 
     def _unfinished_rows(self) -> Int[Tensor, "R"]:
         """Find the rows that are not done, and start the next block of those whose block is complete."""
+        before_end = self._before_end()
+        self.open = self.masked & before_end
         if self.remasks:  # a committed token may be masked again: only the steps complete a block
-            over = self.step >= self.steps_of.gather(1, self._block_index())[:, 0]
-            self.block, self.step = self.block + over.long(), torch.where(over, 0, self.step)
-            unfinished = ((self.block_of >= self.block[:, None]) & self._before_end()).any(dim=1)
+            complete = self.step >= self._of_block(self.steps_of)
         else:
-            self.open = self.masked & self._before_end()
-            current = torch.where(self.open, self.block_of, _LAST).amin(dim=1)
-            unfinished = current < _LAST
-            moved = unfinished & (current != self.block)
-            self.step = torch.where(moved, 0, self.step)
-            self.block = torch.where(unfinished, current, self.block)
-        if self.criterion is not None:
+            complete = ~(self.open & (self.block_of == self.block[:, None])).any(dim=1)
+        self.block, self.step = self.block + complete.long(), torch.where(complete, 0, self.step)
+        unfinished = ((self.block_of >= self.block[:, None]) & before_end).any(dim=1)
+        if self.criteria:
             final = ~self.masked
             if self.drafts:
                 final &= (self.block_of < self.block[:, None]) | ~unfinished[:, None]
-            self._apply_criterion(final)
+            self._apply_criteria(final)
         return (unfinished & (self.limit == _LAST)).nonzero()[:, 0]
-
-    def _block_index(self) -> Int[Tensor, "B 1"]:
-        return self.block.clamp(max=self.sizes.shape[1] - 1)[:, None]
 
     def _input(self, rows: Tensor, needs_logits: Tensor) -> DenoiserInput:
         """Show the rows up to the last column that one of them may attend to."""
@@ -273,8 +274,6 @@ class Engine:
         assert self.model_block is not None
         current = self.first_block[rows] + self.block[rows]
         rows = rows[behind := self.cached_blocks[rows] < current]
-        if len(rows) == 0:
-            return
         current, block = current[behind], self.model_block[rows]
         final = (block >= self.cached_blocks[rows, None]) & (block < current[:, None]) & self.is_token[rows]
         self.cached_blocks[rows] = current
@@ -282,54 +281,44 @@ class Engine:
             inputs = self._input(rows, torch.zeros_like(final))
             inputs = inputs._replace(is_computed=final[:, : inputs.ids.shape[1]])
             for guided in self._with_guidance(inputs):
-                for _ in self.denoiser(guided):
-                    pass
+                list(self.denoiser(guided))
 
-    def _groups(self, rows: Tensor) -> list[tuple[Tensor, bool]]:
-        """Split the rows into those computed whole (True) and those with an approximate cache."""
-        if self.config.approximate_cache is None:
-            return [(rows, True)]
-        step, interval = self.step[rows], self.config.refresh_interval
-        fresh = step == 0 if interval is None else step % interval == 0
-        return [(rows[flag], whole) for flag, whole in ((fresh, True), (~fresh, False)) if flag.any()]
-
-    def _computed(self, inputs: DenoiserInput, whole: bool) -> Tensor | None:
+    def _computed(self, inputs: DenoiserInput, is_fresh: bool) -> Tensor | None:
         """Which positions are computed; None = all, without a cache."""
         rows = inputs.slots
         if self.cached:
             assert inputs.block is not None
             return inputs.is_token & (inputs.block == (self.first_block[rows] + self.block[rows])[:, None])
-        if self.config.approximate_cache is None:
-            return None
-        if whole:
-            return inputs.is_token
+        if self.config.approximate_cache is None or is_fresh:
+            return None if self.config.approximate_cache is None else inputs.is_token
         current = self.block_of[rows, : inputs.ids.shape[1]] == self.block[rows, None]
         if self.config.approximate_cache == "dual":
             return current
         return inputs.is_token & (current.long().cumsum(dim=1) > 0)
 
-    def _advance(self, rows: Tensor, whole: bool) -> None:
-        """Take one step of some rows: forward pass, sample, decide, commit."""
+    def _advance(self, rows: Tensor, is_fresh: bool = True) -> None:
+        """Take one step of some rows: forward pass, sample, decide, commit.
+
+        With an approximate cache rows that are not fresh read keys and values of an earlier step.
+        """
         in_block = self.block_of[rows] == self.block[rows, None]
         candidates = in_block & (self.masked[rows] if self.remasks else self.open[rows])
         inputs = self._input(rows, candidates)
-        sampled = self._sample(inputs._replace(is_computed=self._computed(inputs, whole)), whole)
+        sampled = self._sample(inputs._replace(is_computed=self._computed(inputs, is_fresh)))
 
         def scatter(values: Tensor, elsewhere: Tensor) -> Tensor:
             return elsewhere.clone().masked_scatter(candidates, values.to(elsewhere.dtype))
 
-        index = self._block_index()[rows]
-        step, steps = self.step[rows], self.steps_of[rows].gather(1, index)[:, 0]
+        step, steps = self.step[rows], self._of_block(self.steps_of)[rows]
         committed = in_block & ~self.masked[rows]
-        target = (step + 1) * self.sizes[rows].gather(1, index)[:, 0] // steps
+        target = (step + 1) * self._of_block(self.sizes)[rows] // steps
         confidence = scatter(sampled.confidence, self.confidence[rows])
-        entropy = scatter(sampled.entropy, self.entropy[rows])
         proposal = Proposal(
             candidates=candidates,
             token=scatter(sampled.token, self.ids[rows]),
             confidence=confidence,
             margin=scatter(sampled.margin, torch.zeros_like(confidence)),
-            entropy=entropy,
+            entropy=scatter(sampled.entropy, self.entropy[rows]),
             committed=committed,
             quota=(target - committed.sum(dim=1)).clamp(min=1),
             step=step,
@@ -347,7 +336,7 @@ class Engine:
             raise UnmaskError("the policy committed no token of some row; it must commit one at least.")
         self.ids[rows] = torch.where(commit, proposal.token, self.ids[rows])
         self.confidence[rows] = torch.where(commit, confidence, self.confidence[rows])
-        self.entropy[rows] = torch.where(commit, entropy, self.entropy[rows])
+        self.entropy[rows] = torch.where(commit, proposal.entropy, self.entropy[rows])
         self.commit_step[rows] = torch.where(commit, self.num_forwards[rows, None], self.commit_step[rows])
         self.masked[rows] = self.masked[rows] & ~commit
         if decision.remask is not None:
@@ -357,26 +346,16 @@ class Engine:
         self.num_forwards[rows] += candidates.any(dim=1).long()
         self.step[rows] += 1
 
-    def _sample(self, inputs: DenoiserInput, whole: bool) -> Sampled:
+    def _sample(self, inputs: DenoiserInput) -> Sampled:
         """Run the network and draw a token for each position whose logits are needed."""
+        config, start = self.config, 0
         row, column = inputs.needs_logits.nonzero(as_tuple=True)
-        if len(row) == 0:
-            none = self.confidence.new_zeros(0)
-            return Sampled(none.long(), none, none, none)
-        guided = self._with_guidance(inputs)
-        sampled = self._sample_chunks(guided, row, column)
-        if self.config.check_cache and not whole:
-            exact = self._sample_chunks([each._replace(is_computed=None) for each in guided], row, column)
-            other = (sampled.token != exact.token).float()
-            both = torch.stack([other, torch.ones_like(other)], dim=1)
-            self.differing.index_add_(0, inputs.slots[row], both)
-        return sampled
-
-    def _sample_chunks(self, guided: list[DenoiserInput], row: Tensor, column: Tensor) -> Sampled:
-        config, chunks, start = self.config, [], 0
+        none = self.confidence.new_zeros(0)
+        chunks = [Sampled(none.long(), none, none, none)]
+        guided = self._with_guidance(inputs) if len(row) else []
         for logits, *unconditional in zip(*map(self.denoiser, guided), strict=True):
-            stop = start + len(logits)
-            rows, columns = guided[0].slots[row[start:stop]], column[start:stop]
+            part = slice(start, start + len(logits))
+            rows, columns, start = inputs.slots[row[part]], column[part], part.stop
             if unconditional:
                 logits = logits + config.guidance_scale * (logits - unconditional[0])
             logits = suppress(logits, self.forbidden)
@@ -384,31 +363,34 @@ class Engine:
             if early.any():
                 logits[early] = suppress(logits[early], self.eos)
             raw = None
-            if self.processor is not None:
-                raw, logits = logits, self.processor(self.ids[rows], logits.clone())
+            if self.processors:
+                raw, logits = logits, self.processors(self.ids[rows], logits.clone())
+            if not logits.amax(dim=-1).isfinite().all():
+                raise UnmaskError(
+                    "the model's logits, or those that logits_processor returned, are NaN or infinite, or allow"
+                    " no token; check the weights and their dtype."
+                )
             uniform = None
             if config.temperature > 0:
                 uniform = uniforms(self.seed[rows], self.positions[rows, columns], self.num_forwards[rows])
-            chunk = sample(logits, uniform, config.temperature or 1.0, config.top_k, config.top_p, raw)
-            if chunk.confidence.isnan().any():
-                raise UnmaskError(
-                    "the model's logits are NaN or infinite, or allow no token; check its weights and dtype."
-                )
-            chunks.append(chunk)
-            start = stop
+            chunks.append(sample(logits, uniform, config.temperature or 1.0, config.top_k, config.top_p, raw))
         return Sampled(*(torch.cat(field) for field in zip(*chunks, strict=True)))
 
-    def _apply_criterion(self, final: Bool[Tensor, "B L"]) -> None:
+    def _apply_criteria(self, final: Bool[Tensor, "B L"]) -> None:
         """Ask the stopping criteria about every new token that is final, as are all before it."""
-        assert self.criterion is not None
         for row in (self.limit == _LAST).nonzero()[:, 0].tolist():
             columns = self.canvas[row].nonzero()[:, 0]
+            prompt = self.ids[row, self.is_token[row] & ~self.canvas[row]]
             length = int(final[row, columns].long().cumprod(dim=0).sum())
-            is_token = self.is_token[row]
             for count in range(int(self.tested[row]) + 1, length + 1):
-                before = torch.arange(len(is_token), device=is_token.device) <= columns[count - 1]
-                ids, prompt_length = self.ids[row, is_token & before][None], int(is_token[: columns[0]].sum())
-                if self.criterion(ids, prompt_length):
+                ids = torch.cat([prompt, self.ids[row, columns[:count]]])[None]
+                answers = (
+                    criterion(ids, None, prompt_length=len(prompt))
+                    if isinstance(criterion, StoppingCriteria)
+                    else criterion(ids, None)
+                    for criterion in self.criteria
+                )
+                if any(bool(torch.as_tensor(answer).all()) for answer in answers):
                     self.limit[row] = count
                     break
             self.tested[row] = length

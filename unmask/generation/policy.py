@@ -1,8 +1,8 @@
 """Which positions to commit at a step: published policies, each a pure function of a proposal.
 
-`Ranked` policies commit as many tokens as the schedule asks for. The adaptive ones (`Threshold`, `Factor`,
-`EntropyBound`) commit as many as the model is confident of, and never fewer than the schedule needs. All of
-them commit at least one token of each row. `Remask` alone may commit none at a step, and masks tokens again.
+`ranked` policies commit as many tokens as the schedule asks for. The adaptive ones (`threshold`, `factor`,
+`entropy_bound`) commit as many as the model is confident of, and never fewer than the schedule needs. All of
+them commit at least one token of each row. `remask` alone may commit none at a step, and masks tokens again.
 
 Shapes: R rows, L columns.
 """
@@ -10,7 +10,6 @@ Shapes: R rows, L columns.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -47,6 +46,7 @@ class Decision(NamedTuple):
 
 Policy = Callable[[Proposal], "Bool[Tensor, 'R L'] | Decision"]
 """Proposal -> positions to commit among `candidates`, or a `Decision`."""
+Score = Callable[[Proposal], Float[Tensor, "R L"]]
 
 
 def most_confident(
@@ -64,24 +64,18 @@ def _rank(score: Tensor, candidates: Tensor) -> Int[Tensor, "R L"]:
     return torch.empty_like(order).scatter_(1, order, columns)
 
 
-@dataclass(frozen=True)
-class Ranked:
+def ranked(proposal: Proposal, score: Score, alg_temp: float = 0.0) -> Bool[Tensor, "R L"]:
     """Commit as many tokens as the schedule asks for, the highest score first.
 
     With `alg_temp` above 0 the order is drawn without replacement from softmax(score / alg_temp) (Dream,
     arXiv:2508.15487, and MaskGIT's annealed choice, 2202.04200), by Gumbel's trick.
     """
-
-    score: Callable[[Proposal], Float[Tensor, "R L"]]
-    alg_temp: float = 0.0
-
-    def __call__(self, proposal: Proposal) -> Bool[Tensor, "R L"]:
-        score = self.score(proposal)
-        if self.alg_temp > 0:
-            key = (proposal.seed[:, None], STREAM_COMMIT, proposal.position, proposal.step[:, None])
-            gumbel = -torch.log(-torch.log(keyed_uniform(*key).clamp(min=1e-30)))
-            score = score / self.alg_temp + gumbel
-        return most_confident(score, proposal.candidates, proposal.quota)
+    values = score(proposal)
+    if alg_temp > 0:
+        key = (proposal.seed[:, None], STREAM_COMMIT, proposal.position, proposal.step[:, None])
+        gumbel = -torch.log(-torch.log(keyed_uniform(*key).clamp(min=1e-30)))
+        values = values / alg_temp + gumbel
+    return most_confident(values, proposal.candidates, proposal.quota)
 
 
 def ancestral(proposal: Proposal) -> Bool[Tensor, "R L"]:
@@ -97,82 +91,62 @@ def ancestral(proposal: Proposal) -> Bool[Tensor, "R L"]:
     return proposal.candidates & (step == step.amin(dim=1, keepdim=True))
 
 
-@dataclass(frozen=True)
-class Threshold:
+def threshold(proposal: Proposal, threshold: float) -> Bool[Tensor, "R L"]:
     """Commit every token of probability `threshold` or more (Fast-dLLM, arXiv:2505.22618, sec. 3.3)."""
-
-    threshold: float
-
-    def __call__(self, proposal: Proposal) -> Bool[Tensor, "R L"]:
-        confident = proposal.candidates & (proposal.confidence >= self.threshold)
-        return confident | most_confident(proposal.confidence, proposal.candidates, proposal.quota)
+    confident = proposal.candidates & (proposal.confidence >= threshold)
+    return confident | most_confident(proposal.confidence, proposal.candidates, proposal.quota)
 
 
-@dataclass(frozen=True)
-class Factor:
+def factor(proposal: Proposal, factor: float) -> Bool[Tensor, "R L"]:
     """Commit the n most confident tokens, n the largest with (n + 1)(1 - c_n) < factor.
 
     c_n is the n-th highest probability: the more tokens at once, the more confident each has to be
     (Fast-dLLM, arXiv:2505.22618, sec. 3.3).
     """
-
-    factor: float
-
-    def __call__(self, proposal: Proposal) -> Bool[Tensor, "R L"]:
-        rank = _rank(proposal.confidence, proposal.candidates)
-        fits = proposal.candidates & ((rank + 2) * (1 - proposal.confidence) < self.factor)
-        # (n + 1)(1 - c_n) grows with n, so those that fit come first.
-        return fits | most_confident(proposal.confidence, proposal.candidates, proposal.quota)
+    rank = _rank(proposal.confidence, proposal.candidates)
+    # (n + 1)(1 - c_n) grows with n, so those that fit come first.
+    fits = proposal.candidates & ((rank + 2) * (1 - proposal.confidence) < factor)
+    return fits | most_confident(proposal.confidence, proposal.candidates, proposal.quota)
 
 
-@dataclass(frozen=True)
-class EntropyBound:
-    """Commit the most tokens of least entropy whose entropies but the largest sum to `bound` nats at most.
+def entropy_bound(proposal: Proposal, entropy_bound: float) -> Bool[Tensor, "R L"]:
+    """Commit the most tokens of least entropy whose entropies but the largest sum to the bound, in nats.
 
     That sum bounds the mutual information of the tokens committed together, the error of drawing them
     independently (Ben-Hamu et al., EB-Sampler, arXiv:2505.24857, sec. 4).
     """
-
-    bound: float
-
-    def __call__(self, proposal: Proposal) -> Bool[Tensor, "R L"]:
-        rank = _rank(-proposal.entropy, proposal.candidates)
-        entropy = torch.where(proposal.candidates, proposal.entropy, 0.0)
-        ordered = torch.zeros_like(entropy).scatter_(1, rank, entropy)
-        before = ordered.cumsum(dim=1) - ordered  # in ascending order: all but the largest
-        fits = proposal.candidates & (before.gather(1, rank) <= self.bound)
-        return fits | most_confident(-proposal.entropy, proposal.candidates, proposal.quota)
+    rank = _rank(-proposal.entropy, proposal.candidates)
+    entropy = torch.where(proposal.candidates, proposal.entropy, 0.0)
+    ordered = torch.zeros_like(entropy).scatter_(1, rank, entropy)
+    before = ordered.cumsum(dim=1) - ordered  # in ascending order: all but the largest
+    fits = proposal.candidates & (before.gather(1, rank) <= entropy_bound)
+    return fits | most_confident(-proposal.entropy, proposal.candidates, proposal.quota)
 
 
-@dataclass(frozen=True)
-class Remask:
+def remask(proposal: Proposal, kind: str, eta: float) -> Decision:
     """The ancestral sampler that also masks committed tokens again, so that errors can be corrected.
 
     Wang et al., ReMDM, arXiv:2503.00307, sec. 3 and 4: from t to s a committed token is masked with
     probability sigma and a masked one committed with (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), which
     leaves the expected share of masked tokens unchanged. alpha is the share committed, step / steps.
 
-    Kinds: "cap" = sigma is at most `eta`; "rescale" = `eta` times the largest possible sigma; "confidence" =
-    as "rescale" in the mean over the row's committed tokens, each in proportion to softmax(-confidence).
+    Kinds: "remdm_cap" = sigma is at most `eta`; "remdm_rescale" = `eta` times the largest possible sigma;
+    "remdm_confidence" = as "remdm_rescale" in the mean over the row's committed tokens, each in proportion to
+    softmax(-confidence).
     """
-
-    kind: str
-    eta: float
-
-    def __call__(self, proposal: Proposal) -> Decision:
-        dtype = torch.float64
-        before = (proposal.step.to(dtype) / proposal.steps)[:, None]
-        after = ((proposal.step + 1).to(dtype) / proposal.steps)[:, None]
-        largest = ((1 - after) / before.clamp(min=1e-12)).clamp(max=1.0)
-        sigma = largest.clamp(max=self.eta) if self.kind == "cap" else self.eta * largest
-        rate = (after - (1 - sigma) * before) / (1 - before)
-        if self.kind == "confidence":
-            weight = torch.exp(-proposal.confidence.to(dtype)) * proposal.committed
-            sigma = _probabilities(weight, sigma * proposal.committed.sum(dim=1, keepdim=True))
-        key = (proposal.seed[:, None], STREAM_REMASK, proposal.position, proposal.step[:, None])
-        uniform = keyed_uniform(*key)
-        commit = proposal.candidates & ((uniform < rate) | (proposal.step + 1 == proposal.steps)[:, None])
-        return Decision(commit, proposal.committed & (uniform < sigma))
+    dtype = torch.float64
+    before = (proposal.step.to(dtype) / proposal.steps)[:, None]
+    after = ((proposal.step + 1).to(dtype) / proposal.steps)[:, None]
+    largest = ((1 - after) / before.clamp(min=1e-12)).clamp(max=1.0)
+    sigma = largest.clamp(max=eta) if kind == "remdm_cap" else eta * largest
+    rate = (after - (1 - sigma) * before) / (1 - before)
+    if kind == "remdm_confidence":
+        weight = torch.exp(-proposal.confidence.to(dtype)) * proposal.committed
+        sigma = _probabilities(weight, sigma * proposal.committed.sum(dim=1, keepdim=True))
+    key = (proposal.seed[:, None], STREAM_REMASK, proposal.position, proposal.step[:, None])
+    uniform = keyed_uniform(*key)
+    commit = proposal.candidates & ((uniform < rate) | (proposal.step + 1 == proposal.steps)[:, None])
+    return Decision(commit, proposal.committed & (uniform < sigma))
 
 
 def _probabilities(weight: Float[Tensor, "R L"], total: Float[Tensor, "R 1"]) -> Float[Tensor, "R L"]:
@@ -185,7 +159,7 @@ def _probabilities(weight: Float[Tensor, "R L"], total: Float[Tensor, "R 1"]) ->
     return (weight * scale.gather(1, first)).clamp(max=1.0)
 
 
-RANKED: dict[str, Callable[[Proposal], Float[Tensor, "R L"]]] = {
+RANKED: dict[str, Score] = {
     "maskgit_plus": lambda proposal: proposal.confidence,
     "topk_margin": lambda proposal: proposal.margin,
     "entropy": lambda proposal: -proposal.entropy,
@@ -193,8 +167,12 @@ RANKED: dict[str, Callable[[Proposal], Float[Tensor, "R L"]]] = {
     "random": lambda proposal: keyed_uniform(proposal.seed[:, None], STREAM_COMMIT, proposal.position),
 }
 """Scores of the ranked policies, under the names that Dream gave them (arXiv:2508.15487)."""
-ADAPTIVE = {"threshold": Threshold, "factor": Factor, "entropy_bound": EntropyBound}
-REMASK = {"remdm_cap": "cap", "remdm_rescale": "rescale", "remdm_confidence": "confidence"}
+ADAPTIVE: dict[str, Callable[..., Tensor]] = {
+    "threshold": threshold,
+    "factor": factor,
+    "entropy_bound": entropy_bound,
+}
+REMASK = ("remdm_cap", "remdm_rescale", "remdm_confidence")
 POLICIES = (*RANKED, "origin", *ADAPTIVE, *REMASK)
 
 

@@ -1,18 +1,16 @@
 """From logits to a token and the model's confidence in it: pure functions over the last axis.
 
-Shapes: M positions, V vocabulary, L columns of a row.
+Shapes: M positions, V vocabulary.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import LogitsProcessorList
 
 from unmask.diffusion.rng import STREAM_SAMPLE, keyed_double
 from unmask.errors import UnmaskError
@@ -93,62 +91,14 @@ def keep_top_p(logits: Float[Tensor, "M V"], p: float) -> Float[Tensor, "M V"]:
     return logits.masked_fill(~keep, -torch.inf)
 
 
-def as_processor(processors: Any) -> Callable[[Int[Tensor, "M L"], Float[Tensor, "M V"]], Tensor] | None:
-    """Join logits processors to one function: (ids of each position's row, logits) -> changed logits.
-
-    Args:
-        processors: None, one or a list of transformers' `LogitsProcessor` or functions of (ids, logits).
+def as_functions(setting: str, functions: Any) -> list[Callable[..., Any]]:
+    """Return logits processors or stopping criteria as a list; they may be one, a list or None.
 
     Raises:
-        UnmaskError: something that cannot be called; when called, a result that is not logits of the same
-            shape with a possible token in every row.
+        UnmaskError: names the setting; something that cannot be called.
     """
-    process: Any = LogitsProcessorList(_as_list(processors, "logits_processor", "(ids, logits)"))
-    if not process:
-        return None
-
-    def processed(ids: Tensor, logits: Tensor) -> Tensor:
-        changed = process(ids, logits)
-        shape = tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
-        if shape != logits.shape:
-            raise UnmaskError(
-                f"logits_processor must return logits of shape {tuple(logits.shape)}; got {shape}."
-            )
-        if not changed.amax(dim=-1).isfinite().all():
-            raise UnmaskError("the logits after logits_processor are NaN, infinite, or allow no token.")
-        return changed
-
-    return processed
-
-
-def as_criterion(criteria: Any) -> Callable[[Int[Tensor, "1 L"], int], bool] | None:
-    """Join stopping criteria to one test: (ids, tokens of the prompt) -> whether one of them is met.
-
-    Args:
-        criteria: None, one or a list of transformers' `StoppingCriteria` or functions of (ids, scores);
-            scores are None. Those with a keyword `prompt_length`, or any keyword, are passed it.
-
-    Raises:
-        UnmaskError: something that cannot be called.
-    """
-    tests: list[tuple[Any, bool]] = []
-    for function in _as_list(criteria, "stopping_criteria", "(ids, scores)"):
-        parameters = inspect.signature(function).parameters.values()
-        tests.append(
-            (function, any(p.name == "prompt_length" or p.kind is p.VAR_KEYWORD for p in parameters))
-        )
-
-    def is_met(ids: Tensor, prompt_length: int) -> bool:
-        answers = (f(ids, None, **({"prompt_length": prompt_length} if takes else {})) for f, takes in tests)
-        return any(bool(torch.as_tensor(answer).all()) for answer in answers)
-
-    return is_met if tests else None
-
-
-def _as_list(functions: Any, setting: str, arguments: str) -> list[Any]:
-    listed = list(functions) if isinstance(functions, list | tuple) else [functions]
-    listed = [] if functions is None else listed
+    listed = [] if functions is None else functions if isinstance(functions, list | tuple) else [functions]
     for function in listed:
         if not callable(function):
-            raise UnmaskError(f"{setting} must be functions of {arguments}; got {type(function).__name__}.")
-    return listed
+            raise UnmaskError(f"{setting} must be functions; got {type(function).__name__}.")
+    return list(listed)
