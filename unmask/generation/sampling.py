@@ -5,7 +5,6 @@ Shapes: M positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -91,7 +90,7 @@ def keep_top_p(logits: Float[Tensor, "M V"], p: float) -> Float[Tensor, "M V"]:
     return logits.masked_fill(~keep, -torch.inf)
 
 
-def as_functions(setting: str, functions: Any) -> list[Callable[..., Any]]:
+def as_functions(setting: str, functions: Any) -> list[Any]:
     """Return logits processors or stopping criteria as a list; they may be one, a list or None.
 
     Raises:
