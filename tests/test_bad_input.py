@@ -168,7 +168,7 @@ CASES = {
     ),
     "model name without network": Case(
         f"train recipe.yaml {START}some/model checkpoint_save_dir=new",
-        ("some/model: no model could be loaded", "give a local path"),
+        ("some/model: its config.json cannot be read", "give a local path"),
     ),
     "no padding token": Case(
         f"train recipe.yaml {START}no_pad_token checkpoint_save_dir=new",
@@ -198,7 +198,7 @@ CASES = {
     ),
     "damaged checkpoint": Case(
         "generate cut --prompt a",
-        ("cut: the weights cannot be loaded", "damaged or incomplete, copy it again"),
+        ("cut: the model cannot be loaded", "damaged or incomplete, copy it again"),
     ),
     "autoregressive folder to generate": Case(
         "generate base --prompt a",

@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from tiny import FAMILIES, STOCK, random_ids, tiny_config, tiny_model, tiny_stock_config, tiny_stock_model
-from torch import Tensor
 from training_step import loss_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -24,10 +22,6 @@ from unmask.model.denoiser import MODEL_CLASSES
 
 CLASSES = {family: MODEL_CLASSES[f"unmask_{family}"] for family in FAMILIES}
 every_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-def shifted(raw: Tensor) -> Tensor:
-    return torch.cat([raw[:, :1], raw[:, :-1]], dim=1)
 
 
 def seeded(family: str, config: Any) -> Any:
@@ -94,22 +88,6 @@ def test_the_auto_classes_know_our_configs_and_the_stock_ones(family: str) -> No
 
 
 # From an autoregressive checkpoint
-
-
-@every_family
-def test_token_by_token_with_the_shift_it_is_the_base_model(family: str, tmp_path: Path) -> None:
-    stock = tiny_stock_model(family, dtype=torch.float32)
-    stock.save_pretrained(tmp_path)
-    fields: dict[str, Any] = {"attention": "block_causal", "block_length": 1}
-    model = CLASSES[family].from_pretrained(tmp_path, **fields).eval()
-    assert model.config.logit_shift
-    ids, attention_mask = random_ids(3, 10, vocab=32), torch.ones(3, 10).long()
-    attention_mask[1, 6:] = 0
-    logits = model(ids, attention_mask=attention_mask).logits
-    expected = shifted(stock(input_ids=ids, attention_mask=attention_mask).logits)
-    is_token = attention_mask == 1
-    # float32 sums of up to 24 products, in another order
-    torch.testing.assert_close(logits[is_token], expected[is_token], rtol=0, atol=2e-5)
 
 
 @every_family
@@ -192,7 +170,7 @@ def test_the_mask_token_of_the_qwen3_vocabulary_is_known(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("diffusion", [True, False])
-@pytest.mark.parametrize(("made", "read"), [("llama", "qwen3"), ("qwen2", "qwen3"), ("qwen3", "llama")])
+@pytest.mark.parametrize(("made", "read"), [("llama", "qwen3"), ("qwen3", "llama")])
 def test_another_family_is_refused(made: str, read: str, diffusion: bool, tmp_path: Path) -> None:
     make: Any = tiny_model if diffusion else tiny_stock_model
     model = make(made)
@@ -204,22 +182,22 @@ def test_another_family_is_refused(made: str, read: str, diffusion: bool, tmp_pa
         CLASSES[read](model.config)
 
 
+@pytest.mark.parametrize("keyword", [True, False])
 @every_family
-def test_a_model_of_a_stock_config_is_that_of_the_diffusion_config(family: str, tmp_path: Path) -> None:
-    told: dict[str, Any] = {"mask_token_id": 31, "logit_shift": True, "noise_eps": 0.25}
-    told |= {"attention": "block_causal", "block_length": 4}
-    for fields in ({"mask_token_id": 31}, told):
-        for config in (tiny_stock_config(family, **fields), tiny_stock_config(family)):
-            for name, value in fields.items():
-                setattr(config, name, value)
-            model, expected = seeded(family, config), seeded(family, tiny_config(family, **fields))
-            assert type(model.config) is CLASSES[family].config_class
-            assert model.config.to_dict() == expected.config.to_dict()
-            ids, seeds = random_ids(2, 12), torch.tensor([3, 4])
-            for mode in ("pretrain", "sft"):
-                batch = {"src_mask": torch.arange(12).expand(2, -1) < 4, "training_mode": mode}
-                losses = [loss_of(one, ids, noise_seed=seeds, **batch) for one in (model, expected)]
-                assert torch.equal(*losses)
+def test_a_model_of_a_stock_config_is_that_of_the_diffusion_config(
+    family: str, keyword: bool, tmp_path: Path
+) -> None:
+    fields: dict[str, Any] = {"mask_token_id": 31, "logit_shift": True, "noise_eps": 0.25}
+    fields |= {"attention": "block_causal", "block_length": 4}
+    config = tiny_stock_config(family, **(fields if keyword else {}))
+    for name, value in fields.items():
+        setattr(config, name, value)
+    model, expected = seeded(family, config), seeded(family, tiny_config(family, **fields))
+    assert type(model.config) is CLASSES[family].config_class
+    assert model.config.to_dict() == expected.config.to_dict()
+    ids, seeds = random_ids(2, 12), torch.tensor([3, 4])
+    batch = {"src_mask": torch.arange(12).expand(2, -1) < 4, "training_mode": "sft", "noise_seed": seeds}
+    assert torch.equal(loss_of(model, ids, **batch), loss_of(expected, ids, **batch))
     model.save_pretrained(tmp_path)
     loaded: Any = unmask.load_model(str(tmp_path))
     assert type(loaded) is type(model)
@@ -267,10 +245,7 @@ def test_what_the_given_config_says_goes_before_the_checkpoint(tmp_path: Path) -
     found = load(tmp_path, config=tiny_stock_config(logit_shift=False, mask_token_id=30)).config
     assert (found.logit_shift, found.mask_token_id) == (False, 30)
     assert load(tmp_path, config=tiny_config(logit_shift=False)).config.logit_shift is False
-    (tmp_path / "config.json").unlink()  # the weights are then taken for an autoregressive model's
-    assert load(tmp_path, config=tiny_stock_config()).config.logit_shift is True
     weights = tiny_stock_model().state_dict()
     assert load(None, config=tiny_stock_config(), state_dict=weights).config.logit_shift is False
     config = tiny_config()
     assert unmask.Qwen3ForCausalLM(config).config is config
-    assert issubclass(unmask.Qwen3ForCausalLM, transformers.Qwen3ForCausalLM)

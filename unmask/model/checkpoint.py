@@ -7,23 +7,20 @@ autoregressive checkpoint without a mask token.
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from unmask.data.hub import HUB_NAME, first_line, offline_hint, require_hub
 from unmask.data.tokenizer import add_mask_token, check_tokenizer, ids_without_token, load_tokenizer
 from unmask.errors import UnmaskError
 from unmask.generation.config import DiffusionGenerationConfig
 from unmask.io import atomic_dir
-from unmask.model.config import FIELDS, PREFIX, diffusion_values
+from unmask.model.config import FIELDS, PREFIX
 from unmask.model.denoiser import MODEL_CLASSES
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -31,32 +28,33 @@ SUPPORTED = tuple(name.removeprefix(PREFIX) for name in MODEL_CLASSES)
 _TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id")
 
 
-def read_config(name: str, *, weights: bool = True) -> dict[str, Any]:
-    """Read the `config.json` of a checkpoint folder or hub name and check that its weights are usable.
-
-    With `weights=False` a folder need not have any.
+def read_config(name: str) -> dict[str, Any]:
+    """Read the `config.json` of a checkpoint folder or hub name.
 
     Raises:
-        UnmaskError: not a checkpoint, of an unsupported family, quantised, or without safetensors weights.
+        UnmaskError: not a checkpoint, of an unsupported family, or quantised.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
-        values = _read_folder(path, weights)
-    elif path.exists():
+    is_folder = path.is_dir()
+    if path.is_file():
         raise UnmaskError(f"{name}: a checkpoint is a folder with config.json and weights; this is a file.")
-    elif not HUB_NAME.fullmatch(name):
-        raise UnmaskError(f"{name}: no such checkpoint folder.")
-    else:
+    if not is_folder:
+        if not HUB_NAME.fullmatch(name):
+            raise UnmaskError(f"{name}: no such checkpoint folder.")
         require_hub(name, "model")
-        try:
-            values = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
-        except (OSError, ValueError) as error:
-            reason = first_line(error)
-            raise UnmaskError(f"{name}: no model could be loaded: {reason}.{offline_hint()}") from error
-    model_type = values.get("model_type")
-    if str(model_type).removeprefix(PREFIX) not in SUPPORTED:
+    try:
+        values = PreTrainedConfig.get_config_dict(path if is_folder else name)[0]
+        model_type = str(values.get("model_type"))
+    except Exception as error:  # whatever the library makes of a damaged file
+        hint = "" if is_folder else offline_hint()
+        raise UnmaskError(f"{name}: its config.json cannot be read: {first_line(error)}.{hint}") from error
+    if not values:
+        final = path / "final"  # where a training run leaves it
+        hint = f"did you mean {final}?" if (final / "config.json").exists() else "name a Hugging Face folder."
+        raise UnmaskError(f"{name}: this folder is not a checkpoint: it has no config.json; {hint}")
+    if model_type.removeprefix(PREFIX) not in SUPPORTED:
         raise UnmaskError(
-            f"{name}: model_type {model_type!r} is not supported; expected one of {', '.join(SUPPORTED)}."
+            f"{name}: model_type {model_type} is not supported; expected one of {', '.join(SUPPORTED)}."
         )
     if values.get("quantization_config"):
         raise UnmaskError(
@@ -65,28 +63,17 @@ def read_config(name: str, *, weights: bool = True) -> dict[str, Any]:
     return values
 
 
-def _read_folder(path: Path, weights: bool) -> dict[str, Any]:
-    file = path / "config.json"
-    if not file.exists():
-        final = path / "final"  # where a training run leaves it
-        hint = f"did you mean {final}?" if (final / "config.json").exists() else "name a Hugging Face folder."
-        raise UnmaskError(f"{path}: this folder is not a checkpoint: it has no config.json; {hint}")
-    values = _read_json(file)
-    if weights and not any(path.glob("*.safetensors")):
+def check_weights(name: str, files: str = "*.safetensors") -> None:
+    """Check that a folder has weights, and not pickled ones.
+
+    Raises:
+        UnmaskError: it has not.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() and not any(path.glob(files)):
         pickled = next(path.glob("*.bin"), None) or next(path.glob("*.pt"), None)
         reason = f"; {pickled.name} is pickled, which can run code: save it as safetensors" if pickled else ""
-        raise UnmaskError(f"{path}: no weights in *.safetensors{reason}.")
-    return values
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UnmaskError(f"{file}: not valid JSON ({first_line(error)}).") from error
-    if not isinstance(values, dict):
-        raise UnmaskError(f"{file}: expected a JSON object; got {type(values).__name__}.")
-    return values
+        raise UnmaskError(f"{name}: no weights in {files}{reason}.")
 
 
 def is_adapter(name: str) -> bool:
@@ -122,38 +109,33 @@ def load_model(
     """
     values = read_config(name)
     settings = {**overrides, "dtype": dtype, "attn_implementation": attn_implementation}
+    check_weights(name, ADAPTER_WEIGHTS if is_adapter(name) else "*.safetensors")
     if is_adapter(name):
         return _load_adapter(name, values, settings)
-    if not is_diffusion(values):
-        if not convert_base:
-            raise UnmaskError(
-                f"{name}: this is an autoregressive checkpoint; make a diffusion model of it with"
-                f" `unmask convert {name} OUT`."
-            )
-        values = diffusion_values(values)
+    if not is_diffusion(values) and not convert_base:
+        raise UnmaskError(
+            f"{name}: this is an autoregressive checkpoint; make a diffusion model of it with"
+            f" `unmask convert {name} OUT`."
+        )
     try:
-        model, info = MODEL_CLASSES[values["model_type"]].from_pretrained(
+        model, info = MODEL_CLASSES[PREFIX + values["model_type"].removeprefix(PREFIX)].from_pretrained(
             name,
             **{**settings, "dtype": dtype or "auto"},
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, in one line
             use_safetensors=True,
         )
-    except (OSError, SafetensorError, RuntimeError, ImportError) as error:
+    except UnmaskError:
+        raise
+    except Exception as error:  # whatever the library makes of a damaged file or an odd value
         damaged = isinstance(error, SafetensorError)
-        remedy = "; the file is damaged or incomplete, copy it again." if damaged else "."
-        raise UnmaskError(f"{name}: the weights cannot be loaded: {first_line(error)}{remedy}") from error
-    except (StrictDataclassError, TypeError, LookupError, AttributeError) as error:
-        raise UnmaskError(
-            f"{name}: no model can be made from its config.json: {type(error).__name__}: {first_line(error)}."
-        ) from error
-    if info["mismatched_keys"]:
-        weight, found, expected = sorted(info["mismatched_keys"])[0]
+        remedy = "the file is damaged or incomplete, copy it again" if damaged else type(error).__name__
+        raise UnmaskError(f"{name}: the model cannot be loaded: {first_line(error)}; {remedy}.") from error
+    for weight, found, expected in sorted(info["mismatched_keys"]):
         raise UnmaskError(
             f"{name}: {weight} has shape {tuple(found)}; by its config.json it must be {tuple(expected)}."
         )
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    if missing := sorted(info["missing_keys"]):
         raise UnmaskError(
             f"{name}: the checkpoint is incomplete: {len(missing)} weights are missing, first {missing[0]}."
         )
@@ -167,7 +149,7 @@ def convert(base: str, out: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
     model does not change; otherwise one row is added. The result has never seen a mask: train it.
 
     Args:
-        base: folder or hub name of a Qwen3, Qwen2 or Llama checkpoint with its tokenizer.
+        base: folder or hub name of a checkpoint with its tokenizer.
         out: folder to write; must not exist or be empty.
 
     Raises:
@@ -231,15 +213,10 @@ def save_checkpoint(
     over processes, gathered; by default the model's own.
     """
     if hasattr(model, "merge_and_unload"):  # a PeftModel; merged ones keep a peft_config with peft 0.18
-        from peft import get_peft_model_state_dict
-
         adapter = cast(Any, model)
-        folder.mkdir(parents=True, exist_ok=True)
         # Rows of the embedding are never written as a whole.
-        learnt = get_peft_model_state_dict(adapter, state_dict=weights, save_embedding_layers=False)
-        learnt = {name: tensor.contiguous() for name, tensor in learnt.items()}
-        save_file(learnt, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        adapter.peft_config["default"].save_pretrained(str(folder))
+        adapter.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+        (folder / "README.md").unlink()  # peft's
         adapter.config.save_pretrained(folder)
         adapter.generation_config.save_pretrained(folder)
     else:
@@ -263,21 +240,17 @@ def add_adapter(
 ) -> PreTrainedModel:
     """Freeze a model and put adapters into its linear layers (Hu et al., arXiv:2106.09685).
 
-    At first they change nothing: the factor that comes last is 0.
+    The model is changed in place, and returned as a peft.PeftModel, which has all that the model in it has. At
+    first the adapters change nothing: the factor that comes last is 0.
 
     Args:
-        model: diffusion model; it is changed in place.
-        base: where its weights can be loaded from again.
-        r: rank.
-        alpha: an adapter's output is multiplied by alpha / r.
+        base: where the model's weights can be loaded from again.
+        r: rank; an adapter's output is multiplied by alpha / r.
         dropout: share of an adapter's inputs left out in training, by torch's generator.
         target_modules: names of the layers; all linear ones but the head by default.
         use_dora: learn the norm of each weight's rows apart (Liu et al., arXiv:2402.09353).
         learn_mask: also train the mask token's row of the embedding, and of a head tied to it. An
             autoregressive base has never seen that token.
-
-    Returns:
-        A peft.PeftModel, which has all that the model in it has.
 
     Raises:
         UnmaskError: a name in `target_modules` that no linear layer has.
@@ -305,16 +278,17 @@ def add_adapter(
 
 def _load_adapter(name: str, config: dict[str, Any], settings: dict[str, Any]) -> PreTrainedModel:
     """Load the base that an adapter folder names and put the adapter into it."""
+    from peft import PeftConfig, PeftModel
+
     folder = Path(name).expanduser()
     file = folder / ADAPTER_CONFIG
-    values = _read_json(file)
-    base = values.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base or values.get("peft_type") != "LORA":
+    try:
+        adapter = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # not JSON, or of a kind that peft does not know
+        raise UnmaskError(f"{file}: cannot be read: {first_line(error)}.") from error
+    base = adapter.base_model_name_or_path
+    if not base or adapter.peft_type != "LORA":
         raise UnmaskError(f"{file}: expected peft_type LORA and the base in base_model_name_or_path.")
-    if not (folder / ADAPTER_WEIGHTS).exists():
-        raise UnmaskError(
-            f"{name}: the adapter has no {ADAPTER_WEIGHTS}; weights in other formats are not read."
-        )
     remedy = f"correct base_model_name_or_path in {file}."
     if Path(base).is_absolute() and not Path(base).is_dir():
         raise UnmaskError(f"{name}: the adapter's base {base} is not there; {remedy}")
@@ -325,15 +299,12 @@ def _load_adapter(name: str, config: dict[str, Any], settings: dict[str, Any]) -
             f"{name}: {base} has other weights than those that the adapter was trained on; {remedy}"
         )
     _add_rows(model, config["vocab_size"])
-    for key in _TOKENS:
+    for key in (*_TOKENS, "base_fingerprint"):
         setattr(model.config, key, config.get(key))
-    model.config.base_fingerprint = made_with
-    from peft import PeftModel
-
     try:
         model.generation_config = DiffusionGenerationConfig.from_pretrained(folder)
         return cast(PreTrainedModel, PeftModel.from_pretrained(model, str(folder)))
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # damaged weights, or those of another rank
         raise UnmaskError(f"{name}: the adapter cannot be put into {base}: {first_line(error)}.") from error
 
 
@@ -349,13 +320,9 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def merge(adapter: str, out: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Add an adapter to its base's weights and write a plain diffusion checkpoint.
+    """Add an adapter to its base's weights and write a plain diffusion checkpoint to the folder `out`.
 
     The sum is taken in float32 at least and rounded to the type that the run held the weights in.
-
-    Args:
-        adapter: folder of an adapter, as a run with `lora.r` leaves it.
-        out: folder to write; must not exist or be empty.
 
     Raises:
         UnmaskError: not an adapter, one that cannot be loaded, or `out` is not empty.

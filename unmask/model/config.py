@@ -11,7 +11,7 @@ import copy
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
-from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from unmask.diffusion.attention import BlockAnchor
 from unmask.diffusion.corrupt import NO_MASK_TOKEN
@@ -94,12 +94,12 @@ def diffusion_values(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "model_type": PREFIX + model_type, "is_causal": False, "logit_shift": True}
 
 
-def diffusion_config(config: Any, config_class: Any, checkpoint: dict[str, Any] | None = None) -> Any:
+def diffusion_config(config: Any, config_class: Any, base: Any = None) -> Any:
     """Return `config` as a `config_class`; a stock config of the same family is copied and completed.
 
-    Everything that the stock config says stays, diffusion fields set on it included. What it does not say
-    is bidirectional attention, no logit shift, the default `noise_eps`, and the mask token that every
-    Qwen3 vocabulary has; or what the config.json of the `checkpoint` says whose weights it is loaded with.
+    Everything that the stock config says stays, diffusion fields set on it included. What it does not say is
+    that of `base`, the config of the checkpoint whose weights are loaded; by default bidirectional attention
+    and no logit shift. The mask token is that of the Qwen3 vocabulary.
 
     Raises:
         UnmaskError: a config of another family.
@@ -112,22 +112,12 @@ def diffusion_config(config: Any, config_class: Any, checkpoint: dict[str, Any] 
             f"config must be a {stock.__name__} or a {config_class.__name__}; got a {type(config).__name__}:"
             " use the model class of its family."
         )
-    said = {k: v for k, v in copy.deepcopy(vars(config)).items() if k not in _OF_THE_BASE}
-    missing: dict[str, Any] = {}
-    if checkpoint is not None:
-        own = str(checkpoint.get("model_type")).startswith(PREFIX)
-        missing = {k: v for k, v in checkpoint.items() if k in FIELDS} if own else {"logit_shift": True}
-    if stock is Qwen3Config and config.vocab_size == _QWEN3_VOCAB_SIZE:
-        missing.setdefault("mask_token_id", _QWEN3_MASK_TOKEN_ID)
-    made = config_class()
-    vars(made).update({**missing, **said, "is_causal": False})
+    made = config_class() if base is None else base
+    said = {name: value for name, value in vars(config).items() if name not in _OF_THE_BASE}
+    vars(made).update(copy.deepcopy(said), is_causal=False)
+    if made.mask_token_id is None and stock is Qwen3Config and config.vocab_size == _QWEN3_VOCAB_SIZE:
+        made.mask_token_id = _QWEN3_MASK_TOKEN_ID
     return made
-
-
-def checkpoint_config(name: Any = None, **settings: Any) -> dict[str, Any] | None:
-    """Read the config.json of what `from_pretrained` loads; arguments as there. None without a folder."""
-    name = settings.pop("pretrained_model_name_or_path", None) if name is None else name
-    return None if name is None else PreTrainedConfig.get_config_dict(name, **settings)[0]
 
 
 def mask_token_of(config: Any) -> int:

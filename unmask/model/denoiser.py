@@ -43,7 +43,6 @@ from unmask.model.config import (
     Qwen2DiffusionConfig,
     Qwen3DiffusionConfig,
     block_length_of,
-    checkpoint_config,
     diffusion_config,
     mask_token_of,
 )
@@ -51,6 +50,7 @@ from unmask.model.generate import GenerateMixin
 from unmask.model.head import row_nll, weighted_nll
 
 logger = logging.get_logger(__name__)
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 IGNORED = -100  # label of a position that is never masked and never counted
 
 
@@ -93,14 +93,14 @@ class MaskedDiffusionMixin(GenerateMixin):
         Raises:
             UnmaskError: the checkpoint is of another family, or its config names an unknown attention.
         """
+        name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         if isinstance(kwargs.get("config"), PreTrainedConfig):
-            settings = {key: value for key, value in kwargs.items() if key != "config"}
-            found = checkpoint_config(*args, **settings)
+            of_the_hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+            found = None if name is None else cls.config_class.from_pretrained(name, **of_the_hub)
             kwargs["config"] = diffusion_config(kwargs["config"], cls.config_class, found)
         loaded = cast(Any, super()).from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if "attention" not in kwargs:  # which the caller may not be done with; `prepare` looks again
-            name = args[0] if args else kwargs.get("pretrained_model_name_or_path", "the checkpoint")
             block_length_of(model.config, f"{name}: config")
         # An autoregressive folder's temperature and top-p were tuned for another sampler.
         model.generation_config = DiffusionGenerationConfig.from_generic(model.generation_config)

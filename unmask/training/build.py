@@ -18,6 +18,7 @@ from unmask.errors import UnmaskError
 from unmask.io import reason
 from unmask.model.checkpoint import (
     add_adapter,
+    check_weights,
     fingerprint,
     fit_to_tokenizer,
     is_adapter,
@@ -39,6 +40,7 @@ def check_base(recipe: Recipe) -> None:
         )
     if name is not None:
         read_config(name)
+        check_weights(name)
 
 
 def make_curriculum(recipe: Recipe) -> Curriculum:
@@ -92,7 +94,7 @@ def empty_model(recipe: Recipe, device: str, tokenizer: PreTrainedTokenizerBase 
     settings = recipe.model
     where, fields = settings.name_or_path or "model.config", dict(settings.config or {})
     if settings.name_or_path is not None:
-        fields = read_config(settings.name_or_path, weights=False)
+        fields = read_config(settings.name_or_path)
         fields = fields if is_diffusion(fields) else diffusion_values(fields)
     model_class = MODEL_CLASSES[PREFIX + fields.pop("model_type").removeprefix(PREFIX)]
     known = set(model_class.config_class().to_dict())
@@ -157,7 +159,7 @@ def _choose_trained(model: Any, recipe: Recipe) -> Any:
         dropout=lora.dropout,
         target_modules=lora.target_modules,
         use_dora=lora.use_dora,
-        learn_mask=not is_diffusion(read_config(name, weights=False)),
+        learn_mask=not is_diffusion(read_config(name)),
     )
 
 
