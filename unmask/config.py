@@ -7,27 +7,27 @@ working directory.
 
 from __future__ import annotations
 
-import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
-from functools import cache
-from itertools import pairwise
+from functools import cache, reduce
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, cast, get_args
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from unmask.errors import UnmaskError
+from unmask.io import reason
 
 
 def _not_bool(value: Any) -> Any:
     if isinstance(value, bool):  # to Python an int: `seed: true` would be 1
-        raise ValueError("expected a number")
+        raise PydanticCustomError("number", "Input should be a number")
     return value
 
 
@@ -36,14 +36,14 @@ def _with_model_type(config: Any) -> Any:
 
 
 _NUMBER = BeforeValidator(_not_bool)
-Count = Annotated[int, _NUMBER, Field(ge=0)]
-Positive = Annotated[int, _NUMBER, Field(gt=0)]
-TwoOrMore = Annotated[int, _NUMBER, Field(ge=2)]
-Amount = Annotated[float, _NUMBER, Field(ge=0)]
-PositiveFloat = Annotated[float, _NUMBER, Field(gt=0)]
-Decay = Annotated[float, _NUMBER, Field(ge=0, lt=1)]
-OpenUnit = Annotated[float, _NUMBER, Field(gt=0, lt=1)]
-Probability = Annotated[float, _NUMBER, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0), _NUMBER]
+Positive = Annotated[int, Field(gt=0), _NUMBER]
+TwoOrMore = Annotated[int, Field(ge=2), _NUMBER]
+Amount = Annotated[float, Field(ge=0), _NUMBER]
+PositiveFloat = Annotated[float, Field(gt=0), _NUMBER]
+Decay = Annotated[float, Field(ge=0, lt=1), _NUMBER]
+OpenUnit = Annotated[float, Field(gt=0, lt=1), _NUMBER]
+Probability = Annotated[float, Field(ge=0, le=1), _NUMBER]
 Probabilities = Probability | Annotated[list[Probability], Field(min_length=1)]
 Rates = OpenUnit | Annotated[list[OpenUnit], Field(min_length=1)]
 Sizes = Annotated[list[TwoOrMore], Field(min_length=1)]
@@ -71,8 +71,7 @@ class MaskingSchedulerRecipe(Section):
     max_schedule_steps: Positive | None = None
     """length of the rise and of all phases of `model.mask_block_sizes`, in optimizer steps; null = `max_steps`"""
     source_steps: Count = 0
-    """optimizer steps over which the part of the instruction that is never masked grows from nothing to all of it;
-    0 = all of it from the start; `training_mode: sft` only"""
+    """optimizer steps in which the never masked part of the instruction grows from 0 to all; 0 = all; sft only"""
 
 
 class ModelRecipe(Section):
@@ -91,39 +90,31 @@ class ModelRecipe(Section):
     attn_implementation: Literal["auto", "sdpa", "eager", "flex_attention"] = "auto"
     """attention kernel; auto = sdpa, and eager where it is faster (bf16 on a CPU, up to 512 tokens)"""
     logit_shift: bool | None = None
-    """whether position i of the network predicts token i + 1, as autoregressive weights do; null = true for an
-    autoregressive base, false for random weights, and what a diffusion checkpoint says"""
+    """whether position i predicts token i + 1; null = as a diffusion checkpoint says, true of an autoregressive"""
     attention: Literal["bidirectional", "block_causal"] | None = None
-    """block_causal = each token attends to its own block and to earlier ones (block diffusion); null = what the
-    checkpoint says, else bidirectional"""
+    """block_causal = no token attends to later blocks (block diffusion); null = as the checkpoint says"""
     block_length: Positive | None = None
     """tokens of a block of block-causal attention; null = what the checkpoint says"""
     attention_annealing_steps: Count = 0
-    """optimizer steps over which the share of the later tokens that each token attends to grows from 0 to 1, from
-    causal to bidirectional attention; 0 = all from the start"""
+    """optimizer steps in which attention grows from causal to bidirectional; 0 = bidirectional from the start"""
     loss: Literal["elbo", "llada", "coda", "diffullama", "uniform", "cart"] = "elbo"
-    """elbo = a bound on the negative log-likelihood per supervised token; the others are published conventions
-    (docs/math.md). The held-out loss is always elbo"""
+    """elbo = negative ELBO per supervised token; the others: docs/math.md. The held-out loss is always elbo"""
     noise_schedule: Literal["linear", "cosine"] = "linear"
     """how often each masking rate t is drawn: linear = uniformly; cosine = high rates more often"""
     noise_eps: Rates = 1e-3
     """smallest masking rate t that training draws, of (0, 1]; a list has one an epoch, and its last one stays"""
     time_sampling: Literal["independent", "low_discrepancy"] = "independent"
-    """how the rates t of one optimizer step are drawn; low_discrepancy = spread evenly over its sequences, which
-    makes the loss less noisy"""
+    """how the rates t of a step are drawn; low_discrepancy = evenly spread: a less noisy loss"""
     complementary_masks: bool = False
     """whether every sequence is denoised twice, the second time with the other tokens masked"""
     prefix_probability: Probabilities = 0.0
-    """share of the sequences in which a random number of the first maskable tokens is never masked; a list: as for
-    `model.noise_eps`"""
+    """share of the sequences with a random prefix that is never masked; a list: as `model.noise_eps`"""
     truncate_probability: Probabilities = 0.0
-    """share of the sequences that are cut after a random number of maskable tokens; a list: as for
-    `model.noise_eps`"""
+    """share of the sequences cut after a random number of maskable tokens; a list: as `model.noise_eps`"""
     block_masking_probability: Probabilities = 0.0
     """share of the sequences that are masked in spans of several tokens; a list: as for `model.noise_eps`"""
     mask_block_sizes: Sizes | Annotated[list[Sizes], Field(min_length=1)] = [2, 4, 8]
-    """sizes of these spans, in tokens, of which a sequence draws one; [[2], [2, 4], [2, 4, 8]] = phases, equal parts
-    of `model.masking_scheduler.max_schedule_steps`"""
+    """span sizes in tokens, one drawn a sequence; [[2], [2, 4]] = equal phases of `max_schedule_steps`"""
     masking_scheduler: MaskingSchedulerRecipe = MaskingSchedulerRecipe()
 
 
@@ -146,8 +137,7 @@ class SFTRecipe(Section):
     format: Format = "auto"
     """format of the records; auto = recognised from each record's fields"""
     layout: Literal["auto", "chat", "separator"] = "auto"
-    """chat = the tokenizer's chat template; separator = plain text with the separator before each response; auto =
-    chat where the tokenizer has a template"""
+    """chat = the tokenizer's chat template; separator = plain text; auto = chat where there is a template"""
     include_system_prompt: bool = True
     """whether system prompts are kept"""
     instruction_response_separator: str = "\n\n### Response:\n"
@@ -159,8 +149,7 @@ class SFTRecipe(Section):
     end_fill: Positive = 1
     """supervised end-of-sequence tokens fill a response up to a multiple of this many tokens; 1 = exactly one"""
     thinking: Literal["off", "on", "template"] = "template"
-    """where a response starts, in training and generation: off = after an empty think block, on = after an opened
-    one, template = where the chat template's generation prompt ends"""
+    """where responses start: off = after an empty think block, on = after an opened one, template = as it says"""
     custom_format: CustomFormat = CustomFormat()
     """field names of `data.sft.format: custom`"""
 
@@ -208,21 +197,17 @@ class DataRecipe(Section):
     block_size: TwoOrMore = 1024
     """longest row, in tokens; text is cut into rows of this length"""
     packing: bool = False
-    """sequence packing: several records share a row, each attending to itself alone; `global_batch_size` then
-    counts rows. In pre-training each document is a sequence"""
+    """sequence packing: records share a row, each attending to itself alone; `global_batch_size` counts rows"""
     long_documents: Literal["split", "cut"] = "split"
-    """a document longer than `data.block_size`: split = it continues in further rows, a sequence in each; cut = its
-    end is left out and counted; `training_mode: pretrain` with packing only"""
+    """documents over `data.block_size`, with packing: split = into further rows; cut = the end is left out"""
     max_records: Positive | None = None
     """records read from the start of the data; null = all"""
     eval_dataset_name: str | Texts | None = None
     """data of the held-out loss, named as in `data.dataset_name`; for a list the loss of each name is logged too"""
     eval_size: Count = 0
-    """held out for the evaluation: records, in pre-training rows, from the end of the data, of a stream from its
-    start"""
+    """held-out records (pre-training: rows), from the end of the data, of a stream from its start"""
     on_bad_record: Literal["stop", "skip"] = "stop"
-    """a record that is bad input (invalid JSON, a missing field, an empty response): stop = an error with file, line
-    and field; skip = it is left out and counted"""
+    """invalid JSON, a missing field, an empty response: stop = an error with its place; skip = counted"""
     num_workers: Count = 0
     """processes that encode data; 0 = one for each core"""
     sft: SFTRecipe = SFTRecipe()
@@ -286,8 +271,7 @@ class ResumeRecipe(Section):
     """Resuming from a checkpoint of another recipe."""
 
     allow: list[str] = []
-    """keys or groups that may differ from the checkpoint's, such as [optimizer.learning_rate]; lengths, intervals
-    and what only divides the work may always differ"""
+    """keys that may differ from the checkpoint's, as [optimizer.learning_rate]; lengths and intervals always may"""
 
 
 class EvaluationRecipe(Section):
@@ -327,8 +311,7 @@ class Recipe(Section):
     lora: LoraRecipe = LoraRecipe()
     ema: EMARecipe = EMARecipe()
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """compute dtype (mixed precision); auto = bf16 where the device is faster in it, else fp32; a resumed run keeps
-    that of its checkpoint"""
+    """compute dtype (mixed precision); auto = bf16 where the device is faster in it; kept by a resumed run"""
     gradient_checkpointing: bool = False
     """activation checkpointing: recompute activations in the backward pass to save memory"""
     torch_compile: bool = False
@@ -339,8 +322,7 @@ class Recipe(Section):
     eval_steps: Positive | None = None
     """optimizer steps between two evaluations; null = only at the end"""
     early_stopping_patience: Positive | None = None
-    """evaluations in a row without a lower held-out loss that end the run, whose result is the best weights;
-    `save_steps` must be `eval_steps`; null = no early stopping"""
+    """evaluations in a row without a lower held-out loss that end the run; null = never; needs `save_steps`"""
     save_steps: Positive | None = None
     """optimizer steps between two checkpoints; null = only the final one"""
     save_total_limit: Positive | None = 2
@@ -358,8 +340,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        for problem in _problems(self):
-            raise ValueError(problem)
+        if problem := next(_problems(self), None):
+            raise PydanticCustomError("recipe", "{problem}", {"problem": problem})
         return self
 
     def to_yaml(self) -> str:
@@ -397,21 +379,15 @@ NO_EFFECT: tuple[tuple[str, str, Any], ...] = (
     ("data.max_records", "data.streaming", True),
     ("data.shuffle_buffer", "data.streaming", False),
     ("data.on_source_end", "data.sources", None),
-    ("data.dataset_config", "data.sources", ...),
-    ("data.split", "data.sources", ...),
-    ("data.text_field", "data.sources", ...),
-    ("data.max_records", "data.sources", ...),
-    ("data.eval_size", "data.sources", ...),
-    ("optimizer.beta1", "optimizer.type", "adafactor"),
-    ("optimizer.beta2", "optimizer.type", "adafactor"),
-    ("optimizer.epsilon", "optimizer.type", "adafactor"),
+    *((f"data.{name}", "data.sources", ...) for name in ("dataset_config", "split", "text_field")),
+    *((f"data.{name}", "data.sources", ...) for name in ("max_records", "eval_size")),
+    *((f"optimizer.{name}", "optimizer.type", "adafactor") for name in ("beta1", "beta2", "epsilon")),
     ("lr_scheduler.warmup_steps", "lr_scheduler.type", "constant"),
     ("lora", "lora.r", None),
     ("resume.allow", "resume_from_checkpoint", None),
 )
 # A key and its value (`list` = any list), another with the value that it contradicts, and why.
 CONTRADICTIONS: tuple[tuple[str, Any, str, Any, str], ...] = (
-    ("data.dataset_name", ..., "data.sources", ..., "each names the data"),
     ("lora.r", ..., "model.config", ..., "adapters need trained weights: set model.name_or_path"),
     ("optimizer.type", "muon", "lora.r", ..., "Muon is for whole matrices"),
     ("optimizer.type", "adafactor", "distributed.type", "fsdp", "its state cannot be sharded"),
@@ -433,11 +409,14 @@ CONTRADICTIONS: tuple[tuple[str, Any, str, Any, str], ...] = (
 )
 
 
-def _at(recipe: Recipe, key: str) -> Any:
-    value: Any = recipe
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value
+def value_at(recipe: Recipe, key: str) -> Any:
+    """The value of a dotted key."""
+    return reduce(getattr, key.split("."), cast(Any, recipe))
+
+
+def is_within(key: str, names: Iterable[str]) -> bool:
+    """Whether a key is one of these keys, or in one of these groups."""
+    return any(f"{key}.".startswith(f"{name}.") for name in names)
 
 
 def _is(value: Any, wanted: Any) -> bool:
@@ -447,102 +426,73 @@ def _is(value: Any, wanted: Any) -> bool:
 
 
 def _problems(recipe: Recipe) -> Iterator[str]:
-    """What is wrong with a recipe whose values are each right."""
-    model, data, sft = recipe.model, recipe.data, recipe.training_mode == "sft"
-    if (model.name_or_path is None) == (model.config is None):
-        yield (
-            "give exactly one of model.name_or_path (start from a checkpoint) and model.config (start from"
-            f" random weights); got {'neither' if model.config is None else 'both'}"
-        )
-    if data.dataset_name is None and data.sources is None:
-        yield "data.dataset_name: missing; give it, or data.sources (a mixture)"
-    keys = [field for field in recipe_fields() if "[]" not in field.key]
+    """What is wrong with a recipe whose values are each right; a problem begins with its key."""
+    keys = {key: item["default"] for key, item in recipe_fields().items() if "[]" not in key}
     for key, other, wanted in NO_EFFECT:
-        if _is(value := _at(recipe, other), wanted):
-            for changed in keys:
-                if f"{changed.key}.".startswith(f"{key}.") and _at(recipe, changed.key) != changed.default:
-                    yield f"{changed.key} has no effect with {other}: {_show(value)}; remove it, or change {other}"
+        if _is(value := value_at(recipe, other), wanted):
+            for changed, default in keys.items():
+                if is_within(changed, [key]) and value_at(recipe, changed) != default:
+                    yield f"{changed} has no effect with {other}: {_show(value)}; remove it, or change {other}"
     for key, value, other, wanted, why in CONTRADICTIONS:
-        if _is(got := _at(recipe, key), value) and _is(found := _at(recipe, other), wanted):
+        if _is(got := value_at(recipe, key), value) and _is(found := value_at(recipe, other), wanted):
             yield f"{key}: {_show(got)} contradicts {other}: {_show(found)} ({why}); remove one of them"
-    if model.config is not None:
-        if (kind := model.config["model_type"]) not in ("qwen3", "qwen2", "llama"):
-            yield f"model.config.model_type: expected qwen3, qwen2 or llama; got {kind!r}"
-        if model.tokenizer is None:
-            yield 'model.tokenizer: missing; with model.config give a folder, a hub name, or "bytes"'
-        if (model.attention == "block_causal") != (model.block_length is not None):
-            yield "model.block_length and model.attention: block_causal need each other; set both or none"
-    yield from _masking_problems(model)
-    if recipe.micro_batch_size and recipe.global_batch_size % recipe.micro_batch_size:
-        yield (
-            "global_batch_size must be a multiple of micro_batch_size; got"
-            f" {recipe.global_batch_size} and {recipe.micro_batch_size}"
-        )
-    if recipe.eval_steps and not (data.eval_size or data.eval_dataset_name):
-        yield "eval_steps has no effect without data.eval_size or data.eval_dataset_name; set one of them"
-    if recipe.early_stopping_patience and not (recipe.eval_steps and recipe.save_steps == recipe.eval_steps):
-        yield (
-            "early_stopping_patience needs evaluations and a checkpoint of each: set eval_steps, and save_steps"
-            f" to the same; got {recipe.eval_steps} and {recipe.save_steps}"
-        )
-    length = model.block_length
-    if length is not None and (length > data.block_size or (not sft and data.block_size % length)):
-        yield (
-            f"data.block_size must be a multiple of model.block_length = {length}, at least that in sft;"
-            f" got {data.block_size}"
-        )
-    sources = data.sources or []
-    if sources and data.on_source_end == "stop" and all(source.epochs for source in sources):
-        yield "data.on_source_end has no effect with sources that all have epochs; remove it"
-    for number, source in enumerate(sources):
-        key, same = f"data.sources.{number}", {"weight": 1.0, "epochs": None}
-        if source.custom_format != CustomFormat() and (source.format or data.sft.format) != "custom":
-            yield f"{key}.custom_format has no effect without format: custom; set that, or remove it"
-        if (source.text_field != "text") if sft else source.format:
-            name = "text_field" if sft else "format"
-            yield f"{key}.{name} has no effect with training_mode: {recipe.training_mode}; remove it"
-        if source.model_copy(update=same) in [other.model_copy(update=same) for other in sources[:number]]:
-            yield f"{key}: {source.dataset_name} is a source already; raise its weight"
     for key in recipe.resume.allow:
-        if not any(f"{field.key}.".startswith(f"{key}.") for field in keys):
-            yield f"resume.allow: {_unknown(key, None)[1]}"
+        if not any(is_within(known, [key]) for known in keys):
+            yield f"resume.allow: {_unknown(key)}"
+    yield from (message for wrong, message in _rules(recipe) if wrong)
 
 
-def _masking_problems(model: ModelRecipe) -> Iterator[str]:
+def _rules(recipe: Recipe) -> Iterator[tuple[Any, str]]:
+    """Pairs of whether a rule is broken, and what to say then."""
+    model, data, every, sft = recipe.model, recipe.data, recipe.eval_steps, recipe.training_mode == "sft"
+    for one, other in ("model.name_or_path", "model.config"), ("data.dataset_name", "data.sources"):
+        given = [name for name in (one, other) if value_at(recipe, name) is not None]
+        yield len(given) != 1, f"{one}: give exactly one of {one} and {other}; got {given or 'neither'}"
+    if model.config is not None:
+        kind, kinds = model.config["model_type"], ("qwen3", "qwen2", "llama")
+        yield kind not in kinds, f"model.config.model_type: must be one of {', '.join(kinds)}; got {kind!r}"
+        yield not model.tokenizer, 'model.tokenizer: with model.config give a folder, a hub name, or "bytes"'
+    micro = recipe.micro_batch_size or 1
+    rest = recipe.global_batch_size % micro
+    yield rest, f"global_batch_size: must be a multiple of micro_batch_size = {micro}"
+    held_out = data.eval_size or data.eval_dataset_name
+    yield every and not held_out, "eval_steps: needs data.eval_size or data.eval_dataset_name"
+    unsaved = recipe.early_stopping_patience and not (every and every == recipe.save_steps)
+    yield unsaved, "early_stopping_patience: needs eval_steps = save_steps"
+
     prefix, truncate, spans = (by_epoch(getattr(model, name)) for name in PROBABILITIES)
     for epoch in range(max(len(prefix), len(truncate))):
-        pair = prefix[min(epoch, len(prefix) - 1)], truncate[min(epoch, len(truncate) - 1)]
-        if sum(pair) > 1:
-            yield (
-                "model.prefix_probability + model.truncate_probability must be at most 1, since a sequence takes"
-                f" at most one of them; got {pair[0]:g} + {pair[1]:g} in epoch {epoch + 1}"
-            )
-    phases = by_phase(model.mask_block_sizes)
-    if any(max(after) < max(before) for before, after in pairwise(phases)):
-        yield f"model.mask_block_sizes: phases must go from small sizes to large ones; got {phases}"
-    if model.complementary_masks and max(by_epoch(model.noise_eps)) >= 0.5:
-        yield "model.noise_eps must be below 0.5 with model.complementary_masks: t is drawn from [eps, 1 - eps]"
-    scheduler = model.masking_scheduler
+        total = prefix[min(epoch, len(prefix) - 1)] + truncate[min(epoch, len(truncate) - 1)]
+        both = "model.prefix_probability + model.truncate_probability"
+        yield total > 1, f"{both} must be at most 1; got {total:g} in epoch {epoch + 1}"
+    largest = [max(sizes) for sizes in by_phase(model.mask_block_sizes)]
+    yield largest != sorted(largest), "model.mask_block_sizes: phases must go from small sizes to large ones"
+    empty = model.complementary_masks and max(by_epoch(model.noise_eps)) >= 0.5
+    yield empty, "model.noise_eps: with model.complementary_masks t is in [eps, 1 - eps]: give less than 0.5"
+    scheduler, key = model.masking_scheduler, "model.masking_scheduler"
     if scheduler.schedule_type == "linear":
-        if not any((*prefix, *truncate, *spans)):
-            yield f"model.masking_scheduler.schedule_type: linear has no effect with {', '.join(PROBABILITIES)} 0"
-    elif scheduler.max_schedule_steps is not None and len(phases) == 1:
-        yield (
-            "model.masking_scheduler.max_schedule_steps has no effect with schedule_type: constant and a single"
-            " phase of model.mask_block_sizes; remove it"
-        )
+        none = not any((*prefix, *truncate, *spans))
+        yield none, f"{key}.schedule_type: linear has no effect with {', '.join(PROBABILITIES)} 0"
+    else:
+        idle = scheduler.max_schedule_steps and len(largest) == 1
+        yield idle, f"{key}.max_schedule_steps has no effect with constant and a single phase of span sizes"
+
+    sources = data.sources or []
+    ends = [source.epochs for source in sources]
+    stop = bool(ends) and all(ends) and data.on_source_end == "stop"
+    yield stop, "data.on_source_end has no effect with sources that all have epochs"
+    for number, source in enumerate(sources):
+        key, kind = f"data.sources.{number}", source.format or data.sft.format
+        own = source.custom_format != CustomFormat() and kind != "custom"
+        yield own, f"{key}.custom_format has no effect with format: {kind}; set format: custom"
+        yield sft and source.text_field != "text", f"{key}.text_field has no effect with training_mode: sft"
+        yield not sft and source.format, f"{key}.format has no effect with training_mode: pretrain"
+        share = {"weight": source.weight, "epochs": source.epochs}
+        again = any(source == other.model_copy(update=share) for other in sources[:number])
+        yield again, f"{key}: {source.dataset_name} is a source already; raise its weight"
 
 
 # Reading
-
-
-class RecipeField(NamedTuple):
-    """One documented key of the recipe."""
-
-    key: str  # dotted, such as optimizer.learning_rate
-    default: Any  # `...` where a value must be given
-    accepts: str
-    meaning: str  # with its unit
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -553,165 +503,108 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             a value of the wrong type or range, or settings that contradict.
     """
     try:
-        config = OmegaConf.load(io.StringIO(Path(path).read_text(encoding="utf-8")))
+        config = OmegaConf.load(path)
     except FileNotFoundError as error:
         raise UnmaskError(f"{path}: no such recipe file") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise UnmaskError(f"{path}{line}: cannot be read as a recipe: {_reason(error)}.") from error
-    if not isinstance(config, DictConfig):
+        raise UnmaskError(f"{path}: cannot be read as a recipe: {_reason(error)}.") from error
+    if not OmegaConf.is_dict(config):
         raise UnmaskError(f"{path}: expected keys such as 'max_steps: 1000'; got a list.")
     origin = {}
     for text in overrides:
-        key, equals, _ = text.partition("=")
+        key, equals, value = text.partition("=")
         if not (equals and re.fullmatch(r"[^\s.\[\]]+(\.[^\s.\[\]]+)*", key)):
             raise UnmaskError(f"'{text}' is not key=value; write for instance optimizer.learning_rate=1e-4.")
-        try:
-            config = _merged(config, OmegaConf.from_dotlist([text]), key)
-        except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
-            raise UnmaskError(f"override '{text}': {_reason(error)}.") from error
         origin[key] = f"override '{text}'"
+        try:
+            parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
+            OmegaConf.update(config, key, parsed["value"], merge=True, force_add=True)
+        except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
+            raise UnmaskError(f"{origin[key]}: {_reason(error)}.") from error
     try:
         tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = error.full_key or ""
         raise UnmaskError(f"{origin.get(key, path)}: {key}: {_reason(error)}.") from error
-    return _validate(tree, str(path), origin)
+    return recipe_from_dict(cast(Any, tree), str(path), origin)
 
 
-def recipe_from_dict(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
-    """Check a nested dict of recipe keys; `where` opens the error message.
+def recipe_from_dict(
+    tree: Mapping[str, Any], where: str = "recipe", origin: dict[str, str] | None = None
+) -> Recipe:
+    """Check a nested dict of recipe keys.
+
+    Args:
+        where: the beginning of an error message.
+        origin: the same of single keys, in the order in which they were set.
 
     Raises:
         UnmaskError: as for `load_recipe`.
     """
-    return _validate(tree, where, {})
-
-
-@cache
-def recipe_fields() -> tuple[RecipeField, ...]:
-    """List every key of the recipe, in its order, with default and meaning."""
-    return tuple(_walk(Recipe))
-
-
-def _walk(section: type[Section], prefix: str = "") -> Iterator[RecipeField]:
-    for name, item in section.model_fields.items():
-        kinds = list(_inner_types(item.annotation))
-        groups = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
-        if groups != kinds:
-            default = ... if item.is_required() else item.default
-            meaning = " ".join((item.description or "").split())
-            yield RecipeField(prefix + name, default, _accepts(item.annotation, item.metadata), meaning)
-        for group in groups:
-            yield from _walk(group, f"{prefix}{name}{'.' if groups == kinds else '[].'}")
-
-
-def _inner_types(kind: Any) -> Iterator[Any]:
-    yield kind
-    for inner in get_args(kind):
-        yield from _inner_types(inner)
-
-
-def _accepts(kind: Any, metadata: Sequence[Any] = ()) -> str:
-    """Words for the values of a field, such as "integer > 0 or null"."""
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        return _accepts(args[0], args[1:])
-    if origin is Literal:
-        return ", ".join(map(str, args))
-    if origin is list:
-        return f"list of {_accepts(args[0])}"
-    if args and origin is not dict:
-        return " or ".join(map(_accepts, args))
-    names = {str: "text", bool: "true or false", int: "integer", float: "number", type(None): "null"}
-    bounds = [
-        f"{sign} {bound:g}"
-        for mark in metadata
-        for part in getattr(mark, "metadata", None) or [mark]
-        for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
-        if (bound := getattr(part, name, None)) is not None
-    ]
-    return " ".join([names.get(kind, "group of keys"), ", ".join(bounds)]).strip()
-
-
-def _merged(config: DictConfig, override: DictConfig, key: str) -> DictConfig:
-    """`config` with one override, whose key may lead into a list: data.sources.0.weight."""
-    for at in (match.start() for match in re.finditer(r"\.\d+(\.|$)", key)):
-        if isinstance(OmegaConf.select(config, key[:at]), ListConfig):
-            OmegaConf.update(config, key, OmegaConf.select(override, key))
-            return config
-    return cast(DictConfig, OmegaConf.merge(config, override))
-
-
-def _validate(tree: Any, where: str, origin: dict[str, str]) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as invalid:
-        # Unknown keys come first: a misspelt key is often why another one is missing.
-        unknown = ("extra_forbidden", "invalid_key")
         messages: dict[str, str] = {}
-        for error in sorted(invalid.errors(), key=lambda error: error["type"] not in unknown):
-            # A union appends the member that was tried, which is not a key.
-            parts = [str(part) for part in error["loc"] if not re.search(r"[\[\]]", str(part))]
-            key, accepts = _known_prefix(parts)
-            if error["type"] in unknown:
-                key, message = _unknown(".".join(parts), error["input"])
-            elif not parts and error["type"] == "value_error":
-                message = str(error.get("ctx", {})["error"])  # of `_problems`
+        for error in sorted(invalid.errors(), key=lambda error: -len(error["loc"])):  # the most precise first
+            key, message = ".".join(map(str, error["loc"])), error["msg"]
+            if error["type"] in ("extra_forbidden", "invalid_key"):
+                message = _unknown(key)
+            elif error["type"] == "recipe":  # of `_problems`
                 key = message.split(" ")[0].rstrip(":")
-            elif error["type"] == "missing":
-                message = f"{key}: missing; expected {accepts}"
             else:
-                message = f"{key}: expected {accepts}; got {_show(error['input'], quoted=True)}"
-            source = next((origin[o] for o in reversed(origin) if f"{key}.".startswith(f"{o}.")), where)
+                while key and re.sub(r"\.\d+", "[]", key) not in _known_names():
+                    key = key.rpartition(".")[0]  # a union appends the member that was tried
+                got = "" if error["type"] == "missing" else f"; got {_show(error['input'])}"
+                message = f"{key or 'recipe'}: {message}{got}"
+            known = (origin[o] for o in reversed(origin or {}) if is_within(key, [o]) or is_within(o, [key]))
+            source = next(known, where)
             messages.setdefault(key, f"{source}: {message}")  # a union reports one error for each member
         more = f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""
         raise UnmaskError(next(iter(messages.values())) + more) from invalid
 
 
-def _known_prefix(parts: list[str]) -> tuple[str, str]:
-    """The longest start of a location that is a key or a group, and what it accepts."""
-    known = {field.key: field.accepts for field in recipe_fields()}
-    known |= {name.rpartition(".")[0]: "a group of keys" for name in known if "." in name}
-    for end in range(len(parts), 0, -1):
-        name = ".".join("[]" if part.isdecimal() else part for part in parts[:end]).replace(".[]", "[]")
-        if name in known:
-            return ".".join(parts[:end]), known[name]
-    return "recipe", "a group of keys"
+@cache
+def recipe_fields() -> dict[str, dict[str, Any]]:
+    """The JSON schema of every key, in the recipe's order: default, description (with the unit), type and bounds.
+
+    Keys are dotted, such as optimizer.learning_rate; those of a list of groups are data.sources[].weight.
+    """
+    schema = Recipe.model_json_schema()
+    fields: dict[str, dict[str, Any]] = {}
+
+    def walk(section: dict[str, Any], prefix: str) -> None:
+        for name, item in section["properties"].items():
+            if "$ref" not in item:
+                fields[prefix + name] = item
+            lists = ((kind.get("items", {}), "[].") for kind in item.get("anyOf", ()))
+            for kind, end in ((item, "."), *lists):
+                if "$ref" in kind:
+                    walk(schema["$defs"][kind["$ref"].rpartition("/")[2]], prefix + name + end)
+
+    walk(schema, "")
+    return fields
 
 
-def _unknown(key: str, value: Any) -> tuple[str, str]:
-    """Name an unknown key by the first value in it, since a group is rarely misspelt alone."""
-    full = key
-    while isinstance(value, Mapping) and value:
-        name, value = next(iter(value.items()))
-        full += f".{name}"
-    for named in (full, key):
-        if near := _nearest(named):
-            return full, f"unknown key '{named}'; did you mean '{near}'?"
-    return full, f"unknown key '{full}'; docs/recipes.md lists the known ones"
+def _known_names() -> list[str]:
+    fields = recipe_fields()
+    return [*fields, *dict.fromkeys(key.rpartition(".")[0] for key in fields if "." in key)]
 
 
-def _nearest(key: str) -> str | None:
-    """The known key most like `key`, also where only the level is wrong; None if none is near."""
-    fields = [item.key for item in recipe_fields()]
-    groups = {name.rsplit(".", 1)[0] for name in fields if "." in name}
+def _unknown(key: str) -> str:
+    """Name the known key most like an unknown one, also where only the level is wrong."""
 
     def score(known: str) -> tuple[float, float]:
         whole = SequenceMatcher(None, key, known).ratio()
-        last = SequenceMatcher(None, key.rsplit(".", 1)[-1], known.rsplit(".", 1)[-1]).ratio()
+        last = SequenceMatcher(None, key.rpartition(".")[2], known.rpartition(".")[2]).ratio()
         return max(whole, last), whole
 
-    best = max([*fields, *sorted(groups)], key=score)
-    return best if score(best)[0] >= 0.7 else None
+    nearest = max(_known_names(), key=score)
+    is_near = score(nearest)[0] >= 0.7
+    return f"unknown key '{key}'; " + (f"did you mean '{nearest}'?" if is_near else "see docs/recipes.md")
 
 
-def _show(value: Any, quoted: bool = False) -> str:
-    if isinstance(value, str):
-        text = repr(value) if quoted else value
-    else:
-        text = "a group of keys" if isinstance(value, Mapping) else json.dumps(value, default=str)
+def _show(value: Any) -> str:
+    text = json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -727,4 +620,6 @@ def _escape(value: Any) -> Any:
 def _reason(error: Exception) -> str:
     if isinstance(error, GrammarParseError):
         return "broken ${...} in a value; write a literal one as \\${"
-    return getattr(error, "strerror", None) or str(getattr(error, "problem", None) or error).splitlines()[0]
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    return reason(error)

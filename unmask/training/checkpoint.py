@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -33,7 +32,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
 from torch.optim import Optimizer
 
-from unmask.config import Recipe, load_recipe, recipe_fields
+from unmask.config import Recipe, is_within, load_recipe, recipe_fields, value_at
 from unmask.errors import UnmaskError
 from unmask.io import atomic_dir, reason, sha256
 from unmask.training.parallel import Processes
@@ -344,28 +343,20 @@ def resume_point(recipe: Recipe, out: Path) -> ResumePoint:
     notes.append(f"resuming from {start}")
     if changed:
         notes.append(f"resume: the recipe differs from that of the checkpoint in {', '.join(changed)}")
-    fixed = [key for key in changed if _within(key, FIXED)]
-    refused = fixed or [key for key in changed if not _within(key, (*HARMLESS, *recipe.resume.allow))]
+    fixed = [key for key in changed if is_within(key, FIXED)]
+    refused = fixed or [key for key in changed if not is_within(key, (*HARMLESS, *recipe.resume.allow))]
     if refused:
         remedy = f"set it back, or allow it with resume.allow=[{','.join(refused)}]"
         if fixed:
             remedy = "the checkpoint is incompatible with that: start a new run"
-        differ = (f"{key} was {_value(saved, key)} and is now {_value(recipe, key)}" for key in refused)
+        differ = (f"{key} was {value_at(saved, key)} and is now {value_at(recipe, key)}" for key in refused)
         raise refuse(f"{start} is of a run with another recipe: {', '.join(differ)}; {remedy}")
     return ResumePoint(start, state, saved, notes)
 
 
 def _changed_keys(recipe: Recipe, saved: Recipe) -> list[str]:
-    keys = [field.key for field in recipe_fields() if "[]" not in field.key]
-    keys = [key for key in keys if not _within(key, ("resume", "resume_from_checkpoint"))]
+    keys = [key for key in recipe_fields() if "[]" not in key]
+    keys = [key for key in keys if not is_within(key, ("resume", "resume_from_checkpoint"))]
     if recipe.precision == "auto":  # it is what that run computed in
         keys.remove("precision")
-    return [key for key in keys if _value(recipe, key) != _value(saved, key)]
-
-
-def _within(key: str, names: tuple[str, ...] | list[str]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in names)
-
-
-def _value(recipe: Recipe, key: str) -> Any:
-    return reduce(getattr, key.split("."), cast(Any, recipe))
+    return [key for key in keys if value_at(recipe, key) != value_at(saved, key)]
