@@ -556,8 +556,10 @@ def recipe_from_dict(
                     key = key.rpartition(".")[0]  # a union appends the member that was tried
                 got = "" if error["type"] == "missing" else f"; got {_show(error['input'])}"
                 message = f"{key or 'recipe'}: {message}{got}"
-            known = (origin[o] for o in reversed(origin or {}) if is_within(key, [o]) or is_within(o, [key]))
-            source = next(known, where)
+            setters = [
+                said for at, said in (origin or {}).items() if is_within(key, [at]) or is_within(at, [key])
+            ]
+            source = setters[-1] if setters else where
             messages.setdefault(key, f"{source}: {message}")  # a union reports one error for each member
         more = f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""
         raise UnmaskError(next(iter(messages.values())) + more) from invalid
