@@ -21,7 +21,7 @@ from unmask.diffusion.objective import Objective
 from unmask.training.build import build_model
 from unmask.training.memory import estimate
 from unmask.training.metrics import peak_memory
-from unmask.training.optim import make_optimizer
+from unmask.training.optim import make_optimizers
 from unmask.training.parallel import Processes, SharedModel, batch_plan
 
 GROUP = Processes(0, 1, torch.device("cpu"))
@@ -37,7 +37,7 @@ def take_two_steps(recipe: Recipe) -> int:
     model = build_model(recipe, byte_tokenizer())
     estimated = estimate(recipe, model, 1, recipe.data.block_size, "cpu")["peak"]
     shared = SharedModel(model, recipe, GROUP)
-    optimizer = make_optimizer(recipe, model, shared.parameters)
+    optimizers = make_optimizers(recipe, model, shared.parameters)
     micro, accumulation = batch_plan(recipe, 1)
     everything = Objective(eps=0.9999)  # every token is masked
     for step in range(2):
@@ -47,8 +47,9 @@ def take_two_steps(recipe: Recipe) -> int:
             ids = torch.randint(0, 256, (micro, recipe.data.block_size))
             inputs = model.prepare(ids)
             shared.loss(inputs, corrupt(inputs, everything), everything, 1.0).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
     return estimated
 
 

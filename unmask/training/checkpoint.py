@@ -16,18 +16,19 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
 from torch.optim import Optimizer
@@ -35,7 +36,10 @@ from torch.optim import Optimizer
 from unmask.config import Recipe, is_within, load_recipe, recipe_fields, value_at
 from unmask.errors import UnmaskError
 from unmask.io import atomic_dir, reason, sha256
-from unmask.training.parallel import Processes
+from unmask.model.checkpoint import save_checkpoint
+from unmask.training.card import PROVENANCE
+from unmask.training.optim import WeightAverage
+from unmask.training.parallel import SharedModel
 
 VERSION = 2  # of the format
 MANIFEST, STATE, RECIPE, TENSORS = "manifest.json", "state.json", "recipe.yaml", "state"
@@ -85,133 +89,116 @@ class RunState:
 # Write and read
 
 
-def save(
-    folder: Path,
-    state: RunState,
-    tensors: Mapping[str, Tensor],
-    group: Processes,
-    write_rest: Callable[[Path], None] = lambda folder: None,
-) -> None:
-    """Write a checkpoint aside, and move it to its place when everything is on the disk.
-
-    Called on every process. An earlier checkpoint is never touched.
+class Checkpointer:
+    """Writes and reads all that a resumed run needs; its methods are called on every process.
 
     Args:
-        tensors: those of `training_tensors`.
-        write_rest: called with the folder on the main process: model folder, recipe and so on.
+        model: what is saved as a model folder: the denoiser, or the `PeftModel` around it.
+        origin: contents of `provenance.json`.
     """
 
-    def write_own() -> None:
-        with _errors_of_writing(folder), _quiet_single_process():
-            writer = HuggingFaceStorageWriter(str(aside / TENSORS), save_distributed=True)
-            write_tensors(dict(tensors), storage_writer=writer, no_dist=group.ranks == 1)
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: Any,
+        tokenizer: Any,
+        shared: SharedModel,
+        optimizers: list[Optimizer],
+        average: WeightAverage | None,
+        origin: dict[str, Any],
+    ):
+        self.recipe, self.model, self.tokenizer, self.origin = recipe, model, tokenizer, origin
+        self.shared, self.optimizers, self.average = shared, optimizers, average
+        self.group, self.out = shared.group, Path(recipe.checkpoint_save_dir)
 
-    def finish() -> None:
-        with _errors_of_writing(folder):
-            write_rest(aside)
-            (aside / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
-            files = sorted(file for file in aside.rglob("*") if file.is_file())
-            entries = {
-                file.relative_to(aside).as_posix(): {"size": file.stat().st_size, "sha256": checksum}
-                for file, checksum in zip(files, _checksums(files), strict=True)
-            }
-            manifest = {"format_version": VERSION, "files": entries}
-            (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        stack.close()  # which moves the folder to its place
+    def save(self, state: RunState) -> None:
+        """Write a checkpoint aside, move it to its place when everything is on the disk, and remove old ones."""
+        folder = self.out / f"{PREFIX}{state.step}"
+        with ExitStack() as stack:
+            aside: Path = self.group.on_main(lambda: stack.enter_context(atomic_dir(folder)))
+            self.group.together(lambda: self._write_tensors(folder, aside / TENSORS))
 
-    with ExitStack() as stack:
-        aside: Path = group.on_main(lambda: stack.enter_context(atomic_dir(folder)))
-        group.together(write_own)
-        group.on_main(finish)
+            def write_rest() -> None:
+                self._write_rest(aside, state)
+                stack.close()  # which moves the folder to its place
 
+            self.group.on_main(write_rest)
+        if self.group.main:
+            rotate(self.out, self.recipe.save_total_limit, state.best_step)
 
-@contextmanager
-def _errors_of_writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError, CheckpointException) as error:
-        failures = error.failures.values() if isinstance(error, CheckpointException) else ()
-        cause = next((failure[0] for failure in failures), error)
-        raise UnmaskError(
-            f"{folder}: could not be written: {reason(cause)}; earlier checkpoints are as they were: make room"
-            " and resume with resume_from_checkpoint=auto."
-        ) from error
+    def _write_tensors(self, folder: Path, aside: Path) -> None:
+        optimizer = get_optimizer_state_dict(self.shared.model, self.optimizers)
+        # Adapters have other names in a model folder, and a sharded model has none.
+        tensors = self._tensors(optimizer, self.shared.sharded or self.recipe.lora.r is not None)
+        try:
+            with _quiet_single_process():
+                writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
+                write_tensors(tensors, storage_writer=writer, no_dist=self.group.ranks == 1)
+        except (OSError, SafetensorError, CheckpointException) as error:
+            raise UnmaskError(
+                f"{folder}: could not be written: {_first_reason(error)}; earlier checkpoints are as they were: make room"
+                " and resume with resume_from_checkpoint=auto."
+            ) from error
 
+    def _write_rest(self, folder: Path, state: RunState) -> None:
+        if self.shared.sharded:
+            self.shared.model.config.save_pretrained(folder)
+        else:
+            save_checkpoint(self.model, self.tokenizer, folder)
+        (folder / RECIPE).write_text(self.recipe.to_yaml(), encoding="utf-8")
+        (folder / PROVENANCE).write_text(json.dumps(self.origin, indent=2), encoding="utf-8")
+        (folder / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        entries = {
+            file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": checksum}
+            for file, checksum in zip(files, _checksums(files), strict=True)
+        }
+        manifest = {"format_version": VERSION, "files": entries}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
-def training_tensors(
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: Optimizer,
-    average: Mapping[str, Tensor] | None,
-    with_weights: bool,
-) -> dict[str, Tensor]:
-    """Name every tensor that a resumed run needs: `optimizer/KEY/NAME`, `average/NAME`, `weights/NAME`."""
-    tensors = {f"weights/{name}": p.detach() for name, p in parameters.items()} if with_weights else {}
-    by_id = {id(p): name for name, p in parameters.items()}
-    for parameter, values in optimizer.state.items():
-        for key, value in values.items():
-            tensors[f"optimizer/{key}/{by_id[id(parameter)]}"] = torch.as_tensor(value)
-    return tensors | {f"average/{name}": value for name, value in (average or {}).items()}
+    def load(self, folder: Path) -> None:
+        """Read weights, optimizer state and average; the optimizer's settings stay those of the recipe."""
+        optimizer: Any = get_optimizer_state_dict(self.shared.model, self.optimizers)
+        try:
+            reader = HuggingFaceStorageReader(str(folder / TENSORS))
+            saved = reader.read_metadata().state_dict_metadata
+            with_weights = any(name.startswith("weights/") for name in saved)
+            tensors = self._tensors(optimizer, with_weights)
+            self._read(tensors, reader)
+            if not with_weights:
+                weights: dict[str, Tensor] = {n: p.detach() for n, p in self.shared.parameters.items()}
+                self._read(weights, HuggingFaceStorageReader(str(folder)))
+            for name, values in optimizer["state"].items():
+                values.update({key: tensors[f"optimizer/{key}/{name}"] for key in values})
+            set_optimizer_state_dict(self.shared.model, self.optimizers, optimizer)
+        except (OSError, SafetensorError, RuntimeError, ValueError, CheckpointException) as error:
+            raise UnmaskError(
+                f"resume_from_checkpoint: {folder} cannot be loaded: {_first_reason(error)}; it is damaged, or of another"
+                " model, optimizer or ema.decay than the recipe's."
+            ) from error
 
+    def _tensors(self, optimizer: Any, with_weights: bool) -> dict[str, Tensor]:
+        """Name what is saved besides a model folder: `optimizer/KEY/NAME`, `average/NAME`, `weights/NAME`."""
+        tensors = {
+            f"optimizer/{key}/{name}": torch.as_tensor(value)
+            for name, values in optimizer["state"].items()
+            for key, value in values.items()
+        }
+        if self.average is not None:
+            tensors |= {f"average/{name}": value for name, value in self.average.average.items()}
+        if with_weights:
+            tensors |= {f"weights/{name}": p.detach() for name, p in self.shared.parameters.items()}
+        return tensors
 
-def load_tensors(
-    folder: Path,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: Optimizer,
-    average: Mapping[str, Tensor] | None,
-    group: Processes,
-) -> None:
-    """Read what `training_tensors` named into the parameters, the optimizer and the average.
-
-    Weights come from `state/` or from the model folder, whichever has them.
-    """
-    weights = {name: p.detach() for name, p in parameters.items()}
-    wanted: dict[str, Tensor] = {}
-    try:
-        reader = HuggingFaceStorageReader(str(folder / TENSORS))
-        for name, metadata in cast(Any, reader.read_metadata().state_dict_metadata).items():
-            kind, _, rest = name.partition("/")
-            if kind == "weights":
-                wanted[name] = weights[rest]
-            elif kind == "average" and average is not None:
-                wanted[name] = average[rest]
-            elif kind == "optimizer":
-                like, dtype = weights[rest.partition("/")[2]], metadata.properties.dtype
-                same = metadata.size == like.shape  # then it is sharded as the weight is
-                wanted[name] = (
-                    torch.empty_like(like, dtype=dtype) if same else torch.empty(metadata.size, dtype=dtype)
-                )
-        kinds = {name.partition("/")[0] for name in wanted}
-        if average is not None and "average" not in kinds:
-            raise UnmaskError(f"ema.decay: {folder} has no averaged weights; resume without ema.decay.")
+    def _read(self, tensors: dict[str, Tensor], reader: HuggingFaceStorageReader) -> None:
         with _quiet_single_process():
-            read_tensors(wanted, storage_reader=reader, no_dist=group.ranks == 1)
-            if "weights" not in kinds:
-                model_folder = HuggingFaceStorageReader(str(folder))
-                read_tensors(weights, storage_reader=model_folder, no_dist=group.ranks == 1)
-        _load_optimizer(optimizer, parameters, wanted)
-    except UnmaskError:
-        raise
-    except (OSError, SafetensorError, RuntimeError, ValueError, LookupError, CheckpointException) as error:
-        raise UnmaskError(
-            f"resume_from_checkpoint: {folder} cannot be loaded: {reason(error)}; it is damaged, or of another"
-            " model or optimizer than the recipe's."
-        ) from error
+            read_tensors(tensors, storage_reader=reader, no_dist=self.group.ranks == 1)
 
 
-def _load_optimizer(
-    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
-) -> None:
-    """Give the optimizer its state back; its settings stay those of the recipe."""
-    name_of = {id(p): name for name, p in parameters.items()}
-    ordered = [name_of[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    index_of = {name: index for index, name in enumerate(ordered)}  # as in a state dict
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in tensors.items():
-        kind, _, rest = name.partition("/")
-        if kind == "optimizer":
-            key, _, parameter = rest.partition("/")
-            state.setdefault(index_of[parameter], {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def _first_reason(error: Exception) -> str:
+    """The first line of an error, of those of several processes the first one's."""
+    failures = error.failures.values() if isinstance(error, CheckpointException) else ()
+    return reason(next((cause for cause, _ in failures), error))
 
 
 @contextmanager
@@ -303,60 +290,67 @@ class ResumePoint(NamedTuple):
 
 
 def resume_point(recipe: Recipe, out: Path) -> ResumePoint:
-    """Find the checkpoint to resume from."""
-    wanted, existing, finished = recipe.resume_from_checkpoint, checkpoints(out), (out / FINAL).exists()
-
-    def refuse(why: str, key: str = "resume_from_checkpoint") -> UnmaskError:
-        return UnmaskError(f"{key}: {why}.")
-
-    if wanted is None:
-        if existing or finished:
-            remedy = "set resume_from_checkpoint=auto to resume it, or name another folder"
-            raise refuse(f"{out} holds a run already; {remedy}", "checkpoint_save_dir")
-        return ResumePoint(None, RunState(), None, [])
-    wrong: list[str] = []
-    if wanted == "auto":
-        start, wrong = newest_whole(out)
-        if finished and (start is None or step_of(start) >= recipe.max_steps):
-            raise refuse(
-                f"{out / FINAL} is a finished run, with no checkpoint before max_steps = {recipe.max_steps}"
-                " to resume from; name another checkpoint_save_dir"
-            )
-        if start is None and wrong:
-            raise refuse(f"no checkpoint in {out} is whole: {'; '.join(wrong)}; move them away to start anew")
-        if start is None:
-            return ResumePoint(None, RunState(), None, [f"{out} has no checkpoint yet: a new run"])
-    else:
-        start = Path(wanted)
-        if not (start / STATE).exists():
-            raise refuse(f"{start} is not a training checkpoint: name a checkpoint-N folder, or auto")
-        if (found := damage(start)) is not None:
-            raise refuse(f"{start}: {found}; name an earlier checkpoint, or auto")
-        same = [folder for folder in existing if folder.samefile(start)]
-        if same and same != existing[:1]:  # which `auto` would take later
-            newer = ", ".join(folder.name for folder in existing if step_of(folder) > step_of(same[0]))
-            raise refuse(f"{start} has newer ones beside it: move {newer} away, or name another folder")
+    """Find the checkpoint to resume from, and compare its recipe with this one."""
+    start, notes = _find(recipe, out)
+    if start is None:
+        return ResumePoint(None, RunState(), None, notes)
     state = RunState(**json.loads((start / STATE).read_text(encoding="utf-8")))
-    notes = [f"warning: {found}; resuming from the one before" for found in wrong]
     saved = load_recipe(start / RECIPE)
     changed = _changed_keys(recipe, saved)
     notes.append(f"resuming from {start}")
     if changed:
         notes.append(f"resume: the recipe differs from that of the checkpoint in {', '.join(changed)}")
     fixed = [key for key in changed if is_within(key, FIXED)]
-    refused = fixed or [key for key in changed if not is_within(key, (*HARMLESS, *recipe.resume.allow))]
-    if refused:
+    if refused := fixed or [key for key in changed if not is_within(key, (*HARMLESS, *recipe.resume.allow))]:
         remedy = f"set it back, or allow it with resume.allow=[{','.join(refused)}]"
         if fixed:
             remedy = "the checkpoint is incompatible with that: start a new run"
         differ = (f"{key} was {value_at(saved, key)} and is now {value_at(recipe, key)}" for key in refused)
-        raise refuse(f"{start} is of a run with another recipe: {', '.join(differ)}; {remedy}")
+        raise _refusal(f"{start} is of a run with another recipe: {', '.join(differ)}; {remedy}")
     return ResumePoint(start, state, saved, notes)
 
 
+def _find(recipe: Recipe, out: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint that the recipe names, and what to say about others."""
+    wanted, existing, finished = recipe.resume_from_checkpoint, checkpoints(out), (out / FINAL).exists()
+    if wanted is None:
+        if existing or finished:
+            remedy = "set resume_from_checkpoint=auto to resume it, or name another folder"
+            raise UnmaskError(f"checkpoint_save_dir: {out} holds a run already; {remedy}.")
+        return None, []
+    if wanted == "auto":
+        start, wrong = newest_whole(out)
+        if finished and (start is None or step_of(start) >= recipe.max_steps):
+            raise _refusal(
+                f"{out / FINAL} is a finished run, with no checkpoint before max_steps = {recipe.max_steps}"
+                " to resume from; name another checkpoint_save_dir"
+            )
+        if start is None and wrong:
+            raise _refusal(
+                f"no checkpoint in {out} is whole: {'; '.join(wrong)}; move them away to start anew"
+            )
+        if start is None:
+            return None, [f"{out} has no checkpoint yet: a new run"]
+        return start, [f"warning: {found}; resuming from the one before" for found in wrong]
+    start = Path(wanted)
+    if not (start / STATE).exists():
+        raise _refusal(f"{start} is not a training checkpoint: name a checkpoint-N folder, or auto")
+    if (found := damage(start)) is not None:
+        raise _refusal(f"{start}: {found}; name an earlier checkpoint, or auto")
+    same = [folder for folder in existing if folder.samefile(start)]
+    if same and same != existing[:1]:  # which `auto` would take later
+        newer = ", ".join(folder.name for folder in existing if step_of(folder) > step_of(same[0]))
+        raise _refusal(f"{start} has newer ones beside it: move {newer} away, or name another folder")
+    return start, []
+
+
+def _refusal(why: str) -> UnmaskError:
+    return UnmaskError(f"resume_from_checkpoint: {why}.")
+
+
 def _changed_keys(recipe: Recipe, saved: Recipe) -> list[str]:
-    keys = [key for key in recipe_fields() if "[]" not in key]
-    keys = [key for key in keys if not is_within(key, ("resume", "resume_from_checkpoint"))]
+    same = ["resume", "resume_from_checkpoint"]
     if recipe.precision == "auto":  # it is what that run computed in
-        keys.remove("precision")
+        same.append("precision")
+    keys = [key for key in recipe_fields() if "[]" not in key and not is_within(key, same)]
     return [key for key in keys if value_at(recipe, key) != value_at(saved, key)]

@@ -113,15 +113,15 @@ class Accounting:
             self.seconds[part] += now - self.last
             self.last = now
 
-    def count(self, noised: Noised, complementary: bool, packed: bool) -> None:
-        """Count a micro-batch that is trained on; `packed`: padding is left out before the network."""
+    def count(self, noised: Noised, complementary: bool, ragged: bool) -> None:
+        """Count a micro-batch that is trained on; `ragged`: padding is left out before the network."""
         is_token, maskable = noised.layout.is_token, noised.maskable
         draws = 2 if complementary else 1
         useful = is_token.sum()
         # The masks of a draw and of its complement together take every token that may be masked.
         masked = maskable.sum() if complementary else noised.is_masked.sum()
         pairs = count_by_document(noised.layout, is_token).double().square().sum()
-        computed = useful if packed else torch.tensor(is_token.numel(), device=is_token.device)
+        computed = useful if ragged else torch.tensor(is_token.numel(), device=is_token.device)
         if noised.block is not None:  # a noised copy of the columns that may be masked goes along
             useful = useful + maskable.sum()
             computed = computed + len(is_token) * maskable.any(dim=0).sum()

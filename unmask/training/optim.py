@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Muon, Optimizer
 
 from unmask.config import Recipe
@@ -23,21 +22,12 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     It rises from 0 over `warmup_steps`, then is constant, or falls to 0 at `max_steps` along a line or half a
     cosine.
     """
-    warmup, kind = warmup_steps(recipe), recipe.lr_scheduler.type
-    peak = recipe.optimizer.learning_rate
-    if kind == "constant":
-        return peak
-    if step < warmup:
-        return peak * step / max(1, warmup)
+    warmup, kind, peak = warmup_steps(recipe), recipe.lr_scheduler.type, recipe.optimizer.learning_rate
+    if step < warmup and kind != "constant":
+        return peak * step / warmup
     done = min(1.0, (step - warmup) / max(1, recipe.max_steps - warmup))
-    return (
-        peak
-        * {
-            "constant_with_warmup": 1.0,
-            "linear": 1.0 - done,
-            "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
-        }[kind]
-    )
+    shares = {"linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
+    return peak * shares.get(kind, 1.0)
 
 
 def warmup_steps(recipe: Recipe) -> int:
@@ -46,30 +36,43 @@ def warmup_steps(recipe: Recipe) -> int:
     return wanted if wanted <= recipe.max_steps else most
 
 
-def make_optimizer(recipe: Recipe, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Optimizer:
-    """Make the recipe's optimizer; weight decay is for matrices alone, not for norms and biases.
+def make_optimizers(recipe: Recipe, model: Any, parameters: Mapping[str, nn.Parameter]) -> list[Optimizer]:
+    """Make the recipe's optimizer, for muon two: Muon for the matrices of the hidden layers, AdamW for the rest.
+
+    Weight decay is for matrices alone, not for norms and biases. Muon's update of a matrix is its momentum made
+    orthogonal, times 0.2 sqrt(max(rows, columns)): its root mean square is about that of an AdamW update, so that
+    both have one learning rate (Liu et al., arXiv:2502.16982, section 2.2).
 
     Args:
         parameters: those to train, by name.
     """
-    settings = recipe.optimizer
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    hidden = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m is not head}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for parameter in parameters.values():
-        muon = settings.type == "muon" and id(parameter) in hidden
-        groups.setdefault((muon, parameter.dim() > 1), []).append(parameter)
-    listed = [
-        {"params": some, "muon": muon, "weight_decay": settings.weight_decay if decay else 0.0}
-        for (muon, decay), some in sorted(groups.items(), reverse=True)
-    ]
-    adam = {"lr": settings.learning_rate, "betas": (settings.beta1, settings.beta2), "eps": settings.epsilon}
+    settings, rate = recipe.optimizer, recipe.optimizer.learning_rate
+    adam: dict[str, Any] = {
+        "lr": rate,
+        "betas": (settings.beta1, settings.beta2),
+        "eps": settings.epsilon,
+    }
+
+    def groups(some: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+        parts: dict[float, list[nn.Parameter]] = {}
+        for parameter in some:
+            parts.setdefault(settings.weight_decay if parameter.dim() > 1 else 0.0, []).append(parameter)
+        return [{"params": part, "weight_decay": decay} for decay, part in parts.items()]
+
+    everything = groups(parameters.values())
     if settings.type == "muon":
-        return MuonWithAdamW(listed, **adam)
+        head = model.get_output_embeddings()
+        hidden = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m is not head}
+        matrices = groups(p for p in parameters.values() if id(p) in hidden)
+        rest = groups(p for p in parameters.values() if id(p) not in hidden)
+        return [
+            Muon(matrices, lr=rate, adjust_lr_fn="match_rms_adamw"),
+            AdamW(rest, **adam, fused=True),
+        ]
     if settings.type == "adafactor":
         from transformers.optimization import Adafactor
 
-        return Adafactor(listed, lr=settings.learning_rate, scale_parameter=False, relative_step=False)
+        return [Adafactor(everything, lr=rate, scale_parameter=False, relative_step=False)]
     if settings.type == "adamw_8bit":
         if find_spec("bitsandbytes") is None:
             raise UnmaskError(
@@ -77,52 +80,8 @@ def make_optimizer(recipe: Recipe, model: nn.Module, parameters: Mapping[str, nn
             )
         from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
 
-        return AdamW8bit(listed, **adam)
-    return AdamW(listed, **adam, fused=True)  # on a CPU core a third of the time of the other two
-
-
-class MuonWithAdamW(Optimizer):
-    """Muon for the matrices of the hidden layers, AdamW for all else, under one learning rate.
-
-    The update of a matrix is its momentum made orthogonal by five Newton-Schulz steps in bfloat16, times
-    0.2 sqrt(max(rows, columns)), so that its root mean square is about that of an AdamW update (Liu et al.,
-    arXiv:2502.16982, section 2.2). To schedules and checkpoints the two are one optimizer: they share its
-    groups and its state.
-
-    Args:
-        groups: of parameters; those with `muon: True` have matrices alone.
-        lr: learning rate of both.
-        betas, eps: of AdamW.
-    """
-
-    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float):
-        makers: list[tuple[Callable[..., Optimizer], bool, dict[str, Any]]] = [
-            (Muon, True, {"adjust_lr_fn": "match_rms_adamw"}),
-            (AdamW, False, {"betas": betas, "eps": eps, "fused": True}),
-        ]
-        parts = []
-        for make, muon, settings in makers:
-            if some := [group for group in groups if group["muon"] is muon]:
-                parts.append(make(some, lr=lr, **settings))
-        self._parts = parts
-        super().__init__([group for part in parts for group in part.param_groups], {"lr": lr})
-        self._share()
-
-    def _share(self) -> None:
-        for part in self._parts:
-            muon = isinstance(part, Muon)
-            part.param_groups = [group for group in self.param_groups if group["muon"] is muon]
-            part.state = self.state
-
-    def load_state_dict(self, state_dict: Any) -> None:
-        """Load the state of both."""
-        super().load_state_dict(state_dict)
-        self._share()  # with the new groups and the new state
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        for part in self._parts:
-            part.step()
+        return [AdamW8bit(everything, **adam)]
+    return [AdamW(everything, **adam, fused=True)]  # on a CPU core a third of the time of the other two
 
 
 class WeightAverage:
@@ -147,29 +106,21 @@ class WeightAverage:
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the weights; called after each optimizer step."""
-        for average, weights in zip(self.average.values(), self.parameters.values(), strict=True):
-            _local(average).lerp_(_local(weights).to(average.dtype), 1 - self.decay)
+        for name, average in self.average.items():
+            average.lerp_(self.parameters[name].to(average.dtype), 1 - self.decay)
 
     @torch.no_grad()
-    def put(self) -> None:
-        """Leave the average in the place of the weights."""
-        for average, weights in zip(self.average.values(), self.parameters.values(), strict=True):
-            _local(weights).copy_(_local(average))
+    def put(self, values: Mapping[str, Tensor] | None = None) -> None:
+        """Leave the average, or other values, in the place of the weights."""
+        for name, value in (values or self.average).items():
+            self.parameters[name].copy_(value)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Put the average in the place of the weights for an evaluation, and the weights back."""
-        weights = {name: _local(p).detach().clone() for name, p in self.parameters.items()}
+        weights = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.put()
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, value in weights.items():
-                    _local(self.parameters[name]).copy_(value)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, sharing its memory."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            self.put(weights)

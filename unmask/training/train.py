@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -33,14 +33,22 @@ from unmask.evaluation.exact_match import exact_share
 from unmask.io import atomic_dir, atomic_write, directory_lock
 from unmask.model.bf16 import gains_by_bf16
 from unmask.model.checkpoint import save_checkpoint
-from unmask.training import checkpoint as checkpoints
 from unmask.training.build import build_model, check_base, check_block_sizes, make_curriculum, schedule_notes
-from unmask.training.card import PROVENANCE, provenance, write_card
-from unmask.training.checkpoint import FINAL, PREFIX, RECIPE, ResumePoint, resume_point
+from unmask.training.card import provenance, write_card
+from unmask.training.checkpoint import (
+    FINAL,
+    PREFIX,
+    RECIPE,
+    Checkpointer,
+    ResumePoint,
+    newest_whole,
+    remove_partial,
+    resume_point,
+)
 from unmask.training.evaluate import SAMPLES, Answers, examples_of, held_out_loss, model_batch
 from unmask.training.memory import memory_lines
 from unmask.training.metrics import Accounting
-from unmask.training.optim import WeightAverage, learning_rate, make_optimizer
+from unmask.training.optim import WeightAverage, learning_rate, make_optimizers
 from unmask.training.parallel import Processes, SharedModel, batch_plan, processes
 from unmask.training.precision import with_precision
 from unmask.training.report import SHARE, Report, describe_run
@@ -84,10 +92,15 @@ def train(recipe: Recipe, console: Console | None = None) -> TrainResult:
     """
     with StopSignals() as signals, processes() as group:
         console = console or Console(highlight=False, soft_wrap=True)
+        out = Path(recipe.checkpoint_save_dir)
         if not group.main:
             return Run(recipe, Console(quiet=True), group, signals).train()
-        with directory_lock(Path(recipe.checkpoint_save_dir), "training"):
-            return Run(recipe, console, group, signals).train()
+        try:
+            with directory_lock(out, "training"):
+                return Run(recipe, console, group, signals).train()
+        finally:
+            with suppress(OSError):
+                out.rmdir()  # where it is empty: the run was refused
 
 
 class Run:
@@ -146,13 +159,16 @@ class Run:
         dtype = dtype if gains_by_bf16(group.device) else torch.float32  # what such a CPU can do
         self.accounting = Accounting(denoiser, dtype, group)
         self.shared = SharedModel(denoiser, recipe, group)
-        self.optimizer = make_optimizer(recipe, denoiser, self.shared.parameters)
+        self.optimizers = make_optimizers(recipe, denoiser, self.shared.parameters)
         decay = recipe.ema.decay
         self.average = None if decay is None else WeightAverage(self.shared.parameters, decay)
         self.curriculum = make_curriculum(recipe)
         self.source_names = source_names(recipe)
         self.steps = self.data.steps(group.rank, group.ranks)
         self.origin = provenance(recipe, self.tokenizer, group) if group.main else {}
+        self.checkpointer = Checkpointer(
+            recipe, self.model, self.tokenizer, self.shared, self.optimizers, self.average, self.origin
+        )
 
         self.state = point.state
         # By the sessions before this one; a stream has them in its position.
@@ -164,7 +180,7 @@ class Run:
                 raise UnmaskError(
                     f"{where} was trained with another tokenizer; set model.tokenizer as it was."
                 )
-            self._load(point.checkpoint)
+            self.checkpointer.load(point.checkpoint)
             if positions := [position for position in self.state.data if position]:
                 if len(positions) != group.ranks:
                     raise UnmaskError(
@@ -174,12 +190,8 @@ class Run:
                 self.steps.load_state_dict(positions[group.rank])
         self.state.tokenizer, self.state.precision = fingerprint, recipe.precision
         if group.main:
-            checkpoints.remove_partial(self.out)
+            remove_partial(self.out)
             atomic_write(self.out / RECIPE, recipe.to_yaml())
-
-    def _load(self, folder: Path) -> None:
-        average = None if self.average is None else self.average.average
-        checkpoints.load_tensors(folder, self.shared.parameters, self.optimizer, average, self.group)
 
     # Loop
 
@@ -201,7 +213,7 @@ class Run:
             state.evaluation_due = due and bool(self.stop)  # what takes long is left to the resumed run
             if due and not self.stop:
                 self._evaluate()
-                self._agree([])
+                self._agree(0.0)
             if self.stop or (recipe.save_steps and state.step % recipe.save_steps == 0):
                 self._save()
             if self.stop:
@@ -241,20 +253,22 @@ class Run:
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
         # 5. All processes agree: is it finite, and has any of them been asked to stop?
         local = torch.stack(losses).tolist()
-        loss_value, bad = self._agree([math.fsum(local), float(not all(map(math.isfinite, local)))])
-        if bad or not math.isfinite(norm):
-            self._non_finite(batches, local, norm)
-        else:
+        loss = self._agree(sum(local))
+        if math.isfinite(loss) and math.isfinite(norm):
             # 6. The optimizer, at the rate of this step.
-            for settings in self.optimizer.param_groups:
-                settings["lr"] = learning_rate(recipe, step)
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                for settings in optimizer.param_groups:
+                    settings["lr"] = learning_rate(recipe, step)
+                optimizer.step()
             if self.average is not None:
                 self.average.update()
             self.state.skipped_in_a_row = 0
-            self.state.loss_sum += loss_value
+            self.state.loss_sum += loss
             self.state.loss_steps += 1
-        self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self._non_finite(batches, local, norm)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         self.norm, self.objective = norm, objective
         self.accounting.mark("optimizer")
         return True
@@ -274,21 +288,15 @@ class Run:
                 strata = document_strata(strata, ids.shape[1])
         inputs = self.shared.model.prepare(**arguments, training_mode=recipe.training_mode)
         noised = corrupt(inputs, objective, seeds, strata)
-        packed = inputs.packed and noised.block is None and objective.future_share == 1
-        self.accounting.count(noised, objective.complementary, packed and not recipe.torch_compile)
+        ragged = (inputs.packed or inputs.padded) and noised.block is None and objective.future_share == 1
+        self.accounting.count(noised, objective.complementary, ragged and not recipe.torch_compile)
         return MicroBatch(inputs, noised, units)
 
-    def _agree(self, values: list[float]) -> list[float]:
-        """Add up some values over the processes, and set `stop` if one of them received a signal."""
-        values = [*values, float(self.signals.received)]
-        if self.group.ranks == 1:
-            self.stop = self.signals.received
-            return values[:-1]
-        table = torch.zeros(self.group.ranks, len(values), dtype=torch.float64, device=self.group.device)
-        table[self.group.rank] = torch.tensor(values, dtype=torch.float64)
-        table = self.group.sum(table).cpu()
-        self.stop = int(table[:, -1].max())
-        return table[:, :-1].sum(dim=0).tolist()
+    def _agree(self, value: float) -> float:
+        """Add up a value over the processes, and set `stop` if one of them received a signal."""
+        values, signals = zip(*self.group.gather((value, self.signals.received)), strict=True)
+        self.stop = max(signals)
+        return sum(values)
 
     def _epoch(self, step: int) -> int:
         """Epoch of a step, for settings with one value an epoch; 0 where sources have epochs of their own."""
@@ -322,7 +330,7 @@ class Run:
         remedy = "Lower optimizer.learning_rate, remove the samples, or set on_non_finite=skip"
         if skip:
             remedy = f"{IN_A_ROW} steps in a row were left out: resume with a lower optimizer.learning_rate"
-        newest, _ = checkpoints.newest_whole(self.out, contents=False)
+        newest, _ = newest_whole(self.out, contents=False)
         raise UnmaskError(f"{said}; no weight was changed, and the newest checkpoint is {newest}. {remedy}.")
 
     # Between steps
@@ -382,24 +390,7 @@ class Run:
         self.accounting.mark("other")
         self.state.data = self.group.gather(self.steps.state_dict())
         self.state.source_counts = self._source_counts()
-        sharded, lora = self.shared.sharded, self.recipe.lora.r is not None
-        average = None if self.average is None else self.average.average
-        tensors = checkpoints.training_tensors(
-            self.shared.parameters, self.optimizer, average, with_weights=sharded or lora
-        )
-
-        def write_rest(folder: Path) -> None:
-            if sharded:
-                self.shared.model.config.save_pretrained(folder)
-            else:
-                save_checkpoint(self.model, self.tokenizer, folder)
-            (folder / RECIPE).write_text(self.recipe.to_yaml(), encoding="utf-8")
-            (folder / PROVENANCE).write_text(json.dumps(self.origin, indent=2), encoding="utf-8")
-
-        folder = self.out / f"{PREFIX}{self.state.step}"
-        checkpoints.save(folder, self.state, tensors, self.group, write_rest)
-        if self.group.main:
-            checkpoints.rotate(self.out, self.recipe.save_total_limit, self.state.best_step)
+        self.checkpointer.save(self.state)
         self.accounting.mark("save")
 
     # Finish
@@ -412,7 +403,7 @@ class Run:
         self._say_what_ended_it()
         early = recipe.early_stopping_patience is not None
         if early and state.best_step not in (None, state.step):
-            self._load(self.out / f"{PREFIX}{state.best_step}")
+            self.checkpointer.load(self.out / f"{PREFIX}{state.best_step}")
         if self.average is not None:
             self.average.put()  # from here on the weights are the average
             self.average = None
