@@ -9,7 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -55,7 +55,7 @@ def write_card(aside: Path, run: Any, result: Any) -> None:
         "optimizer steps": f"{state.step:,}",
         "sequences per step": data.step_rows,
         f"mean training loss ({loss_unit(recipe)})": f"{result.train_loss:.4f}",
-        "training time of the last session (s)": f"{sum(usage.seconds):.0f}",
+        "training time of the last session (s)": f"{usage.seconds.sum():.0f}",
         "held-out loss (nats per token)": result.held_out_loss and f"{result.held_out_loss:.4f}",
         "exact match on held-out prompts": exact and "{:.1%} before, {:.1%} after".format(*exact),
         "lowest held-out loss": state.best_loss and f"{state.best_loss:.4f} at step {state.best_step:,}",
@@ -64,8 +64,8 @@ def write_card(aside: Path, run: Any, result: Any) -> None:
         "model FLOP utilisation": f"{logs['model_flops_utilisation']:.1%} of the {peak}",
         "peak memory of a process": f"{logs['peak_memory_gib']:.2f} GiB" if usage.peak_memory else None,
         "made with": ", ".join(f"{name} {number}" for name, number in origin["versions"].items()),
-        "code of the working folder": git["working_folder"] and _commit_name(git["working_folder"]),
-        "code of unmask": git["package"] and _commit_name(git["package"]),
+        "code of the working folder": git["working_folder"],
+        "code of unmask": git["package"],
         "devices": f"{origin['processes']} x {origin['device']}",
         "seed": recipe.seed,
     }
@@ -86,11 +86,7 @@ def write_card(aside: Path, run: Any, result: Any) -> None:
 def provenance(recipe: Recipe, tokenizer: Any, group: Processes) -> dict[str, Any]:
     """Collect what a run is made of: recipe, command, versions, commits, devices, checksums of its inputs."""
     versions = {"unmask": unmask.__version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    versions |= {name: version(name) for name in PACKAGES}
     gpu = group.device.type == "cuda"
     model = recipe.model.name_or_path
     return {
@@ -120,27 +116,19 @@ def _sources(recipe: Recipe) -> dict[str, float | None]:
     return dict.fromkeys(listed(recipe.data.dataset_name))
 
 
-def _commit_name(commit: dict[str, Any]) -> str:
-    return f"git {commit['commit'][:12]}{' with changes' if commit['changed'] else ''}"
+def _commit(folder: Path, file: str = ".") -> str | None:
+    """The git commit of a folder, ending in -dirty if tracked files have changed since; None if git does not
+    know the file: a package may be installed inside another project's folder."""
 
+    def git(*command: str) -> str:
+        command = ("git", "-C", str(folder), *command)
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
-def _commit(folder: Path, file: str = ".") -> dict[str, Any] | None:
-    """The git commit of a folder, and whether tracked files have changed since; None without one, or if git
-    does not know the file: a package may be installed inside another project's folder."""
     try:
-        commit, changes, _ = (
-            subprocess.run(
-                ["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=10, check=True
-            ).stdout.strip()
-            for command in (
-                ["rev-parse", "HEAD"],
-                ["status", "--porcelain", "--untracked-files=no"],
-                ["ls-files", "--error-unmatch", "--", file],
-            )
-        )
+        git("ls-files", "--error-unmatch", "--", file)
+        return git("describe", "--always", "--dirty", "--exclude=*", "--abbrev=40")
     except (OSError, subprocess.SubprocessError):
         return None
-    return {"commit": commit, "changed": bool(changes)}
 
 
 def _contents(name: str, pattern: str = "*") -> dict[str, Any]:

@@ -136,8 +136,8 @@ class Checkpointer:
                 write_tensors(tensors, storage_writer=writer, no_dist=self.group.ranks == 1)
         except (OSError, SafetensorError, CheckpointException) as error:
             raise UnmaskError(
-                f"{folder}: could not be written: {_first_reason(error)}; earlier checkpoints are as they were: make room"
-                " and resume with resume_from_checkpoint=auto."
+                f"{folder}: could not be written: {_first_reason(error)}; earlier checkpoints are as they"
+                " were: make room and resume with resume_from_checkpoint=auto."
             ) from error
 
     def _write_rest(self, folder: Path, state: RunState) -> None:
@@ -173,8 +173,8 @@ class Checkpointer:
             set_optimizer_state_dict(self.shared.model, self.optimizers, optimizer)
         except (OSError, SafetensorError, RuntimeError, ValueError, CheckpointException) as error:
             raise UnmaskError(
-                f"resume_from_checkpoint: {folder} cannot be loaded: {_first_reason(error)}; it is damaged, or of another"
-                " model, optimizer or ema.decay than the recipe's."
+                f"resume_from_checkpoint: {folder} cannot be loaded: {_first_reason(error)}; it is damaged,"
+                " or of another model, optimizer or ema.decay than the recipe's."
             ) from error
 
     def _tensors(self, optimizer: Any, with_weights: bool) -> dict[str, Tensor]:
@@ -195,7 +195,7 @@ class Checkpointer:
             read_tensors(tensors, storage_reader=reader, no_dist=self.group.ranks == 1)
 
 
-def _first_reason(error: Exception) -> str:
+def _first_reason(error: BaseException) -> str:
     """The first line of an error, of those of several processes the first one's."""
     failures = error.failures.values() if isinstance(error, CheckpointException) else ()
     return reason(next((cause for cause, _ in failures), error))

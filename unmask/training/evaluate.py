@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from unmask.config import Recipe
 from unmask.data.collate import collate
@@ -91,7 +92,9 @@ def held_out_loss(
             with shared.autocast():
                 nll = model.masked_nll(is_masked=masks.is_masked, **inputs)
             if batch:
-                sums.add(masks, nll, noised, [example for row in batch for example in examples_of(row)])
+                sums.add(
+                    masks, nll, noised, [[example.source for example in examples_of(row)] for row in batch]
+                )
     return sums.metrics(group)
 
 
@@ -108,12 +111,12 @@ class HeldOutSums:
         # Of each level: nll of the masked tokens, and their number.
         self.levels = torch.zeros(BINS, 2, dtype=torch.float64, device=device)
 
-    def add(self, masks: Masks, nll: Float[Tensor, "M"], noised: Noised, examples: Sequence[Any]) -> None:
+    def add(self, masks: Masks, nll: Float[Tensor, "M"], noised: Noised, sources: list[list[int]]) -> None:
         """Add a batch.
 
         Args:
             nll: -log p of each masked token, in row-major order, in nats.
-            examples: those of the batch, row by row.
+            sources: number of the source of each example, row by row.
         """
         is_masked, document = masks.is_masked, noised.layout.document
         nll = nll.double()
@@ -125,19 +128,12 @@ class HeldOutSums:
         tokens = torch.zeros_like(bound).scatter_add_(1, document, noised.maskable.double())
         row, column = tokens.nonzero(as_tuple=True)
         n, b = tokens[row, column], per_sample[row, column]
-        source = self._source(document, examples)[row, column]
+        table = pad_sequence([torch.tensor(row) for row in sources], batch_first=True).to(nll.device)
+        source = table[row, column].clamp(max=len(self.sources) - 1)
         self.samples.index_add_(0, source, torch.stack([b, n, b * b, b * n, n * n, n / n], dim=1))
         # Shares in ((i, i + 1] / BINS), in integers.
         level = (k * BINS + size - 1) // size - 1
         self.levels.index_add_(0, level, torch.stack([nll, torch.ones_like(nll)], dim=1))
-
-    def _source(self, document: Int[Tensor, "B L"], examples: Sequence[Any]) -> Int[Tensor, "B L"]:
-        """Number of the source of each document of each row."""
-        table, numbers = torch.zeros_like(document), iter(examples)
-        for row, last in enumerate(document.amax(dim=1).tolist()):
-            for column in range(last + 1):
-                table[row, column] = min(next(numbers).source, len(self.sources) - 1)
-        return table
 
     def metrics(self, group: Processes) -> dict[str, float]:
         """Return the losses over all processes."""

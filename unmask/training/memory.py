@@ -33,59 +33,48 @@ def estimate(recipe: Recipe, model: Any, devices: int, length: int, device_type:
         model: the denoiser; one on "meta" will do.
         length: tokens of the longest row.
     """
-    config, sharded = model.config, recipe.distributed.type == "fsdp"
-    micro, accumulation = batch_plan(recipe, devices)
-    tokens, shards = micro * length, devices if sharded else 1
+    config, layer, head = model.config, model.model.layers[0], model.get_output_embeddings().weight
+    tokens, layers = batch_plan(recipe, devices)[0] * length, config.num_hidden_layers
+    sharded = recipe.distributed.type == "fsdp"
     held = 2 if recipe.model.dtype == "bfloat16" else 4  # bytes of a weight, and of one in a computation
     width = 2 if recipe.precision == "bf16" else held
-    layer, layers = model.model.layers[0], config.num_hidden_layers
-    head = model.get_output_embeddings().weight
+    everything = sum(p.numel() for p in model.parameters())
     trained = [p for p in model.parameters() if p.requires_grad]
     per_layer = sum(p.numel() for p in layer.parameters())
-    # 1. What stays; of other devices the weights of two layers and the head while they compute.
-    weights = sum(p.numel() for p in model.parameters()) * held // shards
-    gradients = sum(p.numel() for p in trained) * held // shards
+    # 1. What stays, and of other devices the weights of two layers and the head while they compute.
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m.weight is not head}
-    bytes_of = {
+    state_of = {
         "adamw": lambda p: 2 * held * p.numel(),
         "adamw_8bit": lambda p: 2 * p.numel(),
         "adafactor": lambda p: 4 * (sum(p.shape[-2:]) if p.dim() > 1 else p.numel()),
         "muon": lambda p: (1 if id(p) in matrices else 2) * held * p.numel(),
     }[recipe.optimizer.type]
-    optimizer = sum(map(bytes_of, trained)) // shards
-    average = gradients // held * 4 if recipe.ema.decay is not None else 0
+    learnt = sum(p.numel() for p in trained)
+    static = {
+        "weights": held * everything,
+        "gradients": held * learnt,
+        "optimizer": sum(map(state_of, trained)),
+        "average": 4 * learnt if recipe.ema.decay is not None else 0,
+    }
+    static = {name: size // (devices if sharded else 1) for name, size in static.items()}
     gathered = width * (head.numel() + 2 * per_layer) if sharded else 0
-    # 2. What a layer saves of a token, and autocast's copies of its weights.
+    # 2. What a layer saves of its tokens for the backward pass, and autocast's copies of its weights.
     hidden, inner = config.hidden_size, config.num_attention_heads * layer.self_attn.head_dim
     heads = inner + inner * config.num_key_value_heads // config.num_attention_heads
-    kernel, on_cpu = recipe.model.attn_implementation, device_type == "cpu"
-    eager = kernel == "eager" or (kernel == "auto" and width == 2 and on_cpu and length <= 512)
-    saved = (24 if width == 4 else 26) * hidden + 2 * width * heads + 4 * width * config.intermediate_size
-    saved += (4 + width) * heads if hasattr(layer.self_attn, "q_norm") else 0
-    saved += config.num_attention_heads * (length * width if eager else 10)
-    copies = 2 * per_layer if width < held and not sharded else 0
-    one, ends = tokens * saved + copies, 9 * tokens * hidden
-    backward = tokens * width * (3 * config.intermediate_size + 2 * hidden)
-    activations = ends + layers * one
-    if recipe.gradient_checkpointing:
-        backward, activations = backward + one, ends + layers * (4 * tokens * hidden + copies)
-    # 3. The head, in chunks of rows (see `unmask.model.head`), with its own gradient.
-    chunks = chunk_rows(
-        tokens, len(head), torch.bfloat16 if width == 2 else torch.float32, torch.device(device_type)
-    )
-    logits = (min(chunks.rows, tokens) * width + 2 * min(chunks.block, tokens) * 4) * len(head)
-    logits += 2 * tokens * hidden * width + head.numel() * width * (head.requires_grad + (copies > 0))
-    # 4. The most at once: at the head, in the first layer that is passed backward, or at the embedding.
-    embedding = head.numel() * held if head.requires_grad else 0
-    peak = max(activations + logits, activations + backward, ends + max(backward, embedding)) + gradients
-    if accumulation == 1 and not sharded:  # gradients take the place of activations
-        at_end = gradients + ends + max(backward, embedding)
-        peak = max(activations + logits, embedding + activations + backward, at_end)
-    return {
-        **dict(zip(STATIC, (weights, gradients, optimizer, average), strict=True)),
-        **{"gathered": gathered, "activations": activations, "head": logits, "backward": backward},
-        "peak": peak + weights + optimizer + average + gathered,
-    }
+    saved = 6 * 4 * hidden + width * (4 * heads + 4 * config.intermediate_size)
+    if recipe.model.attn_implementation == "eager":
+        saved += config.num_attention_heads * length * width
+    one = tokens * saved + (2 * per_layer if width < held and not sharded else 0)
+    recompute = recipe.gradient_checkpointing
+    activations = layers * (4 * tokens * hidden if recompute else one)
+    # 3. The head, in chunks of rows (see `unmask.model.head`).
+    dtype = torch.bfloat16 if width == 2 else torch.float32
+    rows = chunk_rows(tokens, len(head), dtype, torch.device(device_type)).rows
+    logits = width * (rows * len(head) + 2 * tokens * hidden)
+    parts = {"activations": activations, "head": logits, "recomputed": one if recompute else 0}
+    # The head is done when the first layer is computed again.
+    peak = sum(static.values()) + gathered + activations + max(logits, parts["recomputed"])
+    return {**static, "gathered": gathered, **parts, "peak": peak}
 
 
 def memory_lines(

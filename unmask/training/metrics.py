@@ -6,12 +6,13 @@ Shapes: B batch, L sequence.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from unmask.diffusion.attention import count_by_document
 from unmask.diffusion.corrupt import Noised
@@ -24,58 +25,50 @@ COUNTS = ("supervised", "useful", "computed", "flops")
 GIB = 2**30
 
 
-@dataclass(frozen=True)
-class Usage:
-    """What all processes did in a stretch of a run.
+class Usage(NamedTuple):
+    """What all processes did in a stretch of a run."""
 
-    Attributes:
-        counts: sums over the processes, see `COUNTS`.
-        seconds: of each of `PARTS`, a mean over the processes.
-        peak_flops: operations a second that the devices can do, as measured.
-        peak_memory: bytes, of the process with the most; 0 where it is not known.
-    """
-
-    counts: list[float] = field(default_factory=lambda: [0.0] * len(COUNTS))
-    seconds: list[float] = field(default_factory=lambda: [0.0] * len(PARTS))
+    counts: Float[Tensor, "4"] = torch.zeros(len(COUNTS), dtype=torch.float64)
+    """Sums over the processes, see `COUNTS`."""
+    seconds: Float[Tensor, "7"] = torch.zeros(len(PARTS), dtype=torch.float64)
+    """Of each of `PARTS`, a mean over the processes."""
     peak_flops: float = 0.0
+    """Operations a second that the devices can do, as measured."""
     peak_memory: float = 0.0
+    """Bytes, of the process with the most; 0 where it is not known."""
 
-    def __add__(self, other: Usage) -> Usage:
-        counts, seconds = (
-            [a + b for a, b in zip(mine, its, strict=True)]
-            for mine, its in ((self.counts, other.counts), (self.seconds, other.seconds))
-        )
-        return Usage(counts, seconds, other.peak_flops, other.peak_memory)
+    def plus(self, other: Usage) -> Usage:
+        """Join this stretch and the next one."""
+        return other._replace(counts=self.counts + other.counts, seconds=self.seconds + other.seconds)
 
     def logs(self) -> dict[str, float]:
         """What is logged; rates are of the time without evaluation and saving."""
-        supervised, useful, computed, flops = self.counts
-        shares = {
-            f"time/{part}": _ratio(s, sum(self.seconds)) for part, s in zip(PARTS, self.seconds, strict=True)
-        }
-        training = sum(self.seconds) * (1 - shares["time/evaluation"] - shares["time/save"])
+        supervised, useful, computed, flops = self.counts.tolist()
+        spent = dict(zip(PARTS, self.seconds.tolist(), strict=True))
+        total = sum(spent.values())
+        training = total - spent["evaluation"] - spent["save"]
         memory = {"peak_memory_gib": self.peak_memory / GIB} if self.peak_memory else {}
         return {
             "supervised_tokens_per_second": _ratio(supervised, training),
             "useful_positions": _ratio(useful, computed),
             "model_flops_utilisation": _ratio(flops, training * self.peak_flops),
-            **shares,
+            **{f"time/{part}": _ratio(seconds, total) for part, seconds in spent.items()},
             **memory,
         }
 
     def lines(self) -> list[str]:
         """What a person is told at the end."""
-        if not any(self.counts):
+        if not self.counts.any():
             return []
         logs = self.logs()
-        memory = f", peak memory {logs['peak_memory_gib']:.2f} GiB" if "peak_memory_gib" in logs else ""
-        shares = [f"{part} {logs[f'time/{part}']:.0%}" for part in PARTS]
+        memory = f", peak memory {self.peak_memory / GIB:.2f} GiB" if self.peak_memory else ""
+        shares = ", ".join(f"{part} {logs[f'time/{part}']:.0%}" for part in PARTS)
         return [
             f"work: {logs['supervised_tokens_per_second']:,.0f} supervised tokens/s,"
             f" {logs['useful_positions']:.1%} of computed positions useful,"
             f" {logs['model_flops_utilisation']:.1%} of the measured peak"
             f" ({self.peak_flops / 1e9:,.0f} GFLOP/s){memory}",
-            f"time: {', '.join(shares)}",
+            f"time: {shares}",
         ]
 
 
@@ -139,11 +132,11 @@ class Accounting:
             self.last = event
         mine = [*self.counts.tolist(), *self.seconds.values(), self.peak, peak_memory(self.group.device)]
         table = torch.tensor(self.group.gather(mine), dtype=torch.float64)
-        sums, seconds = table.sum(dim=0).tolist(), table.mean(dim=0)[len(COUNTS) : -2].tolist()
-        usage = Usage(sums[: len(COUNTS)], seconds, sums[-2], table[:, -1].max().item())
+        counts, seconds, peaks, memory = table.split([len(COUNTS), len(PARTS), 1, 1], dim=1)
+        usage = Usage(counts.sum(dim=0), seconds.mean(dim=0), peaks.sum().item(), memory.max().item())
         self.counts.zero_()
         self.seconds, self.events = dict.fromkeys(PARTS, 0.0), []
-        self.session += usage
+        self.session = self.session.plus(usage)
         return usage
 
     def _now(self) -> Any:

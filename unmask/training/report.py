@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -29,12 +30,10 @@ class Report:
         self.unit = loss_unit(recipe)
         self.trackers: list[Any] = []
         self.started = time.monotonic()
+        shown = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
+        hidden = not (group.main and console.is_terminal)
         self.progress = Progress(
-            *(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("steps")),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not (group.main and console.is_terminal),
+            *shown, TimeRemainingColumn(), console=console, transient=True, disable=hidden
         )
 
     def open(self) -> None:
@@ -61,19 +60,17 @@ class Report:
         start, seconds = f"step {step:>{len(str(last))}}/{last}", f"{time.monotonic() - self.started:6.0f} s"
         if "eval_loss" in logs:
             self.say(f"{start}  held-out loss {logs['eval_loss']:.4f} nats per token  {seconds}")
-            losses = [
-                f"{_after('eval_loss_', k)} {v:.4f}" for k, v in logs.items() if _after("eval_loss_", k)
-            ]
-            if len(losses) > 1:
-                self.say(f"  by source: {', '.join(losses[1:])}")  # the first is the standard error
+            named = {name: f"{loss:.4f}" for name, loss in _after("eval_loss_", logs) if name != "stderr"}
         else:
             rate = f"{logs['supervised_tokens_per_second']:8,.0f} tokens/s"
             self.say(
                 f"{start}  loss {logs['loss']:.4f} {self.unit}"
                 f"  learning rate {logs['learning_rate']:.2e}{rate}{seconds}"
             )
-            if shares := [f"{_after(SHARE, k)} {v:.1%}" for k, v in logs.items() if k.startswith(SHARE)]:
-                self.say(f"  tokens so far: {', '.join(shares)}")
+            named = {name: f"{share:.1%}" for name, share in _after(SHARE, logs)}
+        if named:
+            what = "by source" if "eval_loss" in logs else "tokens so far"
+            self.say(f"  {what}: {', '.join(f'{name} {value}' for name, value in named.items())}")
         for tracker in self.trackers:
             tracker.log({name: value for name, value in logs.items() if name != "step"}, step=step)
 
@@ -89,8 +86,9 @@ class Report:
         for tracker in self.trackers:
             if tracker.name == "tensorboard":
                 for number, pair in enumerate(texts, 1):
-                    code = ("\n".join(f"    {line}" for line in text.splitlines() or [""]) for text in pair)
-                    tracker.log({f"samples/{number}": "\n\n".join(code)}, step=step)
+                    tracker.log(
+                        {f"samples/{number}": "\n\n".join(indent(t, "    ") for t in pair)}, step=step
+                    )
 
     def close(self) -> None:
         """Leave the terminal in order, also after a failure."""
@@ -116,8 +114,9 @@ def _tracker(name: str, out: Path) -> Any:
     return tracker
 
 
-def _after(prefix: str, name: str) -> str:
-    return name.removeprefix(prefix) if name.startswith(prefix) else ""
+def _after(prefix: str, logs: dict[str, float]) -> list[tuple[str, float]]:
+    """The entries whose name begins with a prefix, without it."""
+    return [(name.removeprefix(prefix), v) for name, v in logs.items() if name.startswith(prefix)]
 
 
 def describe_run(recipe: Recipe, model: Any, data: Any, group: Processes) -> list[str]:
