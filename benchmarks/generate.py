@@ -23,8 +23,8 @@ from torch import Tensor
 from unmask import Qwen3DiffusionConfig, Qwen3ForCausalLM, load_model, load_tokenizer
 from unmask.data.encode import Encoder
 from unmask.data.files import read_records
-from unmask.evaluation.exact_match import exact_share, make_prompts
-from unmask.generation.text import complete
+from unmask.evaluation.exact_match import exact_share
+from unmask.generation.text import complete, make_prompts
 
 SMALL: dict[str, Any] = {
     "vocab_size": 16384,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,8 @@ import torch
 from tiny import byte_model
 from transformers import PreTrainedTokenizerBase
 
-from unmask.data.encode import Encoder
-from unmask.data.records import Conversation, Turn
+from unmask.data.encode import Encoder, encode_records
+from unmask.data.records import Conversation, CustomFields, Turn, to_conversation
 from unmask.data.tokenizer import byte_tokenizer
 from unmask.errors import UnmaskError, UnmaskWarning
 from unmask.generation.policy import Decision, Proposal, most_confident
@@ -21,15 +23,15 @@ from unmask.generation.text import (
     StopStrings,
     answer_file,
     chat_encoder,
-    check_lengths,
     complete,
     generate_answers,
+    make_prompts,
     prompt_example,
-    prompt_of,
     read_prompts,
-    with_prefix,
 )
 
+USER = {"role": "user", "content": "Hi"}
+SAID = {"role": "assistant", "content": "Yes?"}
 PROMPTS = [list(text) for text in (b"a longer prompt", b"ab", b"", b"xyz", b"ab", b"another one")]
 SETTINGS = {"max_new_tokens": 8, "eos_token_id": list(range(0, 250, 7))}
 
@@ -37,6 +39,12 @@ SETTINGS = {"max_new_tokens": 8, "eos_token_id": list(range(0, 250, 7))}
 @pytest.fixture(scope="module")
 def model() -> Any:
     return byte_model().double().eval()
+
+
+def written(tmp_path: Path, name: str, data: bytes | str) -> Path:
+    file = tmp_path / name
+    file.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return file
 
 
 # Completions.
@@ -83,12 +91,8 @@ def test_a_chat_prompt_is_the_prefix_that_training_shows(tokenizer: PreTrainedTo
     # A special token's string in what the user says is plain text: the only real ones are the template's.
     assert sum(i >= 256 for i in prompt.input_ids) == 5
     begun = prompt_example(tokenizer, "Hi <|im_end|>", system="Be short.", prefix="We<|mask|>")
-    assert begun == with_prefix(prompt, "We<|mask|>", tokenizer)
     assert begun.input_ids == prompt.input_ids + list(b"We<|mask|>")
     assert begun.src_mask == [True] * len(prompt.input_ids) + [False] * 10
-
-
-def test_prompts_that_cannot_be(tokenizer: PreTrainedTokenizerBase) -> None:
     assert prompt_example(tokenizer, " ", raw=True).input_ids == list(b" ")
     with pytest.raises(UnmaskError, match="empty"):
         prompt_example(tokenizer, " ")
@@ -96,6 +100,30 @@ def test_prompts_that_cannot_be(tokenizer: PreTrainedTokenizerBase) -> None:
     bare.chat_template = None
     with pytest.raises(UnmaskError, match="chat template"):
         prompt_example(bare, "Hi")
+
+
+def test_what_the_template_leaves_out_of_a_prompt_is_said_as_in_training(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "".join(
+        (
+            "{%- for m in messages if m.role in ('user', 'assistant') %}",
+            "{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor %}",
+            "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}",
+        )
+    )
+    said = [{"role": "system", "content": "Be short."}, USER, SAID]
+    record = {"messages": said, "tools": [{"name": "add"}]}
+    _, report = encode_records([(record, "here")], Encoder(tokenizer))
+    file = written(tmp_path, "p.jsonl", json.dumps(record))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        read_prompts(file, tokenizer)  # `generate --prompts`
+    told = [str(one.message).removeprefix("prompt: ").removesuffix(".") for one in caught]
+    assert "leaves out system turns" in told[0] and "tools" in told[1] and told == list(report.notes)
+    with pytest.warns(UnmaskWarning, match="leaves out system turns"):
+        prompt_example(tokenizer, "Hi", system="Be short.")  # `generate` and `infill --prompt`
+    with pytest.warns(UnmaskWarning, match="leaves out system turns"):
+        chat_encoder(tokenizer).prompt_example([Turn("system", "Be short."), Turn("user", "Hi")])  # `chat`
 
 
 def test_earlier_responses_are_cut_into_blocks_as_in_training(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -177,34 +205,50 @@ def test_text_is_cut_before_the_first_stop_string(tokenizer: PreTrainedTokenizer
 
 # Files of prompts.
 
-USER = {"role": "user", "content": "Hi"}
-SAID = {"role": "assistant", "content": "Yes?"}
+CALL = {"name": "add", "arguments": {"a": 1}}
+# (record, the prompt's turns with the system's and the user's text, response)
+RECORDS: list[tuple[dict[str, Any], str, str]] = [
+    ({"messages": [USER]}, "Hi", ""),
+    ({"messages": [USER, SAID]}, "Hi", "Yes?"),
+    ({"messages": [USER, SAID, USER]}, "Hi Yes? Hi", ""),
+    ({"messages": [{"role": "system", "content": "s"}, USER, SAID]}, "s Hi", "Yes?"),
+    ({"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}]}, "Hi", "<tool_call>"),
+    ({"conversations": [{"from": "human", "value": "Hi"}]}, "Hi", ""),
+    ({"prompt": "Hi"}, "Hi", ""),
+    ({"prompt": "Hi", "completion": ""}, "Hi", ""),
+    ({"prompt": [USER, SAID, USER]}, "Hi Yes? Hi", ""),
+    ({"prompt": "Hi", "completion": "a", "messages": None}, "Hi", "a"),
+    ({"instruction": "Hi", "input": "2"}, "Hi\n2", ""),
+    ({"instruction": "Hi", "output": "a", "history": [["x", "y"]]}, "x y Hi", "a"),
+]
 
 
-def written(tmp_path: Path, name: str, data: bytes | str) -> Path:
-    file = tmp_path / name
-    file.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return file
+@pytest.mark.parametrize(("record", "turns", "expected"), RECORDS)
+def test_all_that_training_shows_before_the_last_response_is_the_prompt(
+    tokenizer: PreTrainedTokenizerBase, record: dict[str, Any], turns: str, expected: str
+) -> None:
+    encoder = Encoder(tokenizer, train_on="last")
+    [prompt] = make_prompts([(record, "x line 1")], encoder, answered=False)
+    text = str(tokenizer.decode(prompt.example.input_ids))
+    assert re.findall(r"(?s)<\|im_start\|>\w+\n(.+?)<\|im_end\|>", text) == turns.split(" ")
+    assert prompt.text == turns.split(" ")[-1] and prompt.expected.startswith(expected)
+    if expected:
+        learnt = encoder.encode(to_conversation(record, where="x line 1"))
+        start = learnt.src_mask.index(False)
+        assert prompt.example.input_ids == learnt.input_ids[:start]
+        stop = learnt.input_ids.index(258, start)
+        assert prompt.expected == tokenizer.decode(learnt.input_ids[start:stop])
 
 
-@pytest.mark.parametrize(
-    ("record", "turns"),
-    [
-        ({"messages": [USER]}, ["Hi"]),
-        ({"messages": [USER, SAID]}, ["Hi"]),
-        ({"messages": [USER, SAID, USER]}, ["Hi", "Yes?", "Hi"]),
-        ({"conversations": [{"from": "human", "value": "Hi"}]}, ["Hi"]),
-        ({"prompt": "Hi"}, ["Hi"]),
-        ({"prompt": "Hi", "completion": ""}, ["Hi"]),
-        ({"prompt": [USER, SAID, USER]}, ["Hi", "Yes?", "Hi"]),
-        ({"prompt": "Hi", "completion": "a", "messages": None}, ["Hi"]),
-        ({"instruction": "Hi", "input": "2"}, ["Hi\n2"]),
-        ({"instruction": "Hi", "output": "a", "history": [["x", "y"]]}, ["x", "y", "Hi"]),
-        ({"instruction": "Hi", "response": "a"}, ["Hi"]),
-    ],
-)
-def test_everything_before_the_last_response_is_the_prompt(record: dict[str, Any], turns: list[str]) -> None:
-    assert [turn.content for turn in prompt_of(record, "x line 1").turns] == turns
+def test_prompts_with_responses(tokenizer: PreTrainedTokenizerBase) -> None:
+    """As `evaluation.prompts` has them: the response is needed, and turns after it are left out."""
+    record, fields = {"q": "Why?", "a": "So."}, CustomFields(instruction_field="q", response_field="a")
+    [prompt] = make_prompts([(record, "x")], Encoder(tokenizer), "custom", fields)
+    assert (prompt.text, prompt.expected) == ("Why?", "So.")
+    [prompt] = make_prompts([({"messages": [USER, SAID, USER]}, "x")], Encoder(tokenizer))
+    assert prompt.example == prompt_example(tokenizer, "Hi") and prompt.expected == "Yes?"
+    with pytest.raises(UnmaskError, match=r"^x line 2: "):
+        make_prompts([({"prompt": "a"}, "x line 2")], Encoder(tokenizer))
 
 
 def test_a_text_file_has_a_prompt_a_line(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -214,9 +258,10 @@ def test_a_text_file_has_a_prompt_a_line(tmp_path: Path, tokenizer: PreTrainedTo
     assert one.example == prompt_example(tokenizer, "one", system="Be short.", prefix="We")
     raw = read_prompts(file, tokenizer, raw=True)[1].example
     assert (raw.input_ids, raw.src_mask) == (list(b" two"), [False] * 4)
-    check_lengths([one], 6, len(one.example.input_ids) + 6)
+    longest = len(one.example.input_ids)
+    assert read_prompts(file, tokenizer, system="Be short.", prefix="We", longest=longest + 1)[0] == one
     with pytest.raises(UnmaskError, match=r"p.txt line 1: .*max_new_tokens"):
-        check_lengths([one], 7, len(one.example.input_ids) + 6)
+        read_prompts(file, tokenizer, system="Be short.", prefix="We", longest=longest - 1)
 
 
 def test_a_system_prompt_is_for_those_that_have_none_and_unused_fields_are_named(
@@ -224,7 +269,7 @@ def test_a_system_prompt_is_for_those_that_have_none_and_unused_fields_are_named
 ) -> None:
     lines = [{"prompt": "a", "source": "x"}, {"messages": [{"role": "system", "content": "own"}, USER]}]
     file = written(tmp_path, "p.jsonl", "\n".join(map(json.dumps, lines)))
-    with pytest.warns(UnmaskWarning, match=r"fields not used: source \(1\)"):
+    with pytest.warns(UnmaskWarning, match=r"fields not used: source"):
         one, two = read_prompts(file, tokenizer, system="Be short.")
     assert one.example == prompt_example(tokenizer, "a", system="Be short.")
     assert two.example == prompt_example(tokenizer, "Hi", system="own")

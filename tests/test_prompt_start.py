@@ -18,10 +18,9 @@ from unmask.data.encode import Encoder, Example
 from unmask.data.records import to_conversation
 from unmask.data.tokenizer import byte_tokenizer
 from unmask.evaluation.choose import choose_answers
-from unmask.evaluation.exact_match import make_prompts
 from unmask.generation.chat import chat
 from unmask.generation.infill import Gap, infill_text
-from unmask.generation.text import chat_encoder, prompt_example, read_prompts
+from unmask.generation.text import chat_encoder, make_prompts, prompt_example, read_prompts
 
 # As Qwen3's: reasoning of earlier turns is dropped, the last answer has a think block, and the prompt opens an
 # empty one where thinking is off.

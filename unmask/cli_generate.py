@@ -76,7 +76,7 @@ def generate(
                 raise UnmaskError(f"--{name.replace('_', '-')} {message}.")
     _check_texts(prompt=prompt, system=system, prefix=prefix, stop=stop, choice=choice)
     from unmask.evaluation.choose import choose_answers
-    from unmask.generation.text import check_lengths, complete, generate_answers, prompt_example, read_prompts
+    from unmask.generation.text import complete, generate_answers, prompt_example, read_prompts
     from unmask.io import check_output_file
 
     if trace not in (None, IN_TERMINAL):
@@ -99,9 +99,8 @@ def generate(
         answer = partial(generate_answers, denoiser, tokenizer, prefix=prefix, **generation)
     asked: dict[str, Any] = {"raw": raw, "system": system, "to_answer": bool(choice)}
     if prompts is not None and out is not None:
-        listed = read_prompts(prompts, tokenizer, prefix=prefix, **asked)
-        if not choice:
-            check_lengths(listed, config.max_new_tokens, denoiser.config.max_position_embeddings)
+        longest = None if choice else denoiser.config.max_position_embeddings - config.max_new_tokens
+        listed = read_prompts(prompts, tokenizer, prefix=prefix, longest=longest, **asked)
         told = {"model": model, "raw": raw, "system": system, "prefix": prefix, "choice": choice}
         told |= {"end_fill": end_fill, "stop": stop}
         settings = {name: value for name, value in told.items() if value} | decoding

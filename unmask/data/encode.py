@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import islice
@@ -21,6 +22,7 @@ from unmask.data.records import (
     to_conversation,
 )
 from unmask.data.template import (
+    NO_REASONING,
     ChatLayout,
     DropRecord,
     Rendered,
@@ -29,7 +31,7 @@ from unmask.data.template import (
     special_aliases,
     special_strings,
 )
-from unmask.errors import UnmaskError
+from unmask.errors import UnmaskError, UnmaskWarning
 
 SEPARATOR = "\n\n### Response:\n"
 VANISHES = "response would vanish: the prompt alone fills block_size"
@@ -233,11 +235,15 @@ class Encoder:
     def prompt_example(self, turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]] = ()) -> Example:
         """Encode as `encode_prompt`; `src_mask` False = an earlier response that training would mask.
 
-        The blocks of a block-causal model start anew where it changes.
+        The blocks of a block-causal model start anew where it changes. Warns of what the template leaves out.
         """
         turns = self._filter(turns)
         trained = [self.train_on == "all" and turn.role == "assistant" and turn.train for turn in turns]
-        [(ids, src)] = self.tokenize([self.layout.render_prompt(turns, trained, tools=tools)])
+        rendered = self.layout.render_prompt(turns, trained, tools=tools)
+        for note in rendered.lost:
+            if note != NO_REASONING:  # which templates leave out of earlier turns on purpose
+                warnings.warn(f"prompt: {note}.", UnmaskWarning, stacklevel=2)
+        [(ids, src)] = self.tokenize([rendered])
         return Example(ids, src)
 
     def render(self, conversation: Conversation) -> Rendered:
@@ -408,8 +414,6 @@ def encode_each(
                 rows.append((file, number, where, encoder.render(conversation)))
                 if conversation.turns[-1].role != "assistant":
                     _count(report.notes, ["had turns after the last response, left out"])
-                if conversation.tools and not encoder.layout.shows_tools:
-                    _count(report.notes, ["had a list of tools, which the chat template has no place for"])
             except DropRecord as reason:
                 report.drop(str(reason), where)
             except RecordError as error:

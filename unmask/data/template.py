@@ -21,6 +21,7 @@ from unmask.data.records import RecordError, Turn, call_text
 from unmask.errors import UnmaskError
 
 REWRITTEN = "the chat template rewrites the response beyond recognition"
+NO_REASONING = "the chat template leaves out the reasoning of some turns"
 REASONS = "has reasoning, but thinking=off lets every response start after an empty think block"
 PRIVATE = "has both strings of special tokens and characters for private use"
 OPEN, MIDDLE, CLOSE = "\ue000", "\ue001", "\ue002"  # of private marks
@@ -171,6 +172,8 @@ class ChatLayout:
         messages, shown, hidden = self._messages(turns, tools)
         text, bounds = self._located(messages, shown, where)
         rendered = Rendered([], bool(hidden), self._lost(messages, text, bounds))
+        if tools and not self.shows_tools:
+            rendered.lost.append("had a list of tools, which the chat template has no place for")
         done = 0
         for place, (start, stop) in bounds.items():
             if not trained[place]:
@@ -269,7 +272,7 @@ class ChatLayout:
             answer = _squeezed(parsed["answer"]) if parsed else content
             if not (parsed or reasoning) or not all(part in written for part in (*names, answer)):
                 raise DropRecord(REWRITTEN)
-            lost["the chat template leaves out the reasoning of some turns"] = None
+            lost[NO_REASONING] = None
         return list(lost)
 
     def _messages(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 from unmask.data.collate import collate
 from unmask.data.encode import Encoder, Example, document_ids
 from unmask.data.files import read_records
-from unmask.data.records import Conversation, Turn, to_conversation
+from unmask.data.records import Conversation, CustomFields, Turn, call_text, to_conversation
 from unmask.data.tokenizer import ids_without_token
 from unmask.errors import UnmaskError, UnmaskWarning
 
@@ -47,6 +46,19 @@ class Completion:
     def tokens_per_forward(self) -> float:
         """Tokens of the response, the end token included, per denoising step."""
         return len(self.ids) / max(1, self.num_forwards)
+
+
+# Prompts.
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt with what it was made of."""
+
+    example: Example  # src_mask False = an earlier response, which training would mask
+    text: str  # its last user turn, or the raw text
+    location: str = ""  # file and line, for messages
+    expected: str = ""  # the response of the record, where it has one
 
 
 def chat_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
@@ -82,41 +94,136 @@ def with_prefix(example: Example, prefix: str, tokenizer: PreTrainedTokenizerBas
     return Example(example.input_ids + ids, example.src_mask + [False] * len(ids))
 
 
-def chat_example(
-    encoder: Encoder, turns: Sequence[Turn], tools: Sequence[Any] = (), *, to_answer: bool = False
-) -> Example:
-    """Encode turns up to where training lets the next response start.
-
-    Args:
-        to_answer: up to where a plain answer starts in that response: after an empty think block, if the
-            template writes one.
-    """
-    example = encoder.prompt_example(turns, tools)
-    if not to_answer:
-        return example
-    answered = Conversation((*turns, Turn("assistant", MISSING)), "the prompt", tuple(tools))
-    response = encoder.encode(answered).input_ids[len(example.input_ids) :]
+def before_answer(example: Example, asked: Conversation, encoder: Encoder) -> Example:
+    """Add to the prompt of a conversation what training shows before a plain answer: an empty think block."""
+    turns = (*asked.turns, Turn("assistant", MISSING))
+    response = encoder.encode(Conversation(turns, asked.where, asked.tools)).input_ids[
+        len(example.input_ids) :
+    ]
     size = response.index(encoder.end_token_id) - len(document_ids(MISSING, encoder.tokenizer))
     return Example(example.input_ids + response[:size], example.src_mask + [False] * size)
 
 
-def prompt_example(
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
+def make_prompts(
+    records: Iterable[tuple[Mapping[str, Any], str]],
+    encoder: Encoder,
+    format: str = "auto",
+    custom_format: CustomFields | None = None,
     *,
-    raw: bool = False,
+    answered: bool = True,
     system: str | None = None,
     prefix: str = "",
     to_answer: bool = False,
+) -> list[Prompt]:
+    """Make the prompt of each record: all up to where training lets its last response start.
+
+    Warns of fields that no prompt is made of, and of turns that the chat template leaves out.
+
+    Args:
+        records: see `read_records`; format, custom_format: see `to_conversation`.
+        answered: every record has a response; otherwise one that ends without it is asked for the next.
+        system: a system prompt for all that have none.
+        prefix: the beginning of every response.
+        to_answer: go on to where a plain answer starts: after an empty think block, if training has one.
+
+    Raises:
+        UnmaskError: a record cannot be used, or its prompt is empty.
+    """
+    prompts = []
+    for record, where in records:
+        read = to_conversation(record, format, where=where, custom_format=custom_format, answered=answered)
+        if read.unused:
+            warnings.warn(f"prompts: fields not used: {', '.join(read.unused)}.", UnmaskWarning, stacklevel=2)
+        turns = list(read.turns)
+        while answered and turns[-1].role != "assistant":
+            turns.pop()
+        expected = call_text(turns.pop()) if turns[-1].role == "assistant" else ""
+        text = next((turn for turn in reversed(turns) if turn.role == "user"), turns[0]).content
+        if not text.strip():
+            raise UnmaskError(f"{where}: empty; say something, or generate from nothing with --raw.")
+        if system is not None and turns[0].role != "system":
+            turns.insert(0, Turn("system", system))
+        example = encoder.prompt_example(turns, read.tools)
+        if to_answer:
+            example = before_answer(example, Conversation(tuple(turns), where, read.tools), encoder)
+        prompts.append(Prompt(with_prefix(example, prefix, encoder.tokenizer), text, where, expected))
+    return prompts
+
+
+def prompt_example(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, raw: bool = False, prefix: str = "", **options: Any
 ) -> Example:
-    """Encode one prompt: what a user says (not empty), or with `raw` the beginning of a text; then `prefix`."""
+    """Encode one prompt: what a user says, or with `raw` the beginning of a text; see `make_prompts`."""
     if raw:
         return with_prefix(raw_example(tokenizer, text), prefix, tokenizer)
-    if not text.strip():
-        raise UnmaskError("the prompt is empty; say something, or generate from nothing with --raw.")
-    turns = [Turn("user", text)] if system is None else [Turn("system", system), Turn("user", text)]
-    example = chat_example(chat_encoder(tokenizer), turns, to_answer=to_answer)
-    return with_prefix(example, prefix, tokenizer)
+    record, encoder = {"prompt": text}, chat_encoder(tokenizer)
+    return make_prompts([(record, "the prompt")], encoder, answered=False, prefix=prefix, **options)[
+        0
+    ].example
+
+
+def read_prompts(
+    file: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    raw: bool = False,
+    prefix: str = "",
+    longest: int | None = None,
+    **options: Any,
+) -> list[Prompt]:
+    """Read prompts: records of any known format, or a `.txt` file with one prompt a line, blank ones skipped.
+
+    Args:
+        raw: texts to continue without the chat template: lines, or the field "prompt" or "text".
+        longest: tokens of a prompt at most.
+        prefix, **options: see `make_prompts`.
+
+    Raises:
+        UnmaskError: the file or a record cannot be used, a prompt is empty or too long, or there is none.
+    """
+    path = Path(file).expanduser()
+    records = _lines(path) if path.suffix.lower() == ".txt" and path.is_file() else read_records(file)
+    if raw:
+        texts = [(_raw_text(record, where), where) for record, where in records]
+        prompts = [
+            Prompt(prompt_example(tokenizer, text, raw=True, prefix=prefix), text, where)
+            for text, where in texts
+        ]
+    else:
+        prompts = make_prompts(records, chat_encoder(tokenizer), answered=False, prefix=prefix, **options)
+    if not prompts:
+        raise UnmaskError(f"{file}: there is no prompt in it.")
+    for prompt in prompts:
+        if longest is not None and (size := len(prompt.example.input_ids)) > longest:
+            raise UnmaskError(
+                f"{prompt.location}: a prompt of {size} tokens; max_new_tokens leaves {longest} of the model's"
+                " positions for it: shorten one of them."
+            )
+    return prompts
+
+
+def _raw_text(record: Mapping[str, Any], where: str) -> str:
+    if isinstance(text := record.get("prompt", record.get("text")), str):
+        return text
+    raise UnmaskError(
+        f"{where}: with --raw a text is read from the field 'prompt' or 'text'; fields here:"
+        f" {', '.join(map(str, record))}."
+    )
+
+
+def _lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The lines of a text file that are not blank, as records, with their locations."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        line = bytes(error.object).count(b"\n", 0, error.start) + 1
+        raise UnmaskError(f"{path.name} line {line}: not UTF-8 text; save the file as UTF-8.") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield {"prompt": line}, f"{path.name} line {number}"
+
+
+# Completions.
 
 
 class StopStrings(StoppingCriteria):
@@ -141,12 +248,11 @@ class StopStrings(StoppingCriteria):
         """Say for a row (1, L) whether it ends here; its first `prompt_length` tokens are the prompt."""
         tail = input_ids[0, max(prompt_length, input_ids.shape[1] - self.reach) :].tolist()
         text = str(self.tokenizer.decode(tail, skip_special_tokens=True))
-        return torch.full((1,), self.cut(text) != text, device=input_ids.device)
+        return torch.tensor([self.cut(text) != text])
 
     def cut(self, text: str) -> str:
         """The text before the first stop string; all of it if there is none."""
-        starts = [start for string in self.strings if (start := text.find(string)) >= 0]
-        return text[: min(starts)] if starts else text
+        return min((text.partition(string)[0] for string in self.strings), key=len, default=text)
 
 
 def complete(
@@ -167,7 +273,6 @@ def complete(
     Args:
         prompts: token ids, all of them source; or examples, whose `src_mask` says what training would mask,
             such as earlier responses (it matters to block-causal models).
-        batch_size: prompts per forward pass; does not change the answers.
         stop: strings that end a response, which ends before them.
         keep_states: also return the canvas after each step.
         advance: called with the number of prompts done after each batch.
@@ -199,113 +304,13 @@ def complete(
             completions[index] = Completion(
                 stop_strings.cut(str(tokenizer.decode(ids, skip_special_tokens=True))),
                 ids,
-                output.commit_step[row, in_answer].tolist(),
-                output.confidence[row, in_answer].tolist(),
-                output.entropy[row, in_answer].tolist(),
+                *(output[name][row, in_answer].tolist() for name in ("commit_step", "confidence", "entropy")),
                 int(output.num_forwards[row]),
                 states,
             )
         if advance is not None:
             advance(len(indices))
     return [completions[index] for index in range(len(prompts))]
-
-
-# Files of prompts.
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt of a file."""
-
-    example: Example  # src_mask False = an earlier response, which training would mask
-    text: str  # its last user turn, or the raw text
-    location: str = ""  # file and line, for messages
-    expected: str = ""  # the answer, where the file has it
-
-
-def read_prompts(
-    file: str | Path,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    raw: bool = False,
-    system: str | None = None,
-    prefix: str = "",
-    to_answer: bool = False,
-) -> list[Prompt]:
-    """Read prompts: records of any known format, or a `.txt` file with one prompt a line, blank ones skipped.
-
-    Everything before the last response of a record is its prompt; a record may lack that response. Warns of
-    fields that no prompt was made of.
-
-    Args:
-        raw: texts to continue without the chat template: lines, or the field "prompt" or "text".
-        system: a system prompt for all that have none.
-        prefix: the beginning of every response.
-        to_answer: see `chat_example`.
-
-    Raises:
-        UnmaskError: the file or a record cannot be used, a prompt is empty, or there is none.
-    """
-    path, prompts = Path(file).expanduser(), []
-    unused: Counter[str] = Counter()
-    encoder = None if raw else chat_encoder(tokenizer)
-    is_text = path.suffix.lower() == ".txt" and path.is_file()
-    for record, location in _lines(path) if is_text else read_records(file):
-        if encoder is None:
-            text = record.get("prompt", record.get("text"))
-            if not isinstance(text, str):
-                raise UnmaskError(
-                    f"{location}: with --raw a text is read from the field 'prompt' or 'text'; fields here:"
-                    f" {', '.join(map(str, record))}."
-                )
-            example = raw_example(tokenizer, text)
-        else:
-            asked = prompt_of(record, location)
-            unused.update(asked.unused)
-            turns = list(asked.turns)
-            text = next(turn.content for turn in reversed(turns) if turn.role == "user")
-            if system is not None and turns[0].role != "system":
-                turns.insert(0, Turn("system", system))
-            example = chat_example(encoder, turns, asked.tools, to_answer=to_answer)
-        if not (text if raw else text.strip()):
-            raise UnmaskError(f"{location}: the prompt is empty.")
-        prompts.append(Prompt(with_prefix(example, prefix, tokenizer), text, location))
-    if not prompts:
-        raise UnmaskError(f"{file}: there is no prompt in it.")
-    if unused:
-        names = ", ".join(f"{name} ({count:,})" for name, count in unused.items())
-        warnings.warn(f"{file}: fields not used: {names}.", UnmaskWarning, stacklevel=2)
-    return prompts
-
-
-def prompt_of(record: Mapping[str, Any], location: str) -> Conversation:
-    """Read a record up to its last response, which it may lack; raises an `UnmaskError` as `to_conversation`."""
-    asked = to_conversation(record, where=location, answered=False)
-    turns = asked.turns[:-1] if asked.turns[-1].role == "assistant" else asked.turns
-    return replace(asked, turns=turns)
-
-
-def check_lengths(prompts: Sequence[Prompt], max_new_tokens: int, positions: int) -> None:
-    """Check that every prompt leaves room for its answer; an `UnmaskError` names the first that does not."""
-    for prompt in prompts:
-        size = len(prompt.example.input_ids)
-        if size + max_new_tokens > positions:
-            raise UnmaskError(
-                f"{prompt.location}: a prompt of {size} tokens and max_new_tokens = {max_new_tokens} need"
-                f" more than the model's {positions} positions; shorten one of them."
-            )
-
-
-def _lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """The lines of a text file that are not blank, as records, with their locations."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        line = bytes(error.object).count(b"\n", 0, error.start) + 1
-        raise UnmaskError(f"{path.name} line {line}: not UTF-8 text; save the file as UTF-8.") from error
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield {"prompt": line}, f"{path.name} line {number}"
 
 
 # Files of answers.
@@ -361,23 +366,15 @@ def answer_file(
     Returns:
         answers, tokens and forwards (denoising steps) of the whole file.
     """
+    told = dict(settings or {})
     heads: list[dict[str, Any]] = [
-        {
-            "index": index,
-            "sample": i,
-            "seed": seed + i,
-            "settings": dict(settings or {}),
-            "prompt": prompt.text,
-        }
+        {"index": index, "sample": i, "seed": seed + i, "settings": told, "prompt": prompt.text}
         for index, prompt in enumerate(prompts)
         for i in range(samples)
     ]
     data = out.read_bytes() if resume and out.exists() else b""
     size = data.rfind(b"\n") + 1  # of whole lines
     lines = _read_answers(data[:size].splitlines(), heads, out)
-    totals = Counter({"answers": 0, "tokens": 0, "forwards": 0})
-    for line in lines:
-        totals.update(answers=1, tokens=line.get("tokens", 0), forwards=line.get("forwards", 0))
     if advance is not None and lines:
         advance(len(lines))
     with out.open("r+b" if size else "wb") as file:
@@ -387,11 +384,12 @@ def answer_file(
             batch = heads[start : start + flush_every]
             examples = [prompts[head["index"]].example for head in batch]
             answers = answer(examples, [head["seed"] for head in batch], advance)
-            for head, line in zip(batch, answers, strict=True):
-                totals.update(answers=1, tokens=line.get("tokens", 0), forwards=line.get("forwards", 0))
-                file.write(json.dumps({**head, **line}, ensure_ascii=False).encode() + b"\n")
+            new = [{**head, **line} for head, line in zip(batch, answers, strict=True)]
+            file.writelines(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in new)
             file.flush()
-    return dict(totals)
+            lines += new
+    sums = {name: sum(line.get(name, 0) for line in lines) for name in ("tokens", "forwards")}
+    return {"answers": len(lines), **sums}
 
 
 def _read_answers(texts: list[bytes], heads: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
@@ -401,14 +399,13 @@ def _read_answers(texts: list[bytes], heads: list[dict[str, Any]], out: Path) ->
     lines: list[dict[str, Any]] = []
     for number, (text, head) in enumerate(zip(texts, heads, strict=False), 1):
         try:
-            line = json.loads(text)
-            changed = [name for name in head if line[name] != head[name]]
+            lines.append(json.loads(text))
+            changed = [name for name in head if lines[-1][name] != head[name]]
         except (ValueError, KeyError, TypeError) as error:
             raise UnmaskError(f"{out} line {number}: is not an answer; remove the file.") from error
         for name in changed:
             raise UnmaskError(
-                f"{out} line {number}: {name} is {line[name]!r}, now it would be {head[name]!r};"
+                f"{out} line {number}: {name} is {lines[-1][name]!r}, now it would be {head[name]!r};"
                 " resume with the same prompts and settings, or write another file."
             )
-        lines.append(line)
     return lines

@@ -30,8 +30,8 @@ from unmask.data.files import read_records
 from unmask.diffusion.corrupt import Noised, corrupt, example_seeds
 from unmask.diffusion.likelihood import Masks, exact_masks
 from unmask.diffusion.objective import Objective
-from unmask.evaluation.exact_match import Prompt, exact_share, is_exact, make_prompts
-from unmask.generation.text import Completion, complete
+from unmask.evaluation.exact_match import exact_share, is_exact
+from unmask.generation.text import Completion, Prompt, complete, make_prompts
 from unmask.generation.trace import trace_lines
 from unmask.io import atomic_write
 from unmask.training.parallel import Processes, SharedModel
@@ -166,7 +166,9 @@ class Answers:
         self.prompts: list[Prompt] = []
         if self.settings.prompts is not None:
             records = read_records(self.settings.prompts, limit=self.settings.limit)
-            self.prompts = make_prompts(records, encoder, recipe.data.sft.format, custom_fields(recipe))
+            self.prompts = make_prompts(
+                records, encoder, format=recipe.data.sft.format, custom_format=custom_fields(recipe)
+            )
         self.few = spread(self.prompts, self.settings.show)
 
     def measure(self, shared: SharedModel, when: str) -> list[Completion]:
