@@ -140,7 +140,7 @@ def make_prompts(
         expected = call_text(turns.pop()) if turns[-1].role == "assistant" else ""
         text = next((turn for turn in reversed(turns) if turn.role == "user"), turns[0]).content
         if not text.strip():
-            raise UnmaskError(f"{where}: empty; say something, or generate from nothing with --raw.")
+            raise UnmaskError(f"{where} is empty; say something, or generate from nothing with --raw.")
         if system is not None and turns[0].role != "system":
             turns.insert(0, Turn("system", system))
         example = encoder.prompt_example(turns, read.tools)
