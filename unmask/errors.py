@@ -14,3 +14,7 @@ class UnmaskError(ValueError):
 
 class UnmaskWarning(UserWarning):
     """A setting that works, but possibly not as meant; the `unmask` command prints it in one line."""
+
+
+class UnmaskNote(UnmaskWarning):
+    """What was done where it could have been otherwise: nothing to repair."""

@@ -7,8 +7,10 @@ short question first turns that wait into one line.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from unmask.errors import UnmaskError
+from unmask.formats import read_format
 
 HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 PROBE_SECONDS = 10.0
@@ -47,6 +49,28 @@ def require_hub(name: str, repo_type: str) -> None:
                 f"{name}: no such local file or folder, and the hub cannot be reached; "
                 "give a local path, or set HF_HUB_OFFLINE=1 if it is in the hub cache."
             ) from error
+
+
+def model_on_hub(name: str) -> Path:
+    """Folder in the hub's cache with the config of a model; with all but its code if it is another system's.
+
+    Whatever transformers knows it downloads by itself.
+
+    Raises:
+        UnmaskError: The hub gives no `config.json` of that name.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    try:
+        folder = Path(hf_hub_download(name, "config.json")).parent
+        if read_format(folder) is not None:
+            patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+            return Path(snapshot_download(name, allow_patterns=patterns))
+    except OSError as error:  # of which the hub's own errors are
+        raise UnmaskError(
+            f"{name}: no model could be loaded: {first_line(error)}.{offline_hint()}"
+        ) from error
+    return folder
 
 
 def offline_hint() -> str:

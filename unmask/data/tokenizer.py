@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from unmask.data.hub import HUB_NAME, first_line, offline_hint, require_hub
+from unmask.data.hub import HUB_NAME, first_line, model_on_hub, offline_hint, require_hub
 from unmask.errors import UnmaskError
+from unmask.formats import Format, read_format
 
 MASK_TOKEN = "<|mask|>"
 
@@ -71,8 +75,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     else:
         require_hub(name, "model")
         source = name
+        with suppress(UnmaskError):  # a tokenizer need not have a model next to it
+            folder = model_on_hub(name)
+            source, path = (str(folder), folder) if read_format(folder) else (name, path)
+    format = read_format(path) if path.is_dir() else None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = _tokenizer_class(path, format).from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         if path.is_dir():
             raise UnmaskError(
@@ -85,7 +93,22 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     # Of a Qwen checkpoint without tokenizer files transformers makes a tokenizer that knows no text.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UnmaskError(f"{name}: holds no usable tokenizer (tokenizer.json): its vocabulary is empty.")
+    if format is not None and tokenizer.mask_token is None:
+        tokenizer.add_special_tokens({"mask_token": format.mask_token})
     return tokenizer
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has the files of a tokenizer."""
+    return any((folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json"))
+
+
+def _tokenizer_class(folder: Path, format: Format | None) -> Any:
+    """The stock class in the place of a tokenizer that is remote code, else the one that its files name."""
+    if format is None or format.tokenizer_class is None:
+        return AutoTokenizer
+    whole = (folder / "tokenizer.json").exists()  # then nothing depends on the class
+    return PreTrainedTokenizerFast if whole else getattr(transformers, format.tokenizer_class)
 
 
 def add_mask_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, ValidationError, create_model
 from transformers import GenerationConfig
 
 from unmask.errors import UnmaskError
+from unmask.formats import TOKEN_IDS
 from unmask.generation.policy import ADAPTIVE, POLICIES, RANKED, REMASK, Policy, ancestral, ranked, remask
 
 Positive = Annotated[int, Field(ge=1)]
@@ -18,7 +19,6 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 
 _METADATA = ("_commit_hash", "_from_model_config", "transformers_version")
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Settings that only some policies take: name -> policies, default.
 _OF_POLICY: dict[str, tuple[tuple[str, ...], float]] = {
     "alg_temp": (("maskgit_plus", "topk_margin", "entropy"), 0.0),
@@ -34,6 +34,15 @@ _ELSEWHERE = {
     "stop_strings": "pass stopping_criteria, or use the command's --stop",
     "num_beams": "a canvas is not searched by beams",
     "repetition_penalty": "pass a logits_processor, such as transformers' RepetitionPenaltyLogitsProcessor",
+}
+# Published settings, by model (docs/checkpoints.md). A length of the canvas is in none: tasks differ in it.
+PRESETS: dict[str, dict[str, Any]] = {
+    "coda": {"policy": "entropy", "temperature": 0.1, "top_p": 0.9},
+    "dream": {"policy": "entropy", "temperature": 0.1, "top_p": 0.9},
+    "llada": {},
+    "sdar": {},
+    "fast-dllm-v2": {"threshold": 0.9},
+    "a2d-mdlm": {},
 }
 # What a stock config may say without an effect here: it says that something is not to be done.
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}

@@ -7,6 +7,7 @@ autoregressive checkpoint without a mask token.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,28 +17,46 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from unmask.data.hub import HUB_NAME, first_line, offline_hint, require_hub
-from unmask.data.tokenizer import add_mask_token, check_tokenizer, ids_without_token, load_tokenizer
-from unmask.errors import UnmaskError
-from unmask.generation.config import DiffusionGenerationConfig
+from unmask.data.tokenizer import (
+    add_mask_token,
+    check_tokenizer,
+    has_tokenizer,
+    ids_without_token,
+    load_tokenizer,
+)
+from unmask.errors import UnmaskError, UnmaskNote
+from unmask.formats import FORMATS, PREFIX, TOKEN_IDS
+from unmask.generation.config import PRESETS, DiffusionGenerationConfig
 from unmask.io import atomic_dir
-from unmask.model.config import FIELDS, PREFIX
+from unmask.model.config import FIELDS, describe_attention
 from unmask.model.denoiser import MODEL_CLASSES
+from unmask.model.foreign import Foreign, find_foreign, renamed_weights
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SUPPORTED = tuple(name.removeprefix(PREFIX) for name in MODEL_CLASSES)
-_TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id")
 
 
 def read_config(name: str) -> dict[str, Any]:
-    """Read the `config.json` of a checkpoint folder or hub name.
+    """Read the config of a checkpoint folder or hub name; that of another system is said in our fields.
 
     Raises:
         UnmaskError: not a checkpoint, of an unsupported family, or quantised.
     """
+    return _read_checkpoint(name)[0]
+
+
+def _read_checkpoint(name: str) -> tuple[dict[str, Any], Foreign | None]:
+    """Read a config, and find what a checkpoint of another system is."""
     path = Path(name).expanduser()
     is_folder = path.is_dir()
     if path.is_file():
-        raise UnmaskError(f"{name}: a checkpoint is a folder with config.json and weights; this is a file.")
+        gguf = (
+            "; read it by transformers (from_pretrained(folder, gguf_file=...)), and save it as safetensors"
+        )
+        hint = gguf if path.suffix == ".gguf" else ""
+        raise UnmaskError(
+            f"{name}: a checkpoint is a folder with config.json and weights; this is a file{hint}."
+        )
     if not is_folder:
         if not HUB_NAME.fullmatch(name):
             raise UnmaskError(f"{name}: no such checkpoint folder.")
@@ -52,15 +71,15 @@ def read_config(name: str) -> dict[str, Any]:
         final = path / "final"  # where a training run leaves it
         hint = f"did you mean {final}?" if (final / "config.json").exists() else "name a Hugging Face folder."
         raise UnmaskError(f"{name}: this folder is not a checkpoint: it has no config.json; {hint}")
-    if model_type.removeprefix(PREFIX) not in SUPPORTED:
-        raise UnmaskError(
-            f"{name}: model_type {model_type} is not supported; expected one of {', '.join(SUPPORTED)}."
-        )
+    foreign = find_foreign(name, values)
+    if foreign is None and model_type.removeprefix(PREFIX) not in SUPPORTED:
+        known = ", ".join((*SUPPORTED, *(one.model_type for one in FORMATS)))
+        raise UnmaskError(f"{name}: model_type {model_type} is not supported; expected one of {known}.")
     if values.get("quantization_config"):
         raise UnmaskError(
             f"{name}: the weights are quantised; use the original checkpoint in float32 or bfloat16."
         )
-    return values
+    return (values, None) if foreign is None else (foreign.values, foreign)
 
 
 def check_weights(name: str, files: str = "*.safetensors") -> None:
@@ -107,8 +126,8 @@ def load_model(
         UnmaskError: not a checkpoint, an unsupported one, an autoregressive one without `convert_base`, or
             weights that are damaged or incomplete; adapters whose base is not there or has other weights.
     """
-    values = read_config(name)
-    settings = {**overrides, "dtype": dtype, "attn_implementation": attn_implementation}
+    values, foreign = _read_checkpoint(name)
+    settings: dict[str, Any] = {**overrides, "dtype": dtype, "attn_implementation": attn_implementation}
     check_weights(name, ADAPTER_WEIGHTS if is_adapter(name) else "*.safetensors")
     if is_adapter(name):
         return _load_adapter(name, values, settings)
@@ -117,9 +136,18 @@ def load_model(
             f"{name}: this is an autoregressive checkpoint; make a diffusion model of it with"
             f" `unmask convert {name} OUT`."
         )
+    model_class, source = MODEL_CLASSES[PREFIX + values["model_type"].removeprefix(PREFIX)], name
     try:
-        model, info = MODEL_CLASSES[PREFIX + values["model_type"].removeprefix(PREFIX)].from_pretrained(
-            name,
+        if foreign is not None:
+            config = model_class.config_class.from_dict({**values, **overrides})
+            settings, source = (
+                {"config": config, "attn_implementation": attn_implementation},
+                str(foreign.folder),
+            )
+            if foreign.format.keys:
+                source, settings["state_dict"] = None, renamed_weights(foreign, model_class, config)
+        model, info = model_class.from_pretrained(
+            source,
             **{**settings, "dtype": dtype or "auto"},
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, in one line
@@ -139,11 +167,40 @@ def load_model(
         raise UnmaskError(
             f"{name}: the checkpoint is incomplete: {len(missing)} weights are missing, first {missing[0]}."
         )
+    if foreign is not None:
+        _finish_foreign(model, foreign)
     return model
+
+
+def _finish_foreign(model: Any, foreign: Foreign) -> None:
+    """Give a model of another system its special tokens and generation defaults; say what it was opened as."""
+    config, notes = model.config, foreign.assumed
+    model.generation_config = DiffusionGenerationConfig.from_model_config(config)
+    mask_token_id = config.mask_token_id
+    if has_tokenizer(foreign.folder):
+        tokenizer = load_tokenizer(str(foreign.folder))
+        fit_to_tokenizer(model, tokenizer)
+        if config.mask_token_id != mask_token_id:
+            raise UnmaskError(
+                f"{foreign.folder}: config.json says mask_token_id = {mask_token_id}, and the tokenizer has"
+                f" {tokenizer.mask_token} = {config.mask_token_id}; correct one of them."
+            )
+        known = tokenizer.get_vocab()
+        ends = [known[token] for token in foreign.format.end_tokens if token in known]
+        model.generation_config.eos_token_id = list(dict.fromkeys([config.eos_token_id, *ends]))
+    else:
+        notes = [*notes, "special tokens as in config.json, for there is no tokenizer"]
+    model.generation_config.set(**PRESETS[foreign.format.preset])
+    suffix = f"; assumed: {', '.join(notes)}" if notes else ""
+    described = f"{config.model_type.removeprefix(PREFIX)} decoder, {describe_attention(config)}"
+    message = f"{foreign.folder}: opened as {foreign.format.title}: {described}{suffix}."
+    warnings.warn(message, UnmaskNote, stacklevel=3)
 
 
 def convert(base: str, out: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Make a diffusion checkpoint of an autoregressive one: same weights, bidirectional and shifted.
+
+    A diffusion checkpoint of another system (docs/checkpoints.md) is written as one of ours.
 
     The tokenizer gets a mask token. Where the embedding has a free row (Qwen3: id 151669) the size of the
     model does not change; otherwise one row is added. The result has never seen a mask: train it.
@@ -156,7 +213,8 @@ def convert(base: str, out: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
         UnmaskError: the base cannot be converted, or `out` is not empty.
     """
     _check_new(out)
-    if is_diffusion(read_config(base)):
+    values, foreign = _read_checkpoint(base)
+    if foreign is None and is_diffusion(values):
         raise UnmaskError(f"{base}: this is a diffusion checkpoint already; nothing to convert.")
     tokenizer = load_tokenizer(base)
     add_mask_token(tokenizer)
@@ -164,7 +222,8 @@ def convert(base: str, out: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
         tokenizer.pad_token = tokenizer.eos_token  # padding is never attended, so any token will do
     check_tokenizer(tokenizer, name=base)
     model = load_model(base, convert_base=True)
-    fit_to_tokenizer(model, tokenizer)
+    if foreign is None:
+        fit_to_tokenizer(model, tokenizer)
     with atomic_dir(out) as aside:
         save_checkpoint(model, tokenizer, aside)
     return model, tokenizer
@@ -183,7 +242,7 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     _add_rows(model, max(tokenizer.get_vocab().values()) + 1)
     config, generation = model.config, model.generation_config
     assert generation is not None
-    for name in ("mask_token_id", *_TOKENS):
+    for name in ("mask_token_id", *TOKEN_IDS):
         setattr(config, name, getattr(tokenizer, name))
         setattr(generation, name, getattr(tokenizer, name))
     pads_alone = tokenizer.pad_token_id != tokenizer.eos_token_id
@@ -299,7 +358,7 @@ def _load_adapter(name: str, config: dict[str, Any], settings: dict[str, Any]) -
             f"{name}: {base} has other weights than those that the adapter was trained on; {remedy}"
         )
     _add_rows(model, config["vocab_size"])
-    for key in (*_TOKENS, "base_fingerprint"):
+    for key in (*TOKEN_IDS, "base_fingerprint"):
         setattr(model.config, key, config.get(key))
     try:
         model.generation_config = DiffusionGenerationConfig.from_pretrained(folder)

@@ -16,8 +16,7 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from unmask.diffusion.attention import BlockAnchor
 from unmask.diffusion.corrupt import NO_MASK_TOKEN
 from unmask.errors import UnmaskError
-
-PREFIX = "unmask_"
+from unmask.formats import PREFIX
 
 # Every released Qwen3 has this vocabulary, whose first id without a token becomes the mask token. No other
 # family is as uniform, so there the id comes from the tokenizer (`unmask convert`).
@@ -161,3 +160,11 @@ def block_length_of(config: Any, name: str = "config") -> int | None:
             f" got {config.block_anchor!r}."
         )
     return length
+
+
+def describe_attention(config: Any) -> str:
+    """Say in words how a model attends and which position predicts which."""
+    attention = "bidirectional"
+    if config.attention == "block_causal":
+        attention = f"block-causal (blocks of {config.block_length} tokens from the {config.block_anchor})"
+    return f"{attention}, {'shifted' if config.logit_shift else 'not shifted'}"

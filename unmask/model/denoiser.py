@@ -94,10 +94,11 @@ class MaskedDiffusionMixin(GenerateMixin):
             UnmaskError: the checkpoint is of another family, or its config names an unknown attention.
         """
         name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-        if isinstance(kwargs.get("config"), PreTrainedConfig):
+        config = kwargs.get("config")
+        if isinstance(config, PreTrainedConfig) and not isinstance(config, cls.config_class):
             of_the_hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
             found = None if name is None else cls.config_class.from_pretrained(name, **of_the_hub)
-            kwargs["config"] = diffusion_config(kwargs["config"], cls.config_class, found)
+            kwargs["config"] = diffusion_config(config, cls.config_class, found)
         loaded = cast(Any, super()).from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if "attention" not in kwargs:  # which the caller may not be done with; `prepare` looks again

@@ -15,6 +15,7 @@ from unmask.data.dataset import run_tokenizer
 from unmask.diffusion.loss import PRESETS
 from unmask.diffusion.objective import PROBABILITIES, Curriculum, Objective
 from unmask.errors import UnmaskError
+from unmask.formats import PREFIX
 from unmask.io import reason
 from unmask.model.checkpoint import (
     add_adapter,
@@ -26,7 +27,7 @@ from unmask.model.checkpoint import (
     load_model,
     read_config,
 )
-from unmask.model.config import PREFIX, diffusion_values
+from unmask.model.config import diffusion_values
 from unmask.model.denoiser import MODEL_CLASSES
 from unmask.training.optim import warmup_steps
 

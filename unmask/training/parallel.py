@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from unmask.config import Recipe
 from unmask.errors import UnmaskError
+from unmask.formats import read_format, stored_name
 
 
 class Processes:
@@ -203,6 +204,7 @@ def load_shards(model: Any, name: str, device: torch.device) -> None:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+    format = read_format(folder)  # other systems have other names for the weights
     model.to_empty(device=device)
     rotary = model.model.rotary_emb  # its buffers are computed, and in no checkpoint
     model.model.rotary_emb = type(rotary)(config=model.config).to(device)
@@ -211,10 +213,11 @@ def load_shards(model: Any, name: str, device: torch.device) -> None:
         with safe_open(file, framework="pt") as opened:
             files.update(dict.fromkeys(opened.keys(), file))
     for key, parameter in model.named_parameters():
-        if key not in files:
-            raise UnmaskError(f"{name}: the checkpoint is incomplete: {key} is missing.")
-        with safe_open(files[key], framework="pt") as opened:
-            whole = opened.get_tensor(key)  # in mapped memory: what is not used is not read
+        stored = stored_name(key, format)
+        if stored not in files:
+            raise UnmaskError(f"{name}: the checkpoint is incomplete: {stored} is missing.")
+        with safe_open(files[stored], framework="pt") as opened:
+            whole = opened.get_tensor(stored)  # in mapped memory: what is not used is not read
         new_rows = len(parameter) - len(whole)
         if whole.shape[1:] != parameter.shape[1:] or new_rows < 0:
             expected = f"by its config.json it must be {tuple(parameter.shape)}"
