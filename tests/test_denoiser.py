@@ -15,8 +15,9 @@ from training_step import logits_of, loss_of, noise_of
 from transformers import Qwen3Config
 from transformers import Qwen3ForCausalLM as StockQwen3
 
-from unmask.diffusion.corrupt import sample_t, transition
+from unmask.diffusion.corrupt import masking_rate, transition
 from unmask.diffusion.objective import Objective
+from unmask.diffusion.rng import STREAM_TIME, keyed_uniform
 from unmask.errors import UnmaskError
 from unmask.model import denoiser
 
@@ -51,7 +52,7 @@ def stock_loss(
         maskable = ~source[row, kept] & (targets != -100)
         if not len(ids):
             continue
-        t = sample_t(1, eps=model.config.noise_eps, noise_seed=seed)
+        t = masking_rate(keyed_uniform(seed, STREAM_TIME), Objective(eps=model.config.noise_eps))
         noised = transition(ids[None], t, maskable[None], MASK, noise_seed=seed)
         log_p = stock_logits(model, noised.x_t[0]).log_softmax(dim=-1)
         for i in noised.is_masked[0].nonzero()[:, 0]:
@@ -184,7 +185,7 @@ def test_literal_mask_tokens_in_a_prompt_are_text() -> None:
     loss = loss_of(model, ids, src_mask=src_mask, training_mode="sft", noise_seed=seeds)
     nll = torch.stack([-stock_logits(model, x).log_softmax(dim=-1) for x in x_t])
     nll = nll.gather(-1, ids[..., None])[..., 0]
-    t = sample_t(rows, noise_seed=seeds).double()
+    t = masking_rate(keyed_uniform(seeds, STREAM_TIME), Objective()).double()
     assert_same(loss, ((nll * masked).sum(dim=1) / t).sum() / (4 * rows))
 
 

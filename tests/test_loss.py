@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from itertools import chain, combinations, permutations, product
+from itertools import chain, combinations, groupby, permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,12 @@ every_case = pytest.mark.parametrize(("source", "shift"), CASES.values(), ids=CA
 class Oracle:
     """All conditionals of a model on one text, found by denoising the text under each mask."""
 
-    def __init__(self, source: tuple[int, ...], shift: bool, seed: int = 0, text: Tensor = TEXT):
+    def __init__(self, source: tuple[int, ...], shift: bool = False, text: Tensor = TEXT, model: Any = None):
         self.text = text
-        self.model = tiny_model(
-            vocab_size=VOCAB, mask_token_id=MASK, logit_shift=shift, seed=seed, eos_token_id=None
-        ).eval()
+        self.model = model or tiny_model(
+            vocab_size=VOCAB, mask_token_id=MASK, logit_shift=shift, eos_token_id=None
+        )
+        self.model.eval()
         self.where = [i for i in range(text.shape[1]) if i not in source]
         self.src_mask = torch.tensor([[i in source for i in range(text.shape[1])]])
         self.given: dict[str, Any] = {"src_mask": self.src_mask, "training_mode": "sft"}
@@ -95,12 +96,7 @@ class Oracle:
         cells = [(i,) for i in self.where] if cells is None else cells
         terms = []
         for (s, w), on in product(gauss(0, 1, nodes), product([False, True], repeat=len(cells))):
-            rate = masking_rate(
-                torch.tensor(s, dtype=torch.float64),
-                eps=objective.eps,
-                schedule=objective.schedule,
-                complementary=objective.complementary,
-            )
+            rate = masking_rate(torch.tensor(s, dtype=torch.float64), objective)
             p = rate ** sum(on) * (1 - rate) ** (len(cells) - sum(on))
             masked = [i for cell, yes in zip(cells, on, strict=True) if yes for i in cell]
             with steering([s], [masked], self.text.shape[1], objective.mask_block_sizes, phase):
@@ -111,7 +107,6 @@ class Oracle:
 
     def loss_at(self, t: float, masked: tuple[int, ...]) -> Tensor:
         """The loss at this time and this mask: noise is data."""
-
         inputs, noised, objective = prepared(self.model, self.text, **self.given)
         is_masked = torch.zeros_like(noised.is_masked)
         is_masked[0, list(masked)] = True
@@ -170,58 +165,38 @@ def gauss(low: float, high: float, nodes: int) -> list[tuple[float, float]]:
     return [(low + (high - low) * (a + 1) / 2, w * (high - low) / 2) for a, w in zip(x, weight, strict=True)]
 
 
-# Parts
-
-
 @pytest.mark.parametrize("shape", [(0,), (4,), (2, 3)])
-def test_token_nll_is_minus_log_softmax_at_the_target(shape: tuple[int, ...]) -> None:
+def test_token_nll_is_minus_log_softmax_at_the_target_in_float32_or_wider(shape: tuple[int, ...]) -> None:
     logits = 5 * torch.randn(*shape, 7, dtype=torch.float64)
     targets = torch.randint(7, shape)
     expected = -logits.log_softmax(dim=-1).gather(-1, targets[..., None])[..., 0]
     torch.testing.assert_close(token_nll(logits, targets), expected, rtol=0, atol=1e-12)
-
-
-def test_token_nll_of_half_precision_is_computed_in_float32() -> None:
-    logits = (20 * torch.randn(50, 300)).to(torch.bfloat16)
-    targets = torch.randint(300, (50,))
-    nll = token_nll(logits, targets)
+    half = logits.to(torch.bfloat16)
+    nll = token_nll(half, targets)
     assert nll.dtype == torch.float32
-    exact = token_nll(logits.double(), targets)
-    torch.testing.assert_close(nll.double(), exact, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("divisor", [None, 0, 5])
-def test_nothing_masked_is_zero_with_a_zero_gradient(divisor: int | None) -> None:
-    model = tiny_model()
-    ids = torch.tensor([[3, 4, 5]])
-    source = torch.ones_like(ids, dtype=torch.bool)
-    loss = loss_of(model, ids, src_mask=source, training_mode="sft", divisor=divisor)
-    loss.backward()
-    assert loss.item() == 0
-    assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+    torch.testing.assert_close(nll.double(), token_nll(half.double(), targets), rtol=1e-5, atol=1e-5)
 
 
 # The whole, enumerated
 
 
 @every_case
-@torch.no_grad()
-def test_expected_loss_is_the_enumerated_bound(source: tuple[int, ...], shift: bool) -> None:
+def test_expected_loss_and_gradient_are_those_of_the_enumerated_bound(
+    source: tuple[int, ...], shift: bool
+) -> None:
     oracle = Oracle(source, shift)
     for t in (0.001, 0.3, 0.8, 1.0):
-        expected = oracle.bound_at(t)
+        expected, found = oracle.bound_at(t), oracle.expected_loss(t)
         assert 0.5 < expected < 50
-        torch.testing.assert_close(oracle.expected_loss(t), expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    assert_same_gradient(oracle, oracle.expected_loss(0.4), oracle.bound_at(0.4), 1e-9, 1e-12)
 
 
-def test_expected_gradient_is_that_of_the_enumerated_bound() -> None:
-    oracle = Oracle((1,), True)
+def assert_same_gradient(oracle: Oracle, found: Tensor, expected: Tensor, rtol: float, atol: float) -> None:
     parameters = list(oracle.model.parameters())
-    expected = torch.autograd.grad(oracle.bound_at(0.4), parameters)
-    found = torch.autograd.grad(oracle.expected_loss(0.4), parameters)
-    assert sum(g.abs().sum() for g in expected) > 1
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    wanted = torch.autograd.grad(expected, parameters, retain_graph=True)
+    assert sum(g.abs().sum() for g in wanted) > 1
+    torch.testing.assert_close(torch.autograd.grad(found, parameters), wanted, rtol=rtol, atol=atol)
 
 
 @every_case
@@ -281,7 +256,7 @@ def test_linear_and_cosine_schedules_give_the_same_bound(source: tuple[int, ...]
     w = torch.tensor([weight for _, weight in nodes], dtype=torch.float64)
 
     def mean(eps: float, schedule: Any) -> Tensor:
-        t = masking_rate(s, eps=eps, schedule=schedule)
+        t = masking_rate(s, Objective(eps=eps, schedule=schedule))
         # bound_at has the weight 1/t in it.
         return (w * time_weight(t, schedule) * torch.stack([x * oracle.bound_at(x.item()) for x in t])).sum()
 
@@ -314,18 +289,21 @@ def test_bias_of_the_smallest_rate_is_of_its_size(source: tuple[int, ...], shift
 @torch.no_grad()
 def test_the_bound_is_tight_where_the_order_does_not_matter() -> None:
     # One supervised token: there is one order.
-    one = Oracle((0, 1, 3), False)
+    one = Oracle((0, 1, 3))
     torch.testing.assert_close(one.bound(), one.exact()[0], rtol=1e-12, atol=0)
     # A model whose attention is cut: every token's distribution is its own.
-    with pytest.MonkeyPatch.context() as patch:
-        cut = tiny_model(vocab_size=VOCAB, mask_token_id=MASK, eos_token_id=None).eval()
-        for layer in cut.model.layers:
-            layer.self_attn.o_proj.weight.zero_()
-        patch.setitem(Oracle.__init__.__globals__, "tiny_model", lambda **_: cut)
-        oracle = Oracle((0,), False)
+    cut = tiny_model(vocab_size=VOCAB, mask_token_id=MASK, eos_token_id=None)
+    for layer in cut.model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+    oracle = Oracle((0,), model=cut)
     assert oracle.exact()[0] > 0.5
     torch.testing.assert_close(oracle.bound(), oracle.exact()[0], rtol=1e-12, atol=0)
     torch.testing.assert_close(oracle.steered(Objective(eps=1e-12), 3), oracle.exact()[0])
+    # One cell over the whole response.
+    whole = Oracle((0,))
+    objective, grid = Objective(eps=1e-12, **cells(8)), [tuple(whole.where)]
+    found = whole.steered(objective, 2, grid)
+    torch.testing.assert_close(found, whole.exact(grid)[0], rtol=1e-9, atol=0)
 
 
 # Complementary masks
@@ -345,57 +323,40 @@ def test_complementary_masks_give_the_bound_between_eps_and_one_minus_eps(
 @pytest.mark.parametrize("other", [{"complementary": True, "eps": 0.1}, {"schedule": "cosine", "eps": 0.1}])
 def test_expected_gradient_of_other_draws_is_that_of_the_enumerated_bound(other: dict[str, Any]) -> None:
     oracle, objective = Oracle((1,), True), Objective(**other)
-    parameters = list(oracle.model.parameters())
     if objective.complementary:
         bound = oracle.bound(0.1, 0.9)
     else:
         bound = oracle.bound(0.1, 1) * 0.9 / (1 - math.asin(0.1) / (math.pi / 2))
-    expected = torch.autograd.grad(bound, parameters)
-    found = torch.autograd.grad(oracle.steered(objective, 12), parameters)
-    assert sum(g.abs().sum() for g in expected) > 1
-    for one, exact in zip(found, expected, strict=True):
-        # Stock RMSNorm computes in float32 whatever the model's dtype.
-        torch.testing.assert_close(one, exact, rtol=1e-5, atol=1e-6)
+    # Stock RMSNorm computes in float32 whatever the model's dtype.
+    assert_same_gradient(oracle, oracle.steered(objective, 12), bound, 1e-5, 1e-6)
 
 
 # Cells (S3)
 
-LONGER = torch.tensor([[2, 0, 3, 1, 0]])
+
+def cells(size: int) -> dict[str, Any]:
+    return {"block_masking_probability": 1, "mask_block_sizes": (size,)}
 
 
 @torch.no_grad()
 def test_masks_in_cells_bound_the_likelihood_of_revealing_whole_cells() -> None:
-    oracle = Oracle((0,), False, text=LONGER)
+    oracle = Oracle((0,), text=torch.tensor([[2, 0, 3, 1, 0]]))
     likelihoods, bounds = [], []
-    for size in (2, 3):
-        for phase in range(size):
-            cells: dict[int, list[int]] = {}
-            for i in oracle.where:
-                cells.setdefault((i + phase) // size, []).append(i)
-            grid = [tuple(cell) for cell in cells.values()]
-            objective = Objective(eps=1e-12, block_masking_probability=1, mask_block_sizes=(size,))
-            found = oracle.steered(objective, 3, grid, phase)
-            exact, mean = oracle.exact(grid)
-            # The mean over orders of the cells, all tokens of a cell at once and each by itself.
-            torch.testing.assert_close(found, mean, rtol=1e-9, atol=0)
-            assert found > exact + 1e-6
-            likelihoods += [exact] * (6 // size)  # sizes, and phases of a size, are equally likely
-            bounds += [found] * (6 // size)
+    for size, phase in ((2, 0), (2, 1), (3, 0), (3, 1), (3, 2)):
+        grid = [tuple(cell) for _, cell in groupby(oracle.where, key=lambda i: (i + phase) // size)]
+        found = oracle.steered(Objective(eps=1e-12, **cells(size)), 3, grid, phase)
+        exact, mean = oracle.exact(grid)
+        # The mean over orders of the cells, all tokens of a cell at once and each by itself.
+        torch.testing.assert_close(found, mean, rtol=1e-9, atol=0)
+        assert found > exact + 1e-6
+        likelihoods += [exact] * (6 // size)  # sizes, and phases of a size, are equally likely
+        bounds += [found] * (6 // size)
     # The process that draws size and phase too is a mixture, which is likelier still than its mean.
     count = len(oracle.where)
     mixture = -((-count * torch.stack(likelihoods)).logsumexp(0) - math.log(len(likelihoods))) / count
     assert torch.stack(bounds).mean() > mixture + 1e-3
     # Another process than that of single tokens, with another likelihood.
     assert abs(mixture - oracle.exact()[0]) > 1e-3
-
-
-@torch.no_grad()
-def test_one_cell_over_the_whole_response_is_exact() -> None:
-    oracle = Oracle((0,), False)
-    objective = Objective(eps=1e-12, block_masking_probability=1, mask_block_sizes=(8,))
-    grid = [tuple(oracle.where)]
-    found = oracle.steered(objective, 2, grid)
-    torch.testing.assert_close(found, oracle.exact(grid)[0], rtol=1e-9, atol=0)
 
 
 # CART
@@ -502,18 +463,18 @@ ARRANGEMENTS: dict[str, list[dict[str, Any]]] = {
 
 def test_the_samples_have_every_corruption() -> None:
     model, batch = tiny_model(), batch_of(ONE_BY_ONE, 0, 0, 9, False)
-    is_token = batch["attention_mask"] == 1
-    source, ignored = batch["src_mask"] & is_token, batch["labels"] == -100
-    plain = Objective(**{**EVERYTHING, "block_masking_probability": 0})
-    single = noise_of(model, **batch, objective=plain)
-    cells = noise_of(model, **batch, objective=Objective(**EVERYTHING))
-    assert (cells.maskable & source).any()  # opened
-    assert (is_token & ~ignored & ~source & cells.layout.is_token & ~cells.maskable).any()  # S1
-    assert (is_token & ~cells.layout.is_token).any()  # S2
-    assert torch.equal(single.maskable, cells.maskable)
-    differ = (single.is_masked != cells.is_masked).any(dim=1)  # S3, in some
-    assert differ.any()
-    assert not differ.all()
+    single = noise_of(model, **batch, objective=Objective(**{**EVERYTHING, "block_masking_probability": 0}))
+    drawn = noise_of(model, **batch, objective=Objective(**EVERYTHING))
+    is_token, source = batch["attention_mask"] == 1, batch["src_mask"]
+    response = drawn.layout.is_token & ~source & (batch["labels"] != -100)
+    changed = (single.is_masked != drawn.is_masked).any(dim=1)  # by S3, in some
+    for some in (
+        drawn.maskable & source,
+        response & ~drawn.maskable,
+        is_token & ~drawn.layout.is_token,
+        changed,
+    ):
+        assert some.any() and not some.all()
 
 
 @pytest.mark.parametrize(("preset", "shift", "attention"), [
@@ -522,29 +483,30 @@ def test_the_samples_have_every_corruption() -> None:
 def test_loss_and_gradient_do_not_depend_on_the_batch(preset: Any, shift: bool, attention: str) -> None:
     model = tiny_model(logit_shift=shift)
     model.set_attn_implementation(attention)
-    # Complementary masks where t is linear, and the other schedule: by turns, for there is no third way.
-    by_turns = shift and preset != "diffullama"
-    other: dict[str, Any] = {"complementary": True} if by_turns else {"schedule": "cosine"}
+    # Complementary masks where t is linear, and the other schedule; strata, or keyed rates: by turns.
+    other: dict[str, Any] = (
+        {"complementary": True} if shift and preset != "diffullama" else {"schedule": "cosine"}
+    )
     objective = Objective(**EVERYTHING, loss=preset, **other)
+    keys = {"strata": None} if shift else {}
 
-    def step(batches: list[dict[str, Any]]) -> tuple[Tensor, list[Tensor], Tensor]:
-        divisor = sum(loss_divisor(noise_of(model, **b, objective=objective), objective) for b in batches)
-        assert isinstance(divisor, Tensor)
-        losses = [loss_of(model, **b, objective=objective, divisor=divisor) for b in batches]
+    def step(batches: list[dict[str, Any]]) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        drawn = [noise_of(model, **{**batch, **keys}, objective=objective) for batch in batches]
+        divisor = torch.stack([loss_divisor(noised, objective) for noised in drawn]).sum()
+        losses = [
+            loss_of(model, **{**batch, **keys}, objective=objective, divisor=divisor) for batch in batches
+        ]
         loss = torch.stack(losses).sum()
-        grads = torch.autograd.grad(loss, list(model.parameters()))
-        return loss.detach(), list(grads), divisor
+        return loss.detach(), torch.autograd.grad(loss, list(model.parameters())), divisor
 
     loss, gradient, divisor = step([batch_of([[n]], 0, 0, len(SAMPLES[n]), False) for n in range(6)])
     assert loss > 0.05
     assert divisor > 1
-    tolerance = 1e-9
     for name, batches in ARRANGEMENTS.items():
         found = step(batches)
         assert found[2] == divisor, name
-        torch.testing.assert_close(found[0], loss, rtol=tolerance, atol=0, msg=lambda m: f"{name}: {m}")  # noqa: B023
-        for one, expected in zip(found[1], gradient, strict=True):
-            torch.testing.assert_close(one, expected, rtol=tolerance, atol=20 * tolerance)
+        torch.testing.assert_close(found[0], loss, rtol=1e-9, atol=0, msg=lambda m: f"{name}: {m}")  # noqa: B023
+        torch.testing.assert_close(found[1], gradient, rtol=1e-9, atol=2e-8)
 
 
 @pytest.mark.parametrize("shift", [False, True], ids=["unshifted", "shifted"])
@@ -572,27 +534,6 @@ def test_what_is_cut_off_is_not_attended(packed: bool, share: float, shift: bool
     whole = Objective(eps=0.3, future_share=share)
     padded = loss_of(model, ids, attention_mask=~cut, objective=whole, **batch)
     torch.testing.assert_close(expected, padded, rtol=1e-9, atol=0)
-
-
-@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
-def test_complementary_passes_mask_each_supervised_token_once(arrangement: str) -> None:
-    # Seen at the backbone, with every corruption at once: two passes, and no token is masked in both.
-    model, objective = tiny_model(), Objective(**EVERYTHING, complementary=True)
-    seen: list[Tensor] = []
-    model.model.register_forward_pre_hook(
-        lambda _, __, given: seen.append(given["input_ids"].clone()), with_kwargs=True
-    )
-    count = torch.zeros(2, dtype=torch.int64)
-    for batch in ARRANGEMENTS[arrangement]:
-        seen.clear()
-        loss_of(model, **batch, objective=objective)
-        drawn = noise_of(model, **batch, objective=objective)
-        shown = drawn.layout.is_token  # padding is not computed
-        first, second = (x_t.flatten() != batch["input_ids"][shown] for x_t in seen)
-        assert torch.equal(first ^ second, drawn.maskable[shown])
-        assert not (first & second).any()
-        count += torch.stack([first.sum(), second.sum()])
-    assert (count >= 3).all()
 
 
 # The presets
@@ -639,7 +580,7 @@ def expected_preset(preset: str, eps: float = 1e-3) -> float:
 def test_each_preset_is_computed_under_every_mask(preset: Any) -> None:
     oracles, s = preset_oracles(), (0.3, 0.8)
     objective = Objective(loss=preset)
-    times = tuple(masking_rate(torch.tensor(x, dtype=torch.float64)).item() for x in s)
+    times = tuple(masking_rate(torch.tensor(s, dtype=torch.float64), objective).tolist())
     text = torch.cat([oracle.text for oracle in oracles])
     src_mask = torch.cat([oracle.src_mask for oracle in oracles])
     for masks in product(*(oracle.nll for oracle in oracles)):

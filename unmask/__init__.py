@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from unmask.data.tokenizer import load_tokenizer as load_tokenizer
     from unmask.diffusion.corrupt import Noised as Noised
     from unmask.diffusion.corrupt import corrupt as corrupt
-    from unmask.diffusion.corrupt import sample_t as sample_t
     from unmask.diffusion.corrupt import transition as transition
     from unmask.diffusion.likelihood import Likelihood as Likelihood
     from unmask.diffusion.likelihood import likelihood as likelihood
@@ -54,7 +53,6 @@ _MODULE_OF = {
     "likelihood": "diffusion.likelihood",
     "Noised": "diffusion.corrupt",
     "corrupt": "diffusion.corrupt",
-    "sample_t": "diffusion.corrupt",
     "transition": "diffusion.corrupt",
     "Curriculum": "diffusion.objective",
     "Objective": "diffusion.objective",

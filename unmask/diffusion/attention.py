@@ -125,14 +125,24 @@ def count_by_document(layout: Layout, flag: Bool[Tensor, "B L"]) -> Int[Tensor, 
     return torch.zeros_like(layout.document).scatter_add(1, layout.document, flag.long())
 
 
+def per_position(layout: Layout, values: Tensor) -> Tensor:
+    """Spread a value of each row (B,) or of each of its documents (B, D) over positions (B, L)."""
+    if values.dim() == 1:
+        return values[:, None].expand(layout.document.shape)
+    return values.gather(1, layout.document)
+
+
 def attend_tokens(layout: Layout) -> Bool[Tensor, "B 1 L"]:
     """Let everyone attend to every token and to no padding; in a row of padding alone, to all of it."""
     return (layout.is_token | ~layout.is_token.any(dim=1, keepdim=True))[:, None]
 
 
 def attend_within_documents(layout: Layout) -> Bool[Tensor, "B L L"]:
-    """Let every token attend to every token of its document."""
-    return _allowed(layout, layout.document[:, :, None] == layout.document[:, None, :])
+    """Let every token attend to every token of its document, and padding to itself."""
+    document, is_token = layout.document, layout.is_token
+    same = document[:, :, None] == document[:, None, :]
+    itself = torch.eye(document.shape[1], dtype=torch.bool, device=document.device)
+    return itself | (same & is_token[:, :, None] & is_token[:, None, :])
 
 
 def attend_annealed(layout: Layout, future_share: float, seed: Int[Tensor, "B L"]) -> Bool[Tensor, "B L L"]:
@@ -167,14 +177,6 @@ def attend_two_copies(
     """
     same = attend_within_documents(layout)
     query, key = block[:, :, None], block[:, None, :]
-    clean = torch.cat([same & (key <= query), torch.zeros_like(same[:, :, noised])], dim=2)
-    to_clean = (same & (key < query))[:, noised]
-    to_noised = (same & (key == query))[:, noised][:, :, noised]
-    return torch.cat([clean, torch.cat([to_clean, to_noised], dim=2)], dim=1)
-
-
-def _allowed(layout: Layout, wanted: Tensor) -> Tensor:
-    """Tokens attend to tokens, padding to itself."""
-    both = layout.is_token[:, :, None] & layout.is_token[:, None, :]
-    itself = torch.eye(wanted.shape[1], dtype=torch.bool, device=wanted.device)
-    return (wanted & both) | (itself & ~layout.is_token[:, :, None])
+    of_clean = torch.cat([same & (key <= query), torch.zeros_like(same[:, :, noised])], dim=2)
+    of_noised = torch.cat([same & (key < query), (same & (key == query))[:, :, noised]], dim=2)[:, noised]
+    return torch.cat([of_clean, of_noised], dim=1)

@@ -1,4 +1,4 @@
-"""The forward process: how much noise (`sample_t`), which tokens it takes (`transition`), both (`corrupt`).
+"""The forward process: how much noise (`masking_rate`), which tokens it takes (`transition`), both (`corrupt`).
 
 Absorbing-state diffusion: at time t every maskable token has become the mask token with probability t
 (Sahoo et al., "Simple and Effective Masked Diffusion Language Models", arXiv:2406.07524, eq. 1 with
@@ -23,8 +23,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from unmask.diffusion.attention import BlockAnchor, Layout, block_index, count_by_document, row_layout
-from unmask.diffusion.objective import Objective, Schedule
+from unmask.diffusion.attention import (
+    BlockAnchor,
+    Layout,
+    block_index,
+    count_by_document,
+    per_position,
+    row_layout,
+)
+from unmask.diffusion.objective import Objective
 from unmask.diffusion.rng import (
     STREAM_CELLS,
     STREAM_CUT,
@@ -103,7 +110,7 @@ class Noised(NamedTuple):
 def example_seeds(
     seed: int, sample_ids: Int[Tensor, "..."], epoch: Int[Tensor, "..."] | int
 ) -> Int[Tensor, "..."]:
-    """Derive the `noise_seed` of each sample from the run's seed, its id and the epoch (or its own)."""
+    """Derive the `noise_seed` of each sample from the run's seed, its id and its epoch."""
     return keyed_hash(seed, STREAM_SEED, sample_ids, epoch)
 
 
@@ -128,55 +135,22 @@ def document_strata(strata: Float[Tensor, "B"], documents: int) -> Float[Tensor,
 
     Shifted by golden ones, as blocks are, block b + 1 would share its rate with block b of the next document.
     """
-    shift = torch.arange(documents, device=strata.device) * _SILVER & (2**24 - 1)
-    return (strata[:, None] + shift * 2.0**-24) % 1.0
+    return _shifted(strata[:, None], torch.arange(documents, device=strata.device), _SILVER)
 
 
-def masking_rate(
-    uniform: Float[Tensor, "..."],
-    *,
-    eps: float = 1e-3,
-    schedule: Schedule = "linear",
-    complementary: bool = False,
-) -> Float[Tensor, "..."]:
+def masking_rate(uniform: Float[Tensor, "..."], objective: Objective) -> Float[Tensor, "..."]:
     """Map a uniform s in [0, 1) to the masking rate t in [eps, 1], in [eps, 1 - eps] if complementary.
 
     linear: t = s (MDLM's log-linear, LLaDA's). cosine: t = sin(pi s / 2), more of the draws at high rates
     (Shi et al., MD4, arXiv:2406.04329, table 1). Both are stretched to start at eps.
     """
-    if complementary:
+    eps = objective.eps
+    if objective.complementary:
         return eps + (1 - 2 * eps) * uniform
-    if schedule == "linear":
+    if objective.schedule == "linear":
         return eps + (1 - eps) * uniform
     first = math.asin(eps) / (math.pi / 2)
     return torch.sin(math.pi / 2 * (first + (1 - first) * uniform)).clamp(eps, 1.0)
-
-
-def sample_t(
-    batch_size: int,
-    *,
-    eps: float = 1e-3,
-    schedule: Schedule = "linear",
-    noise_seed: Int[Tensor, "B"] | None = None,
-    strata: Float[Tensor, "B"] | None = None,
-    generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
-) -> Float[Tensor, "B"]:
-    """Draw the masking rate of each row from [eps, 1], uniformly unless the schedule says otherwise.
-
-    Args:
-        eps: smallest rate, in (0, 1); the largest weight 1/t of the loss is 1/eps.
-        schedule: see `masking_rate`.
-        noise_seed: one int64 seed a row, of which the draw is a pure function; by default `generator` draws.
-        strata: the uniforms themselves, from `low_discrepancy`.
-    """
-    if strata is not None:
-        uniform = strata
-    elif noise_seed is not None:
-        uniform = keyed_uniform(noise_seed, STREAM_TIME)
-    else:
-        uniform = torch.rand(batch_size, generator=generator, device=device)
-    return masking_rate(uniform, eps=eps, schedule=schedule)
 
 
 def transition(
@@ -187,7 +161,6 @@ def transition(
     *,
     noise_seed: Int[Tensor, "B"] | Int[Tensor, "B L"] | None = None,
     positions: Int[Tensor, "B L"] | None = None,
-    generator: torch.Generator | None = None,
 ) -> Noised:
     """Replace each maskable token by the mask token with probability sigma, and nothing else.
 
@@ -196,7 +169,7 @@ def transition(
         sigma: masking probability in [0, 1]: a number, one a row (B,) or (B, 1), or one a position (B, L).
         maskable_mask: True where a token may be masked.
         noise_seed: int64 seeds, one a row or one a position; position i is then masked by a hash of
-            (seed, `positions[i]`). Without it `generator`, or torch's global one, draws.
+            (seed, `positions[i]`). Without it torch's generator draws.
         positions: index of each token within its example, independent of padding; the column by default.
             Tokens of one seed and one index are masked together.
 
@@ -215,14 +188,12 @@ def transition(
             f"maskable_mask must have shape (batch, seq) = {tuple(x_0.shape)};"
             f" got {tuple(maskable_mask.shape)}."
         )
-    t = torch.as_tensor(sigma, device=x_0.device)
-    if not t.is_floating_point():
-        t = t.to(torch.get_default_dtype())
+    t = torch.as_tensor(sigma if isinstance(sigma, Tensor) else float(sigma), device=x_0.device)
     t = (t[:, None] if t.dim() == 1 else t).expand(x_0.shape)
     layout = row_layout(torch.ones_like(maskable_mask))
     if noise_seed is None:
         seed = torch.zeros_like(x_0)
-        uniform = torch.rand(x_0.shape, generator=generator, device=x_0.device)
+        uniform = torch.rand(x_0.shape, device=x_0.device)
     else:
         seed = (noise_seed if noise_seed.dim() == 2 else noise_seed[:, None]).expand(x_0.shape)
         uniform = keyed_uniform(seed, STREAM_MASK, layout.position if positions is None else positions)
@@ -273,12 +244,10 @@ def corrupt(
     if strata is None:
         uniform = keyed_uniform(seed, STREAM_TIME, *(() if block is None else (block,)))
     else:
-        uniform = _per_position(layout, strata)
+        uniform = per_position(layout, strata)
         if block is not None:
-            uniform = (uniform + (block * _GOLDEN & (2**24 - 1)) * 2.0**-24) % 1.0
-    t = masking_rate(
-        uniform, eps=objective.eps, schedule=objective.schedule, complementary=objective.complementary
-    )
+            uniform = _shifted(uniform, block, _GOLDEN)
+    t = masking_rate(uniform, objective)
     # 4. The masks: token by token, or (S3) cell by cell.
     unit = layout.position
     if objective.block_masking_probability:
@@ -296,23 +265,19 @@ def _position_seeds(layout: Layout, noise_seed: Int[Tensor, "..."] | None) -> In
     document = layout.document
     if noise_seed is None:
         noise_seed = torch.randint(-(2**63), 2**63 - 1, document.shape, device=document.device)
-    seed = _per_position(layout, noise_seed)
+    seed = per_position(layout, noise_seed)
     if noise_seed.dim() == 1:  # the further documents of a row get seeds of their own
         seed = torch.where(document == 0, seed, keyed_hash(seed, STREAM_SEED, document))
     return seed
 
 
-def _per_position(layout: Layout, values: Tensor) -> Tensor:
-    """Spread a value of each row (B,) or of each of its documents (B, D) over positions (B, L)."""
-    if values.dim() == 1:
-        return values[:, None].expand(layout.document.shape)
-    return values.gather(1, layout.document)
+def _shifted(uniform: Tensor, times: Tensor, ratio: int) -> Tensor:
+    """Add multiples of a ratio modulo 1, which are exact in 24 bits."""
+    return (uniform + (times * ratio & (2**24 - 1)) * 2.0**-24) % 1.0
 
 
 def _rank(layout: Layout, flag: Tensor) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B L"]]:
     """Count the flagged tokens of each token's document: those before it, and all."""
-    ones = flag.long()
     total = count_by_document(layout, flag)
-    before_document = total.cumsum(dim=1) - total
-    before = ones.cumsum(dim=1) - ones
-    return before - before_document.gather(1, layout.document), total.gather(1, layout.document)
+    before = flag.cumsum(dim=1) - flag.long()
+    return before - per_position(layout, total.cumsum(dim=1) - total), per_position(layout, total)

@@ -21,16 +21,17 @@ Shapes: R records, L columns, N maskable tokens of a record, S draws, P passes o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from unmask.diffusion.attention import per_position
 from unmask.diffusion.corrupt import Noised
 from unmask.diffusion.rng import GOLDEN, STREAM_MASK, STREAM_SCORE, STREAM_STRATA, STREAM_TIME, keyed_hash
 from unmask.errors import UnmaskError
@@ -166,31 +167,28 @@ def exact_masks(noised: Noised, sample_ids: Int[Tensor, "..."], seed: int) -> Ma
         sample_ids: of rows (B,) or of their documents (B, D).
         seed: of the run: where in its cycle the sequence of shares starts.
     """
-    maskable = noised.maskable
-    row, column = maskable.nonzero(as_tuple=True)
-    document = noised.layout.document[row, column]
-    block = torch.zeros_like(document) if noised.block is None else noised.block[row, column]
-    length = maskable.shape[1]
-    number = keyed_hash(noised.seed[row, column], STREAM_MASK, noised.layout.position[row, column])
-    ids = sample_ids[row] if sample_ids.dim() == 1 else sample_ids[row, document]
-    start = keyed_hash(torch.tensor(seed, device=ids.device), STREAM_STRATA)
-    bits = (ids * GOLDEN + block * _SILVER + start) >> (64 - _SIZE_BITS)
-    masks = exactly_k(number, (row * length + document) * length + block, bits)
-    table = torch.zeros((3, *maskable.shape), dtype=torch.long, device=maskable.device)
-    table[:, row, column] = torch.stack([masks.is_masked.long(), masks.size, masks.k])
-    return Masks(table[0].bool(), table[1], table[2])
+    layout, maskable = noised.layout, noised.maskable
+    block = torch.zeros_like(layout.document) if noised.block is None else noised.block
+    row, length = torch.arange(len(maskable), device=maskable.device)[:, None], maskable.shape[1]
+    group = torch.where(maskable, (row * length + layout.document) * length + block, -1)
+    number = keyed_hash(noised.seed, STREAM_MASK, layout.position)
+    start = keyed_hash(torch.tensor(seed, device=maskable.device), STREAM_STRATA)
+    bits = (per_position(layout, sample_ids) * GOLDEN + block * _SILVER + start) >> (64 - _SIZE_BITS)
+    masks = exactly_k(number, group, bits)
+    return Masks(masks.is_masked & maskable, masks.size * maskable, masks.k * maskable)
 
 
 # The estimators: which passes a record takes, and what their nlls amount to.
 
 
 class Plan(NamedTuple):
-    """The passes of one record, made when asked for by their numbers, and what their nlls amount to."""
+    """The forward passes that one record takes, and what their nlls amount to."""
 
-    num_passes: int
+    draw: Int[Tensor, "P"]
+    """Draw that each pass is a part of."""
     num_draws: int
-    passes: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
-    """Numbers (P,) -> is_masked (P, N), weight of each masked token's nll (P, N), draw they belong to (P,)."""
+    passes: Iterable[tuple[Tensor, Tensor]]
+    """is_masked (N,) and the weight of each masked token's nll (N,) of each pass."""
     finish: Callable[[Tensor], tuple[Tensor, float, float]]
     """Weighted nlls of each draw (S, N) -> nll of each token (N,), standard error of their sum, mixture nll."""
 
@@ -199,23 +197,16 @@ def sampled_sets(is_masked: Bool[Tensor, "S N"], weight: Float[Tensor, "S N"]) -
     """Mask a set of tokens in each draw, in pairs of one stratum: one pass a draw, none for an empty set."""
     drawn = is_masked.any(dim=1).nonzero()[:, 0]
 
-    def passes(number: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        draw = drawn[number]
-        return is_masked[draw], weight[draw], draw
-
     def finish(values: Tensor) -> tuple[Tensor, float, float]:
         return values.mean(dim=0), paired_stderr(values.sum(dim=1)), math.nan
 
-    return Plan(len(drawn), len(is_masked), passes, finish)
+    return Plan(drawn, len(weight), zip(is_masked[drawn], weight[drawn], strict=True), finish)
 
 
 def sampled_chains(block: Int[Tensor, "N"], rank: Int[Tensor, "S N"]) -> Plan:
     """Decode the tokens of each block one at a time, in the order of `rank`, all blocks at once."""
-    steps = int(rank.max()) + 1
-
-    def passes(number: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        draw, step = number // steps, (number % steps)[:, None]
-        return rank[draw] >= step, (rank[draw] == step).double(), draw
+    step = torch.arange(int(rank.max()) + 1)[:, None]
+    passes = (one for row in rank for one in zip(row >= step, (row == step).double(), strict=True))
 
     def finish(values: Tensor) -> tuple[Tensor, float, float]:
         stderr = values.sum(dim=1).std().item() / math.sqrt(len(values))
@@ -223,30 +214,26 @@ def sampled_chains(block: Int[Tensor, "N"], rank: Int[Tensor, "S N"]) -> Plan:
         mixture = (math.log(len(values)) - torch.logsumexp(-blocks, dim=0)).sum().item()
         return values.mean(dim=0), stderr, mixture
 
-    return Plan(len(rank) * steps, len(rank), passes, finish)
+    return Plan(torch.arange(len(rank)).repeat_interleave(len(step)), len(rank), passes, finish)
 
 
 def all_sets(block: Int[Tensor, "N"]) -> Plan:
-    """Mask every non-empty set of tokens of each block, once: pass p masks those at the bits of p + 1."""
+    """Mask every non-empty set of tokens of each block, once: draw s masks those at the bits of s + 1."""
     index, size = rank_in_group(torch.arange(len(block)), block)
     longest, blocks = int(size.max()), int(block.max()) + 1
-    sets = torch.arange(1, 2**longest)
-
-    def members(sets: Tensor) -> Tensor:
-        """Whether each set, as bits, is one of the token's block and has the token."""
-        return ((sets[:, None] >> index) & 1).bool() & (sets[:, None] >> size == 0)
-
-    def passes(number: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        is_masked = members(number + 1)
-        return is_masked, torch.ones(is_masked.shape, dtype=torch.float64), number
+    sets = torch.arange(1, 2**longest)[:, None]
+    bits = sets >> torch.arange(longest) & 1
+    # Blocks that are shorter than the longest have no token at its higher bits, and fewer sets.
+    is_masked = bits[:, index].bool() & (sets < 2**size)
+    weight = torch.ones(is_masked.shape, dtype=torch.float64)
 
     def finish(values: Tensor) -> tuple[Tensor, float, float]:
         # A set of k is what is masked at some step of a random order with probability 1 / C(n, k), and each
         # of its tokens is then decoded with probability 1 / k.
-        k = torch.tensor([number.bit_count() for number in sets.tolist()])[:, None]
         comb = torch.tensor([[math.comb(n, k) for k in range(longest + 1)] for n in range(longest + 1)])
-        weight = members(sets) / (k * comb[size, k]).clamp(min=1).double()
-        return (values * weight).sum(dim=0), 0.0, mixture(values)
+        k = bits.sum(dim=1, keepdim=True)
+        share = is_masked / (k * comb[size, k]).clamp(min=1).double()
+        return (values * share).sum(dim=0), 0.0, mixture(values)
 
     def mixture(values: Tensor) -> float:
         """-log p of the model that decodes in a uniformly random order, by dynamic programming over sets:
@@ -254,15 +241,14 @@ def all_sets(block: Int[Tensor, "N"]) -> Plan:
         nll = values.new_zeros(len(values), longest, blocks)
         nll[:, index, block] = values
         log_p = values.new_zeros(len(values) + 1, blocks)
-        for number in sets.tolist():
-            bits = [bit for bit in range(longest) if number >> bit & 1]
-            rest = log_p[[number ^ (1 << bit) for bit in bits]]
-            log_p[number] = torch.logsumexp(rest - nll[number - 1, bits], dim=0) - math.log(len(bits))
-        # Shorter blocks have fewer sets: those beyond theirs are not read.
+        for row, has in enumerate(bits.bool()):
+            members = has.nonzero()[:, 0]
+            rest = log_p[row + 1 - 2**members] - nll[row, members]
+            log_p[row + 1] = torch.logsumexp(rest, dim=0) - math.log(len(members))
         whole = torch.zeros(blocks, dtype=torch.long).index_copy(0, block, 2**size - 1)
         return -log_p[whole, torch.arange(blocks)].sum().item()
 
-    return Plan(len(sets), len(sets), passes, finish)
+    return Plan(torch.arange(len(sets)), len(sets), zip(is_masked, weight, strict=True), finish)
 
 
 def plan_passes(
@@ -351,56 +337,54 @@ def likelihood(
     is_token, maskable = inputs.layout.is_token, inputs.maskable
     block = inputs.block_index(inputs.layout, maskable)
     block = torch.zeros_like(ids) if block is None else block
-    source = is_token & ~maskable
-    each = keyed_hash(seed, STREAM_SCORE, inputs.layout.position, ids, source.long())
-    keys = keyed_hash(torch.where(is_token, each, 0).sum(dim=1), is_token.sum(dim=1))
+    # Tokens first, in order: the model is shown no column that is padding in every record.
+    columns = is_token.long().argsort(dim=1, descending=True, stable=True)
+    ids, is_token, maskable, block = (x.gather(1, columns) for x in (ids, is_token, maskable, block))
+    source, lengths, position = is_token & ~maskable, is_token.sum(dim=1), torch.arange(ids.shape[1])
+    each = keyed_hash(seed, STREAM_SCORE, position, ids, source.long())
+    keys = keyed_hash(torch.where(is_token, each, 0).sum(dim=1), lengths)
     token_nll = torch.zeros(ids.shape, dtype=torch.float64)
     nll, stderr, mixture = torch.zeros(3, len(keys), dtype=torch.float64)
-    begun: dict[int, tuple[Plan, Tensor]] = {}  # plans of records, with their draws (S, N)
+    begun: dict[int, tuple[Plan, list[Tensor]]] = {}  # plans of records, with the weighted nlls of each pass
 
-    def all_passes() -> Iterator[tuple[int, int]]:
-        """(row, number of a pass); rows of like length go together, for the least padding."""
-        for row in is_token.sum(dim=1).argsort(stable=True).tolist():
-            index = maskable[row, is_token[row]].nonzero()[:, 0]
-            count = 0
-            if len(index):
-                blocks = block[row, maskable[row]].unique(return_inverse=True)[1]
-                plan = plan_passes(int(keys[row]), index, blocks, estimator, num_samples, eps)
-                begun[row] = plan, torch.zeros(plan.num_draws, len(index), dtype=torch.float64)
-                count = plan.num_passes
-            if not count:
+    def all_passes() -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(row, is_masked, weight); rows of like length go together, for the least padding."""
+        for row in lengths.argsort(stable=True).tolist():
+            index = maskable[row].nonzero()[:, 0]
+            if not len(index):
                 advance(1.0)
-            yield from ((row, number) for number in range(count))
+                continue
+            blocks = block[row, index].unique(return_inverse=True)[1]
+            plan = plan_passes(int(keys[row]), index, blocks, estimator, num_samples, eps)
+            begun[row] = plan, []
+            if not len(plan.draw):
+                advance(1.0)
+            yield from ((row, *one) for one in plan.passes)
 
     todo, num_forwards = all_passes(), 0
     with _eval_mode(model):
         while some := list(islice(todo, batch_size)):
-            rows = torch.tensor([row for row, _ in some])
-            width = int(is_token[rows].sum(dim=1).max())
-            tensors = torch.zeros(4, len(some), width, dtype=torch.long)  # ids, masked, token, source
-            parts = []
-            for row, group in groupby(some, key=lambda one: one[0]):
-                numbers = torch.tensor([number for _, number in group])
-                passes, tokens = begun[row][0].passes(numbers), is_token[row]
-                part = torch.zeros(4, len(numbers), int(tokens.sum()), dtype=torch.long)
-                part[0], part[2], part[3] = ids[row, tokens], 1, source[row, tokens].long()
-                part[1][:, maskable[row, tokens]] = passes[0].long()
-                tensors[:, rows == row, : part.shape[2]] = part
-                parts.append((row, int(numbers[-1]), *passes))
-            shown, *flags = tensors.to(model.device)
-            found = model.masked_nll(shown, *(flag.bool() for flag in flags)).double().cpu()
-            of_part = found.split([int(is_masked.sum()) for _, _, is_masked, *_ in parts])
-            for (row, last, is_masked, weight, draw), at_masked in zip(parts, of_part, strict=True):
-                plan, values = begun[row]
-                weighted = torch.zeros(is_masked.shape, dtype=torch.float64)
-                weighted[is_masked] = at_masked * weight[is_masked]
-                values.index_add_(0, draw, weighted)
-                if last == plan.num_passes - 1:
-                    del begun[row]
+            of_pass, is_masked, weight = zip(*some, strict=True)
+            rows = torch.tensor(of_pass)
+            width = int(lengths[rows].max())
+            shown, tokens, given, free = (x[rows, :width] for x in (ids, is_token, source, maskable))
+            masked = torch.zeros_like(free).masked_scatter(free, torch.cat(is_masked))
+            found = model.masked_nll(*(x.to(model.device) for x in (shown, masked, tokens, given)))
+            table = torch.zeros(masked.shape, dtype=torch.float64)
+            table[masked] = found.double().cpu()
+            weighted = table[free] * torch.cat(weight)
+            for row, of_tokens in zip(of_pass, weighted.split(list(map(len, weight))), strict=True):
+                plan, parts = begun[row]
+                parts.append(of_tokens)
+                advance(1 / len(plan.draw))
+                if len(parts) == len(plan.draw):
+                    values = torch.zeros(plan.num_draws, len(of_tokens), dtype=torch.float64)
+                    values.index_add_(0, plan.draw, torch.stack(parts))
                     per_token, stderr[row], mixture[row] = plan.finish(values)
                     token_nll[row, maskable[row]], nll[row] = per_token, per_token.sum()
-                advance(len(draw) / plan.num_passes)
+                    del begun[row]
             num_forwards += len(some)
+    token_nll = torch.zeros_like(token_nll).scatter(1, columns, token_nll)
     mixture_nll = mixture if estimator == "chain" else None
     return Likelihood(nll, stderr, maskable.sum(dim=1), token_nll, mixture_nll, num_forwards, keys)
 
@@ -426,11 +410,10 @@ def check_settings(
     Raises:
         UnmaskError: names the setting, what it must be and what it was.
     """
-    pairs = num_samples >= 2 and num_samples % 2 == 0
     rate = eps is None or (estimator == "continuous" and 0 < eps < 1)
     for name, value, fits, expected in (
         ("estimator", estimator, estimator in ESTIMATORS, f"one of {', '.join(ESTIMATORS)}"),
-        ("num_samples", num_samples, pairs, "an even number of at least 2 (draws come in pairs)"),
+        ("num_samples", num_samples, num_samples >= 2 and num_samples % 2 == 0, "even, and at least 2"),
         ("seed", seed, -(2**63) <= seed < 2**63, "an integer of at most 64 bits"),
         ("eps", eps, rate, "in (0, 1), and is for estimator 'continuous' alone"),
         ("batch_size", batch_size, batch_size >= 1, "at least 1 sequence"),

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from unmask.diffusion.attention import Layout, count_by_document
+from unmask.diffusion.attention import Layout, count_by_document, per_position
 from unmask.diffusion.corrupt import Noised
 from unmask.diffusion.objective import Objective, Schedule
 
@@ -32,7 +32,7 @@ CART_P = 0.1  # of the geometric distribution, as Dream was trained
 class Preset(NamedTuple):
     """One published convention of the loss."""
 
-    weight: Callable[[Noised, Objective, torch.dtype], Float[Tensor, "B L"]]
+    weight: Callable[[Noised, Schedule], Float[Tensor, "B L"]]
     """Weight of the nll of each masked token; anything elsewhere."""
     divisor: Callable[[Noised], Tensor]
     """What the weighted sum is divided by: this batch's share of it, a 0-dim tensor."""
@@ -64,32 +64,26 @@ def context_weight(is_masked: Bool[Tensor, "B L"], layout: Layout, p: float = CA
     w[n] = 1/2 sum_{i != n, unmasked} p (1 - p)^(|n - i| - 1), distances in tokens of one document (Ye et
     al., Dream 7B, arXiv:2508.15487, sec. 3.3). Weights do not depend on t.
     """
-    decay = 1 - p
-    reach = max(1, math.ceil(math.log(1e-8) / math.log(decay)))  # beyond it the terms are below rounding
-    index = torch.cumsum(layout.is_token, dim=1) - 1  # tokens next to one another, padding left out
-    batch, length = is_masked.shape
-    seen = torch.zeros(batch, length, device=is_masked.device, dtype=torch.float32)
-    document = torch.full_like(layout.document, -1)
-    row = torch.arange(batch, device=is_masked.device)[:, None].expand(batch, length)[layout.is_token]
-    column = index[layout.is_token]
-    seen[row, column] = (~is_masked)[layout.is_token].float()
-    document[row, column] = layout.document[layout.is_token]
+    reach = max(1, math.ceil(math.log(1e-8) / math.log(1 - p)))  # beyond it the terms are below rounding
+    packed = layout.is_token.long().argsort(dim=1, descending=True, stable=True)  # tokens first, in order
+    seen = (layout.is_token & ~is_masked).float().gather(1, packed)
+    document = layout.document.masked_fill(~layout.is_token, -1).gather(1, packed)
     weight = torch.zeros_like(seen)
-    for distance in range(1, min(reach, length - 1) + 1):
-        near = (document[:, distance:] == document[:, :-distance]).float()
-        term = 0.5 * p * decay ** (distance - 1)
-        weight[:, distance:] += term * near * seen[:, :-distance]
-        weight[:, :-distance] += term * near * seen[:, distance:]
-    return weight.gather(1, index.clamp(min=0))
+    for distance in range(1, min(reach, seen.shape[1] - 1) + 1):
+        same = document[:, distance:] == document[:, :-distance]
+        term = 0.5 * p * (1 - p) ** (distance - 1) * same
+        weight[:, distance:] += term * seen[:, :-distance]
+        weight[:, :-distance] += term * seen[:, distance:]
+    return torch.zeros_like(weight).scatter(1, packed, weight)
 
 
-def _by_time(noised: Noised, objective: Objective, dtype: torch.dtype) -> Tensor:
-    return time_weight(noised.t.to(dtype), objective.schedule)
+def _by_time(noised: Noised, schedule: Schedule) -> Tensor:
+    return time_weight(noised.t, schedule)
 
 
-def _by_time_per_document(noised: Noised, objective: Objective, dtype: torch.dtype) -> Tensor:
-    count = count_by_document(noised.layout, noised.maskable).gather(1, noised.layout.document)
-    return _by_time(noised, objective, dtype) / count.clamp(min=1)
+def _by_time_per_document(noised: Noised, schedule: Schedule) -> Tensor:
+    count = per_position(noised.layout, count_by_document(noised.layout, noised.maskable))
+    return time_weight(noised.t, schedule) / count.clamp(min=1)
 
 
 def _supervised(noised: Noised) -> Tensor:
@@ -97,9 +91,7 @@ def _supervised(noised: Noised) -> Tensor:
 
 
 PRESETS: dict[str, Preset] = {
-    "elbo": Preset(
-        _by_time, _supervised, True, "the negative ELBO of all supervised tokens, over their number"
-    ),
+    "elbo": Preset(_by_time, _supervised, True, "the negative ELBO per supervised token"),
     "llada": Preset(
         _by_time_per_document,
         lambda noised: (count_by_document(noised.layout, noised.maskable) > 0).sum(),
@@ -119,25 +111,18 @@ PRESETS: dict[str, Preset] = {
         "1/t-weighted cross-entropy over the number of masked tokens: too large, about twice",
     ),
     "uniform": Preset(
-        lambda noised, objective, dtype: torch.ones_like(noised.t, dtype=dtype),
+        lambda noised, _: torch.ones_like(noised.t),
         _supervised,
         False,
         "cross-entropy of masked tokens without the weight 1/t: high masking rates count most",
     ),
     "cart": Preset(
-        lambda noised, objective, dtype: context_weight(noised.is_masked, noised.layout).to(dtype),
+        lambda noised, _: context_weight(noised.is_masked, noised.layout),
         _supervised,
         False,
         "cross-entropy weighted by the unmasked context near each masked token",
     ),
 }
-
-
-def loss_weights(
-    noised: Noised, objective: Objective, dtype: torch.dtype = torch.float32
-) -> Float[Tensor, "B L"]:
-    """Compute the weight of each masked token under the objective's preset."""
-    return PRESETS[objective.loss].weight(noised, objective, dtype)
 
 
 def loss_divisor(noised: Noised, objective: Objective) -> Tensor:
@@ -151,4 +136,5 @@ def masked_weights(
     """Compute weight / divisor of each masked token, in row-major order; by default the batch's own."""
     divisor = loss_divisor(noised, objective) if divisor is None else divisor
     divisor = torch.as_tensor(divisor, device=noised.x_t.device).clamp(min=1)
-    return loss_weights(noised, objective, dtype)[noised.is_masked] / divisor
+    weight = PRESETS[objective.loss].weight(noised._replace(t=noised.t.to(dtype)), objective.schedule)
+    return weight[noised.is_masked].to(dtype) / divisor

@@ -55,41 +55,31 @@ class Objective:
     future_share: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in (f.name for f in fields(self)):
-            if name.endswith(("_probability", "_share")) and not 0 <= getattr(self, name) <= 1:
-                raise UnmaskError(f"{name} must be in [0, 1]; got {getattr(self, name)}.")
-        if not 0 < self.eps < 1:
-            raise UnmaskError(
-                f"eps must be above 0 and below 1: the loss divides by rates t down to it; got {self.eps}."
-            )
-        for name, kind in (("schedule", Schedule), ("loss", LossPreset)):
-            if getattr(self, name) not in get_args(kind):
-                raise UnmaskError(
-                    f"{name} must be one of {', '.join(get_args(kind))}; got {getattr(self, name)!r}."
-                )
-        if self.prefix_probability + self.truncate_probability > 1:
-            raise UnmaskError(
-                "prefix_probability + truncate_probability must be at most 1, for a sample takes one;"
-                f" got {self.prefix_probability} + {self.truncate_probability}."
-            )
-        if self.block_masking_probability and not self.mask_block_sizes:
-            raise UnmaskError("block_masking_probability needs mask_block_sizes, such as (2, 4, 8).")
-        if any(size < 2 for size in self.mask_block_sizes):
-            raise UnmaskError(f"mask_block_sizes must be 2 or more; got {self.mask_block_sizes}.")
-        if self.complementary and self.schedule != "linear":
-            raise UnmaskError(
-                "complementary masks need schedule 'linear': the complement of rate t has rate 1 - t,"
-                f" which {self.schedule!r} does not draw alike."
-            )
-        if self.complementary and self.eps >= 0.5:
-            raise UnmaskError(
-                f"complementary masks draw t from [eps, 1 - eps]: eps must be below 0.5; got {self.eps}."
-            )
-        if self.complementary and self.loss == "diffullama":
-            raise UnmaskError(
-                "complementary masks contradict loss 'diffullama', which divides by the number of masked"
-                " tokens: the two masks together take every token."
-            )
+        shares = [field.name for field in fields(self) if field.name.endswith(("_probability", "_share"))]
+        sizes, twice = self.mask_block_sizes, self.complementary
+        either = self.prefix_probability + self.truncate_probability
+        for name, fits, expected in (
+            *((name, 0 <= getattr(self, name) <= 1, "in [0, 1]") for name in shares),
+            ("eps", 0 < self.eps < 1, "above 0 and below 1: the loss divides by rates t down to it"),
+            ("schedule", self.schedule in get_args(Schedule), f"one of {', '.join(get_args(Schedule))}"),
+            ("loss", self.loss in get_args(LossPreset), f"one of {', '.join(get_args(LossPreset))}"),
+            ("truncate_probability", either <= 1, "at most 1 - prefix_probability"),
+            ("mask_block_sizes", all(size >= 2 for size in sizes), "2 or more"),
+            ("mask_block_sizes", sizes or not self.block_masking_probability, "set for block masking"),
+            (
+                "schedule",
+                not twice or self.schedule == "linear",
+                "linear for complementary masks of rate 1 - t",
+            ),
+            ("eps", not twice or self.eps < 0.5, "below 0.5 for complementary masks: t is in [eps, 1 - eps]"),
+            (
+                "loss",
+                not twice or self.loss != "diffullama",
+                "another for complementary masks: they cover all",
+            ),
+        ):
+            if not fits:
+                raise UnmaskError(f"{name} must be {expected}; got {getattr(self, name)!r}.")
 
 
 @dataclass(frozen=True)
@@ -101,22 +91,18 @@ class Curriculum:
     Attributes:
         objective: what never changes: noise schedule, complementary masks, loss preset. Its other fields are
             replaced by what follows.
-        noise_eps: table of the smallest masking rate drawn, in (0, 1).
-        prefix_probability: table of S1, in [0, 1].
-        truncate_probability: table of S2, in [0, 1].
-        block_masking_probability: table of S3, in [0, 1].
+        noise_eps: table of `Objective.eps`.
+        prefix_probability, truncate_probability, block_masking_probability: tables of S1, S2 and S3.
         mask_block_sizes: phases, each the sizes (tokens) of the cells of S3; they take equal parts of
             `schedule_steps`, and the last one stays.
         schedule_type: "constant", or "linear": the three probabilities rise from 0 at step 0 to their value
             at `schedule_steps`, and stay.
         schedule_steps: length of phases and rise, in optimizer steps.
-        source_steps: optimizer steps over which the context share of the source grows from 0 to 1; 0 = it is
-            1 throughout.
-        attention_annealing_steps: optimizer steps over which the visible share of the future grows from 0
-            (causal) to 1 (bidirectional); 0 = it is 1 throughout.
+        source_steps: optimizer steps over which `source_share` grows from 0 to 1; 0 = it is 1 throughout.
+        attention_annealing_steps: the same for `future_share`: from causal to bidirectional attention.
 
     Raises:
-        UnmaskError: a value out of its range, an empty table or phase, or phases out of order.
+        UnmaskError: a value out of its range, or an empty table.
 
     >>> curriculum = Curriculum(prefix_probability=(0.2,), schedule_type="linear", schedule_steps=10)
     >>> [curriculum.at(step, epoch=0).prefix_probability for step in (0, 5, 10, 99)]
@@ -135,24 +121,17 @@ class Curriculum:
     attention_annealing_steps: int = 0
 
     def __post_init__(self) -> None:
-        for name, table in self.tables.items():
-            if not table:
-                raise UnmaskError(f"{name} must have a value for at least one epoch; got none.")
         for name, least in (("schedule_steps", 1), ("source_steps", 0), ("attention_annealing_steps", 0)):
             if getattr(self, name) < least:
                 raise UnmaskError(f"{name} must be {least} or more; got {getattr(self, name)}.")
-        largest = 0
-        for phase in self.mask_block_sizes:
-            if not phase or max(phase) < largest:
-                raise UnmaskError(
-                    "mask_block_sizes must have at least one size in each phase, and the largest of a phase"
-                    f" must not be below that of the phase before; got {self.mask_block_sizes}."
-                )
-            largest = max(phase)
-            replace(self.objective, mask_block_sizes=phase)  # checks the sizes
+        for name, table in self.tables.items():
+            if not table:
+                raise UnmaskError(f"{name} must have a value for at least one epoch; got none.")
         # Every objective is checked now: before `schedule_steps` probabilities are only smaller.
         for epoch in range(max(map(len, self.tables.values()))):
-            self.at(self.schedule_steps, epoch)
+            full = self.at(self.schedule_steps, epoch)
+            for phase in self.mask_block_sizes:
+                replace(full, mask_block_sizes=phase)
 
     @property
     def tables(self) -> dict[str, tuple[float, ...]]:
@@ -176,10 +155,12 @@ class Curriculum:
 
     def state(self, objective: Objective) -> dict[str, float]:
         """Name what one of its objectives has of the things this curriculum sets; {} for the plain bound."""
-        names = [name for name in PROBABILITIES if any(getattr(self, name))]
-        names += ["source_share"] if self.source_steps else []
-        names += ["future_share"] if self.attention_annealing_steps else []
-        state = {name: getattr(objective, name) for name in names}
+        changing = {
+            **{name: any(getattr(self, name)) for name in PROBABILITIES},
+            "source_share": self.source_steps,
+            "future_share": self.attention_annealing_steps,
+        }
+        state = {name: getattr(objective, name) for name, is_set in changing.items() if is_set}
         if len(set(self.noise_eps)) > 1:
             state["noise_eps"] = objective.eps
         if any(self.block_masking_probability):
