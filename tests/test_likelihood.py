@@ -210,8 +210,8 @@ def draws_of_blocks(
     """(is_masked, weight), (draws, blocks, tokens), of a record of many blocks, drawn independently."""
     block = torch.arange(count).repeat_interleave(size)
     plan = plan_passes(7, torch.arange(len(block)), block, estimator, num_samples, eps)
-    is_masked, weight = zip(*plan.passes, strict=True)
-    return tuple(torch.stack(one).view(num_samples, count, size) for one in (is_masked, weight))
+    is_masked, weight = (torch.stack(one) for one in zip(*plan.passes, strict=True))
+    return is_masked.view(num_samples, count, size), weight.view(num_samples, count, size)
 
 
 @pytest.mark.parametrize("size", [5, 6])
@@ -329,7 +329,7 @@ def test_batch_size_padding_and_mates_change_nothing(estimator: str, kind: str) 
         for ids, source in zip(rows, sources, strict=True)
     ]
     assert alone[0].num_tokens.tolist() == [4] and alone[0].token_nll[0, 0] == 0
-    exact = {"rtol": 0, "atol": 0} if kind == "toy" else {}
+    exact: dict[str, Any] = {"rtol": 0, "atol": 0} if kind == "toy" else {}
     for side, width, batch_size, order in (
         ("right", 5, 3, [0, 1, 2, 3]),
         ("left", 9, 1, [3, 2, 1, 0]),
