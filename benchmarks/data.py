@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from unmask import Qwen3DiffusionConfig, Qwen3ForCausalLM, load_tokenizer
-from unmask.data.collate import Row, collate, filled, pack
+from unmask.data.collate import Row, collate, pack
 from unmask.data.encode import Encoder, Example, encode_records
 from unmask.data.files import read_records
 from unmask.data.records import CustomFields
@@ -138,7 +138,8 @@ def compare(file: Path, tokenizer: Any) -> None:
     examples = load(file, tokenizer)
     rows = list(pack(examples, BLOCK))
     print(f"{file.name}: {len(examples):,} examples, batch {BATCH}, block size {BLOCK}")
-    print(f"  packed rows are {filled(rows, BLOCK):.1%} filled")
+    tokens = sum(len(example.input_ids) for example in examples)
+    print(f"  packed rows are {tokens / (len(rows) * BLOCK):.1%} filled")
     ways = {
         "(a) padded to the block": Way(examples, SMALL, multiple=BLOCK),
         "(b) padded to the longest": Way(examples, SMALL),

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unmask.config import Recipe, recipe_from_dict
 from unmask.data.dataset import examples_of, load_data, make_encoder, prepare, run_tokenizer
-from unmask.data.encode import Encoder, Example, encode_records, pack_text
+from unmask.data.encode import Encoder, Example, encode_records
 from unmask.data.files import read_records
 from unmask.errors import UnmaskError
 
@@ -93,10 +93,9 @@ def test_pretraining_data_is_packed_text(tokenizer: PreTrainedTokenizerBase) -> 
     loaded = load_data(
         recipe("pretrain", dataset_name=["one.txt", "two.txt"], block_size=16, eval_size=2), tokenizer
     )
-    whole = list(pack_text(["abcdefghij" * 5, "0123456789" * 3], tokenizer, 16))
-    assert [one.input_ids for one in (*loaded.train, *loaded.held_out)] == [one.input_ids for one in whole]
     assert len(loaded.held_out) == 2 and loaded.encoder is None and loaded.report.formats == {"text": 2}
-    ids = [i for example in whole for i in example.input_ids]
+    assert [len(one.input_ids) for one in (*loaded.train, *loaded.held_out)] == [16] * 5 + [1]
+    ids = [i for example in (*loaded.train, *loaded.held_out) for i in example.input_ids]
     assert tokenizer.decode(ids) == "abcdefghij" * 5 + "<|im_end|>" + "0123456789" * 3
     Path("c.json").write_text(json.dumps([{"body": "aaa"}, {"body": "bbb"}, {"body": "ccc"}]))
     data = {"text_field": "body", "max_records": 2, "eval_dataset_name": "one.txt"}

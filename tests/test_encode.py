@@ -1,14 +1,26 @@
 from __future__ import annotations
 
+from collections import Counter
 from itertools import groupby
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from unmask.data.encode import DropRecord, Encoder, EncodeReport, Example, encode_each, encode_records
+from unmask.data.encode import (
+    DropRecord,
+    Encoder,
+    EncodeReport,
+    Example,
+    encode_documents,
+    encode_each,
+    encode_records,
+)
 from unmask.data.records import Conversation, CustomFields, RecordError, Turn
 from unmask.data.tokenizer import CHATML_TEMPLATE, byte_tokenizer
 from unmask.errors import UnmaskError
@@ -316,9 +328,8 @@ def test_a_stream_is_encoded_as_it_is_read() -> None:
     read: list[int] = []
     items = ((record, where, 2, read.append(n) or 7 * n) for n, (record, where) in enumerate(records))
     report = EncodeReport()
-    stream = encode_each(items, CHATML, batch=3, report=report)
+    stream = encode_each(items, CHATML, report=report)
     first = next(stream)
-    assert len(read) == 3 == report.records
     rows = [first, *stream]
     assert [row.input_ids for row in rows] == [row.input_ids for row in encode_records(records, CHATML)[0]]
     assert [row.record for row in rows] == list(range(0, 70, 7))
@@ -326,15 +337,78 @@ def test_a_stream_is_encoded_as_it_is_read() -> None:
 
 
 def test_reports_add_up_and_survive_json() -> None:
-    import json
-    from dataclasses import asdict
-
-    one = EncodeReport(2, 1, skipped={"bad": (1, "x line 2")}, formats={"alpaca": 1}, unused={"id": 1})
-    two = EncodeReport(3, 1, skipped={"bad": (2, "x line 4")}, formats={"messages": 1}, unused={"id": 2})
-    whole = EncodeReport.from_json(json.loads(json.dumps(asdict(one))))
+    one = EncodeReport(
+        2, 1, skipped={"bad": (1, "x line 2")}, formats=Counter(alpaca=1), unused=Counter(id=1)
+    )
+    two = EncodeReport(
+        3, 1, skipped={"bad": (2, "x line 4")}, formats=Counter(messages=1), unused=Counter(id=2)
+    )
+    adapter = TypeAdapter(EncodeReport)
+    whole = adapter.validate_json(adapter.dump_json(one))
     assert whole == one
     whole.merge(two)
     assert whole == EncodeReport(
-        5, 2, skipped={"bad": (3, "x line 2")}, formats={"alpaca": 1, "messages": 1}, unused={"id": 3}
+        5, 2, skipped={"bad": (3, "x line 2")}, formats=Counter(alpaca=1, messages=1), unused=Counter(id=3)
     )
     assert whole.left_out() == ["3 skipped: bad (first: x line 2)", "fields not used: id (3)"]
+
+
+# Documents
+
+END_TEXT = "<|im_end|>"
+
+
+def blocks_of(documents: list[Any], size: int, **settings: Any) -> tuple[list[Example], EncodeReport]:
+    """The examples of documents of file 3, and what became of them."""
+    report = EncodeReport()
+    items = ((document, f"x line {n + 1}", 3, n) for n, document in enumerate(documents))
+    return list(encode_documents(items, byte_tokenizer(), size, **settings, report=report)), report
+
+
+def decoded(rows: list[Example]) -> list[str]:
+    assert not any(any(row.src_mask) for row in rows) and len({row.sample_id for row in rows}) == len(rows)
+    return [str(byte_tokenizer().decode(row.input_ids)) for row in rows]
+
+
+def test_joined_documents_are_cut_into_blocks_wherever_they_end() -> None:
+    blocks, report = blocks_of(["abcd", " ", f"e{END_TEXT}", "fg"], 6, join=True)
+    assert [len(block.input_ids) for block in blocks] == [6, 6, 6, 1]
+    ids = [i for block in blocks for i in block.input_ids]
+    assert [i for i, token in enumerate(ids) if token == END] == [4, 16]  # the text's own is plain text
+    assert "".join(decoded(blocks)) == f"abcd{END_TEXT}e{END_TEXT}{END_TEXT}fg"
+    assert (report.records, report.kept, report.tokens, report.supervised_tokens) == (3, 3, 19, 19)
+    assert blocks_of([" "], 6, join=True)[0] == []
+
+
+def test_packed_documents_are_examples_of_their_own_with_their_end_token() -> None:
+    documents = ["abcd", "", f"e{END_TEXT}", "0123456789", "vwxyz"]
+    parts, report = blocks_of(documents, 6, join=False)
+    # A document as long as a row leaves its end token to the next.
+    whole = [f"abcd{END_TEXT}", "e<|im_", f"end|>{END_TEXT}", "012345", f"6789{END_TEXT}", f"vwxyz{END_TEXT}"]
+    assert decoded(parts) == whole and [part.input_ids.count(END) for part in parts] == [1, 0, 1, 0, 1, 1]
+    assert [(part.file, part.record) for part in parts] == [(3, 0), (3, 2), (3, 2), (3, 3), (3, 3), (3, 4)]
+    assert (report.truncated, report.tokens, report.supervised_tokens) == (0, 34, 34)
+    parts, report = blocks_of(["0123456789", "abc", "uvwxyz"], 6, join=False, long_documents="cut")
+    assert decoded(parts) == ["012345", f"abc{END_TEXT}", "uvwxyz"] and report.truncated == 2
+
+
+@given(st.lists(st.text("ab", max_size=40), min_size=1, max_size=8), st.integers(2, 20), st.booleans())
+def test_documents_can_be_read_back_from_their_parts(documents: list[str], size: int, join: bool) -> None:
+    parts, _ = blocks_of(documents, size, join=join)
+    ended = "".join(f"{text}{END_TEXT}" for text in documents if text)
+    assert "".join(decoded(parts)) == (ended.removesuffix(END_TEXT) if join else ended)
+    assert all(0 < len(part.input_ids) <= size for part in parts)
+
+
+def test_bad_documents_are_skipped_with_their_reasons() -> None:
+    missing = RecordError("x line 2", "field 'text' is missing", "; fields here: a")
+    documents = ["fine", missing, END_TEXT, "\ud800"]
+    parts, report = blocks_of(documents, 99, join=False, on_bad_record="skip")
+    assert [part.record for part in parts] == [0, 2] and (report.records, report.kept) == (4, 2)
+    assert report.skipped == {
+        "field 'text' is missing": (1, "x line 2"),
+        "field 'text' has an unpaired surrogate": (1, "x line 4"),
+    }
+    assert report.notes == {"held strings like special tokens, read as plain text": 1}
+    with pytest.raises(RecordError, match=r"^x line 2: field 'text' is missing; fields here: a\.$"):
+        blocks_of(documents, 99, join=False)

@@ -27,37 +27,21 @@ class Row(list[Example]):
 
 
 def pack(examples: Sequence[Example], length: int, window: int = WINDOW) -> list[Row]:
-    """Put examples into rows of at most `length` tokens: longest first, each into the fullest row it fits.
-
-    Nothing is carried from one window of examples to the next. Rows come in the order of their first
-    example, and a row's examples in the order they came in.
-
-    Args:
-        length: most tokens of a row.
-        window: examples looked at together; more of them fill the rows better.
-
-    Raises:
-        UnmaskError: an example is longer than a row.
+    """Put examples into rows as `pack_sizes` says.
 
     >>> examples = [Example([7] * size, [False] * size) for size in (3, 5, 2, 4)]
     >>> [[len(example.input_ids) for example in row] for row in pack(examples, 7)]
     [[3, 4], [5, 2]]
     """
     sizes = [len(example.input_ids) for example in examples]
-    return [Row(examples[index] for index in row) for row in _packed(sizes, length, window)]
+    return [Row(examples[index] for index in row) for row in pack_sizes(sizes, length, window)]
 
 
 class PackedRows(Sequence[Row]):
-    """The rows of `pack`, whose examples are read when a row is asked for.
-
-    Args:
-        examples: may be on disk.
-        sizes: tokens of each.
-        length: most tokens of a row.
-    """
+    """The rows of `pack` of examples of these sizes, which are read when a row is asked for."""
 
     def __init__(self, examples: Sequence[Example], sizes: Sequence[int], length: int) -> None:
-        self.examples, self.indices = examples, _packed(sizes, length, WINDOW)
+        self.examples, self.indices = examples, pack_sizes(sizes, length)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -66,8 +50,20 @@ class PackedRows(Sequence[Row]):
         return Row(self.examples[number] for number in self.indices[index])
 
 
-def _packed(sizes: Sequence[int], length: int, window: int) -> list[list[int]]:
-    """Best-fit decreasing in each window: the indices that share each row, in order."""
+def pack_sizes(sizes: Sequence[int], length: int, window: int = WINDOW) -> list[list[int]]:
+    """Best-fit decreasing: longest first, each into the fullest row it fits; the indices that share each row.
+
+    Nothing is carried from one window of examples to the next. Rows come in the order of their first
+    example, and a row's examples in the order they came in.
+
+    Args:
+        sizes: tokens of each example.
+        length: most tokens of a row.
+        window: examples looked at together; more of them fill the rows better.
+
+    Raises:
+        UnmaskError: an example is longer than a row.
+    """
     if (longest := max(sizes, default=0)) > length:
         raise UnmaskError(f"an example of {longest} tokens does not fit a row of {length}.")
     packed: list[list[int]] = []
@@ -86,11 +82,6 @@ def _packed(sizes: Sequence[int], length: int, window: int) -> list[list[int]]:
             insort(room, (free - sizes[index], row))
         packed += sorted(map(sorted, rows))
     return packed
-
-
-def filled(rows: Sequence[Row], length: int) -> float:
-    """Compute the share of the positions of rows of `length` that hold a token."""
-    return sum(len(example.input_ids) for row in rows for example in row) / (len(rows) * length)
 
 
 def collate(
@@ -120,11 +111,9 @@ def collate(
         raise UnmaskError(f"pad_to_multiple_of must be at least 1; got {pad_to_multiple_of}.")
     rows = [[one] if isinstance(one, Example) else one for one in examples]
     for number, example in enumerate(example for row in rows for example in row):
-        ids, src = len(example.input_ids), len(example.src_mask)
-        if ids != src:
+        if (ids := len(example.input_ids)) != (src := len(example.src_mask)):
             raise UnmaskError(
-                f"example {number} of the batch: input_ids and src_mask must have one length; "
-                f"got {ids} and {src}."
+                f"example {number} of the batch: input_ids and src_mask must have one length; got {ids} and {src}."
             )
     sizes = [sum(len(example.input_ids) for example in row) for row in rows]
     shape = (len(rows), max(sizes) + -max(sizes) % pad_to_multiple_of)
@@ -135,8 +124,8 @@ def collate(
         stop = shape[1] - size if padding_side == "left" else 0
         for segment, example in enumerate(row, 1):
             start, stop = stop, stop + len(example.input_ids)
-            input_ids[number, start:stop] = torch.tensor(example.input_ids, dtype=torch.int64)
-            src_mask[number, start:stop] = torch.tensor(example.src_mask, dtype=torch.bool)
+            input_ids[number, start:stop] = torch.tensor(example.input_ids)
+            src_mask[number, start:stop] = torch.tensor(example.src_mask)
             segment_ids[number, start:stop] = segment
     batch = {"input_ids": input_ids, "attention_mask": (segment_ids > 0).long(), "src_mask": src_mask}
     most = max(map(len, rows))

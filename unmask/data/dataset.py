@@ -23,19 +23,17 @@ from unmask.data.prepare import (
     SHARD,
     DataSource,
     EncodedExamples,
-    Encoding,
     Manifest,
     encode_folder,
     is_prepared,
-    open_cached,
-    open_prepared,
+    open_examples,
 )
 from unmask.data.records import CustomFields
 from unmask.data.tokenizer import add_mask_token, check_tokenizer, load_tokenizer
 from unmask.errors import UnmaskError
 
 if TYPE_CHECKING:
-    from unmask.config import Recipe
+    from unmask.config import DataRecipe, Recipe, SourceRecipe
     from unmask.data.stream import Stream
 
 
@@ -108,10 +106,7 @@ class RunData:
         return size if self.stream is not None or several else min(size, len(self.rows))
 
     def _rows(self, part: Sequence[Example]) -> Sequence[Example | Row]:
-        if self.row_length is None:
-            return part
-        sizes = part.lengths() if isinstance(part, EncodedExamples) else [len(e.input_ids) for e in part]
-        return PackedRows(part, sizes, self.row_length)
+        return part if self.row_length is None else PackedRows(part, sizes_of(part)[0], self.row_length)
 
     def left_out(self, trained: list[str] | None = None) -> list[str]:
         """Say which records were dropped or skipped, and why; `trained` replaces what `report` says."""
@@ -120,13 +115,8 @@ class RunData:
 
     def totals(self) -> tuple[int, int]:
         """Count the tokens of `train`, and those of them that may be masked."""
-        counts = [
-            part.totals()
-            if isinstance(part, EncodedExamples)
-            else (sum(len(e.input_ids) for e in part), sum(e.supervised for e in part))
-            for part in self.parts
-        ]
-        return sum(tokens for tokens, _ in counts), sum(supervised for _, supervised in counts)
+        sizes = [sizes_of(part) for part in self.parts]
+        return sum(sum(tokens) for tokens, _ in sizes), sum(sum(supervised) for _, supervised in sizes)
 
     def steps(self, rank: int = 0, ranks: int = 1) -> Steps:
         """Deal out the rows of the run to `ranks` processes."""
@@ -135,6 +125,22 @@ class RunData:
         from unmask.data.stream import StreamSteps
 
         return StreamSteps(self, rank, ranks)
+
+
+def _joined(parts: Sequence[Sequence[Any]]) -> Any:
+    return parts[0] if len(parts) == 1 else ConcatDataset(cast(Any, parts)) if parts else []
+
+
+def sizes_of(part: Sequence[Example]) -> tuple[list[int], list[int]]:
+    """Count the tokens of each example, and those of them that may be masked."""
+    if isinstance(part, EncodedExamples):
+        return part.column("tokens"), part.column("supervised")
+    return [len(example.input_ids) for example in part], [example.supervised for example in part]
+
+
+def examples_of(row: Example | Row) -> list[Example]:
+    """The examples of a packed row, or the one that a row is."""
+    return [row] if isinstance(row, Example) else row
 
 
 class Steps:
@@ -165,8 +171,9 @@ class Steps:
         first, stop = step * self.step_rows, (step + 1) * self.step_rows
         if self.draws.locate(stop - 1) is None:
             return None
-        places = range(self.rank, self.step_rows, self.ranks)
-        return [self._count(self._unit(first, place)) for place in places]
+        return [
+            self._count(self._unit(first, place)) for place in range(self.rank, self.step_rows, self.ranks)
+        ]
 
     def _unit(self, first: int, place: int) -> Unit:
         source, count = cast(tuple[int, int], self.draws.locate(first + place))
@@ -192,11 +199,6 @@ class Steps:
         """Resume from `state_dict`'s result."""
 
 
-def examples_of(row: Example | Row) -> list[Example]:
-    """The examples of a packed row, or the one that a row is."""
-    return [row] if isinstance(row, Example) else row
-
-
 def run_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """Load the recipe's tokenizer, with a mask token added where it has none.
 
@@ -213,17 +215,9 @@ def run_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 def make_encoder(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Encoder:
     """Build the encoder that the recipe's SFT section describes; the tokenizer will know of `thinking`."""
     sft = recipe.data.sft
-    encoder = Encoder(
-        tokenizer,
-        layout=sft.layout,
-        separator=sft.instruction_response_separator,
-        train_on=sft.train_on,
-        include_system_prompt=sft.include_system_prompt,
-        end_fill=sft.end_fill,
-        block_size=recipe.data.block_size,
-        too_long=sft.too_long,
-        thinking=sft.thinking,
-    )
+    alike = sft.model_dump(exclude={"format", "custom_format", "instruction_response_separator"})
+    separator = sft.instruction_response_separator
+    encoder = Encoder(tokenizer, **alike, separator=separator, block_size=recipe.data.block_size)
     tokenizer.init_kwargs["thinking"] = encoder.thinking  # saved in tokenizer_config.json
     return encoder
 
@@ -234,28 +228,37 @@ def custom_fields(recipe: Recipe) -> CustomFields | None:
     return CustomFields(**sft.custom_format.model_dump()) if sft.format == "custom" else None
 
 
-def data_sources(recipe: Recipe) -> list[DataSource]:
-    """Return the recipe's sources, each with its own format and columns."""
-    data, fields = recipe.data, custom_fields(recipe)
-    if data.sources is None:
-        return [_source(recipe, listed(data.dataset_name))]
-    sources = []
-    for source in data.sources:
-        format = source.format or data.sft.format
-        if format == "custom" and (source.custom_format != type(source.custom_format)() or fields is None):
-            custom = CustomFields(**source.custom_format.model_dump())
-        else:
-            custom = fields if format == "custom" else None
-        columns = (source.split, source.dataset_config, source.text_field, format, custom)
-        sources.append(DataSource([source.dataset_name], *columns, source.weight, source.epochs))
-    return sources
+def _source(
+    run: RunData, tokenizer: PreTrainedTokenizerBase, names: list[str], keys: DataRecipe | SourceRecipe
+) -> DataSource:
+    """What is read and encoded alike; `keys` name its columns, those of the recipe are the default."""
+    sft = run.recipe.data.sft
+    format = getattr(keys, "format", None) or sft.format
+    own = getattr(keys, "custom_format", None)
+    custom = own if own and own != type(own)() else sft.custom_format
+    return DataSource(
+        run.recipe,
+        tokenizer,
+        run.encoder,
+        names,
+        split=keys.split,
+        config_name=keys.dataset_config,
+        text_field=keys.text_field,
+        format=format,
+        custom_format=CustomFields(**custom.model_dump()) if format == "custom" else None,
+        weight=getattr(keys, "weight", 1.0),
+        epochs=getattr(keys, "epochs", None),
+    )
 
 
-def _source(recipe: Recipe, names: list[str]) -> DataSource:
-    """What is read with the format and columns of the recipe itself."""
-    data = recipe.data
-    columns = (data.split, data.dataset_config, data.text_field, data.sft.format, custom_fields(recipe))
-    return DataSource(names, *columns)
+def _opened(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
+    """The sources of a recipe, each with its own format and columns; no data yet."""
+    run = RunData(recipe, make_encoder(recipe, tokenizer) if recipe.training_mode == "sft" else None, [])
+    if recipe.data.sources is None:
+        run.sources = [_source(run, tokenizer, listed(recipe.data.dataset_name), recipe.data)]
+    else:
+        run.sources = [_source(run, tokenizer, [one.dataset_name], one) for one in recipe.data.sources]
+    return run
 
 
 def listed(names: str | Sequence[str] | None) -> list[str]:
@@ -267,8 +270,7 @@ def source_names(recipe: Recipe) -> list[str]:
     """The names of the recipe's sources in order, of files without their folders where that is plain."""
     if recipe.data.sources is not None:
         return short_names([source.dataset_name for source in recipe.data.sources])
-    names = listed(recipe.data.dataset_name)
-    return short_names(names) if len(names) == 1 else [", ".join(map(_short, names))]
+    return [", ".join(map(_short, listed(recipe.data.dataset_name)))]
 
 
 def short_names(names: list[str]) -> list[str]:
@@ -291,40 +293,24 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
     Raises:
         UnmaskError: A source, a record or a setting cannot be used, or nothing is left to train on.
     """
-    data = recipe.data
-    encoder = make_encoder(recipe, tokenizer) if recipe.training_mode == "sft" else None
-    run = RunData(recipe, encoder, data_sources(recipe))
-
-    def read(source: DataSource, number: int, report: EncodeReport, limit: int | None) -> EncodedExamples:
-        encoding = Encoding(recipe, source, tokenizer, encoder)
-        try:
-            if any(map(is_prepared, source.names)):
-                found = open_prepared(encoding, limit, number)
-            else:
-                files = source.files(text=encoder is None)
-                processes = data.num_workers or cores()
-                found = open_cached(encoding, files, limit=limit, processes=processes, source=number)
-        except UnmaskError as error:
-            if not str(error).startswith("no record can be used"):
-                raise
-            raise UnmaskError(f"{', '.join(source.names)}: {error}") from error
-        report.merge(found.manifest.report)
-        return found
-
+    data, run = recipe.data, _opened(recipe, tokenizer)
+    processes = data.num_workers or cores()
     evaluated = listed(data.eval_dataset_name)
     run.held_out_sources = short_names(evaluated)
-    run.held_out_parts = [
-        read(_source(recipe, [name]), number, run.held_out_report, None)
-        for number, name in enumerate(evaluated)
-    ]
+    for number, name in enumerate(evaluated):
+        part = open_examples(_source(run, tokenizer, [name], data), None, processes, number)
+        run.held_out_parts.append(part)
+        run.held_out_report.merge(part.manifest.report)
     if data.streaming:
         from unmask.data.stream import open_stream
 
-        open_stream(run, tokenizer)
+        open_stream(run)
         return run
-    parts = [read(source, n, run.report, data.max_records) for n, source in enumerate(run.sources)]
+    parts = [open_examples(one, data.max_records, processes, n) for n, one in enumerate(run.sources)]
     run.parts = list(parts)
-    if encoder is not None or data.packing:  # else an example is not of one record
+    for part in parts:
+        run.report.merge(part.manifest.report)
+    if run.encoder is not None or data.packing:  # else an example is not of one record
         run.files = [part.manifest.identity["files"] for part in parts]
     if data.eval_size:
         [examples] = parts
@@ -380,25 +366,14 @@ def prepare(
         )
     if recipe.data.streaming:
         raise UnmaskError("data.streaming has no effect on a preparation; set it to false.")
-    [source] = data_sources(recipe)
-    for name in filter(is_prepared, source.names):
+    for name in filter(is_prepared, listed(recipe.data.dataset_name)):
         raise UnmaskError(f"data.dataset_name: {name} is prepared data already.")
-    tokenizer = run_tokenizer(recipe)
-    encoder = make_encoder(recipe, tokenizer) if recipe.training_mode == "sft" else None
-    return encode_folder(
-        Path(out).expanduser(),
-        Encoding(recipe, source, tokenizer, encoder),
-        source.files(text=encoder is None),
-        limit=recipe.data.max_records,
-        processes=workers or recipe.data.num_workers or cores(),
-        shard_records=shard_records,
-    )
+    [source] = _opened(recipe, run_tokenizer(recipe)).sources
+    limit, processes = recipe.data.max_records, workers or recipe.data.num_workers or cores()
+    folder = Path(out).expanduser()
+    return encode_folder(folder, source, limit=limit, processes=processes, shard_records=shard_records)
 
 
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _joined(parts: Sequence[Sequence[Any]]) -> Any:
-    return parts[0] if len(parts) == 1 else ConcatDataset(cast(Any, parts)) if parts else []

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import warnings
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from itertools import islice
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from itertools import count, islice
 from typing import Any, Literal, cast
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from unmask.data.records import (
@@ -39,6 +42,9 @@ TOO_LONG = "longer than block_size"
 UNTRAINED = "no turn is to be trained on"
 BATCH = 256  # records tokenized in one call
 LITERALS = "held strings like special tokens, read as plain text"
+
+Item = tuple[Any, str, int, int]
+"""A record, a document, or the `RecordError` of one that cannot be read; its location; its file; its number."""
 
 
 @dataclass
@@ -86,7 +92,7 @@ class EncodeReport:
     """What became of the records. `dropped` and `skipped` map a reason to (count, first location).
 
     Dropped: sound, but of no use under these settings. Skipped: bad input, under on_bad_record="skip".
-    `notes` count records that were kept, by what is to be known about them.
+    `notes` count records that were kept, by what is to be known about them; `unused` fields without effect.
     """
 
     records: int = 0
@@ -96,17 +102,23 @@ class EncodeReport:
     skipped: dict[str, tuple[int, str]] = field(default_factory=dict)
     tokens: int = 0
     supervised_tokens: int = 0
-    formats: dict[str, int] = field(default_factory=dict)
-    notes: dict[str, int] = field(default_factory=dict)
-    unused: dict[str, int] = field(default_factory=dict)  # fields that no text was made of
+    formats: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)
 
     def drop(self, reason: str, where: str) -> None:
         """Count one record as dropped."""
-        self.dropped[reason] = _added(self.dropped.get(reason), (1, where))
+        _add(self.dropped, {reason: (1, where)})
 
     def skip(self, error: RecordError) -> None:
         """Count one record as skipped."""
-        self.skipped[error.counted] = _added(self.skipped.get(error.counted), (1, error.where))
+        _add(self.skipped, {error.counted: (1, error.where)})
+
+    def keep(self, example: Example) -> Example:
+        """Count the tokens of an example."""
+        self.tokens += len(example.input_ids)
+        self.supervised_tokens += example.supervised
+        return example
 
     def left_out(self) -> list[str]:
         """Say what was dropped and skipped, and why: "2 skipped: not valid JSON (first: x.jsonl line 4)"."""
@@ -115,38 +127,27 @@ class EncodeReport:
             for what, reasons in (("dropped", self.dropped), ("skipped", self.skipped))
             for reason, (count, where) in reasons.items()
         ]
-        if self.unused:
-            names = ", ".join(f"{name} ({count:,})" for name, count in self.unused.items())
-            lines.append(f"fields not used: {names}")
-        return lines
+        return lines + [f"fields not used: {named(self.unused)}"] * bool(self.unused)
 
     def merge(self, other: EncodeReport) -> None:
         """Add what became of later records."""
-        for name in (item.name for item in fields(EncodeReport)):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if isinstance(theirs, int):
-                setattr(self, name, mine + theirs)
-            elif name in ("dropped", "skipped"):
-                mine |= {reason: _added(mine.get(reason), pair) for reason, pair in theirs.items()}
+        for item in fields(self):
+            mine, theirs = getattr(self, item.name), getattr(other, item.name)
+            if item.name in ("dropped", "skipped"):
+                _add(mine, theirs)
             else:
-                mine |= {key: mine.get(key, 0) + count for key, count in theirs.items()}
-
-    @classmethod
-    def from_json(cls, tree: Mapping[str, Any]) -> EncodeReport:
-        """Read back a report that was written as JSON."""
-        report = cls()
-        report.merge(cls(**tree))
-        return report
+                setattr(self, item.name, mine + theirs)
 
 
-def _count(counts: dict[str, int], names: Iterable[str]) -> None:
-    for name in names:
-        counts[name] = counts.get(name, 0) + 1
+def _add(reasons: dict[str, tuple[int, str]], more: dict[str, tuple[int, str]]) -> None:
+    for reason, (number, where) in more.items():
+        before, first = reasons.get(reason, (0, where))
+        reasons[reason] = (before + number, first)
 
 
-def _added(pair: tuple[int, str] | None, more: Sequence[Any]) -> tuple[int, str]:
-    """How often, and where first."""
-    return (pair[0] + more[0], pair[1]) if pair else (more[0], more[1])
+def named(counts: Mapping[str, int]) -> str:
+    """Names with their counts: "id (3), lang (2)"."""
+    return ", ".join(f"{name} ({number:,})" for name, number in counts.items())
 
 
 class Encoder:
@@ -192,14 +193,17 @@ class Encoder:
         thinking: Thinking | None = None,
     ) -> None:
         thinking = thinking or tokenizer.init_kwargs.get("thinking") or "template"
-        one_of("layout", layout, ("auto", "chat", "separator"))
-        one_of("train_on", train_on, ("all", "last"))
-        one_of("too_long", too_long, ("truncate", "drop"))
-        one_of("thinking", thinking, ("off", "on", "template"))
-        if end_fill < 1:
-            raise UnmaskError(f"end_fill must be at least 1 token; got {end_fill}.")
-        if block_size is not None:
-            check_block_size(block_size)
+        for name, value, known in (
+            ("layout", layout, ("auto", "chat", "separator")),
+            ("train_on", train_on, ("all", "last")),
+            ("too_long", too_long, ("truncate", "drop")),
+            ("thinking", thinking, ("off", "on", "template")),
+        ):
+            if value not in known:
+                raise UnmaskError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
+        for name, size, least in (("end_fill", end_fill, 1), ("block_size", block_size, 2)):
+            if size is not None and size < least:
+                raise UnmaskError(f"{name} must be at least {least} token{'s' * (least > 1)}; got {size}.")
         self.tokenizer = tokenizer
         self.train_on = train_on
         self.include_system_prompt = include_system_prompt
@@ -213,8 +217,6 @@ class Encoder:
         if not tokenizer.is_fast:
             raise UnmaskError("the tokenizer has no character offsets; use one with a tokenizer.json.")
         self._backend: Tokenizer = cast(Any, tokenizer).backend_tokenizer
-        self._renamed: Tokenizer | None = None
-        self._splits: bool | None = None  # whether a text in two parts has the tokens of the whole
 
     def encode(self, conversation: Conversation, sample_id: int = -1) -> Example:
         """Encode one conversation.
@@ -271,12 +273,8 @@ class Encoder:
 
     def tokenize(self, texts: Sequence[Rendered]) -> list[tuple[list[int], list[bool]]]:
         """Ids and source masks of several texts; the only place where either is made."""
-        plain = [text.pieces for text in texts if not text.aliased]
-        found = iter(self._masked(plain, self._backend))
-        return [
-            self._masked([text.pieces], self._with_aliases())[0] if text.aliased else next(found)
-            for text in texts
-        ]
+        plain = iter(self._masked([text.pieces for text in texts if not text.aliased], self._backend))
+        return [self._masked([t.pieces], self._aliased)[0] if t.aliased else next(plain) for t in texts]
 
     def _masked(
         self, rows: Sequence[list[tuple[str, bool]]], backend: Tokenizer
@@ -289,17 +287,13 @@ class Encoder:
         masked = []
         for pieces, encoding in zip(rows, encodings, strict=True):
             src, stop = [True] * len(encoding.ids), 0
+            ends = [end for _, end in encoding.offsets]
             for number, (text, is_response) in enumerate(pieces):
                 start, stop = stop, stop + len(text)
                 if not is_response:
                     continue
-                first = _token_at(encoding, start, stop)
-                last = _token_at(encoding, stop, sum(len(text) for text, _ in pieces))
-                if (
-                    first < len(src)
-                    and cast(Any, encoding.token_to_chars(first))[0] < start
-                    and self._may_split()
-                ):
+                first, last = bisect_right(ends, start), bisect_right(ends, stop)
+                if first < len(src) and encoding.offsets[first][0] < start and self._splits:
                     # A token of prompt and response: two parts, so that a prompt has the ids that training shows.
                     parts = self._masked([pieces[:number], pieces[number:]], backend)
                     masked.append((parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]))
@@ -309,30 +303,28 @@ class Encoder:
                 masked.append((encoding.ids, src))
         return masked
 
-    def _may_split(self) -> bool:
+    @cached_property
+    def _splits(self) -> bool:
         """Whether the tokenizer adds nothing of its own to the start of a text, as SentencePiece's do."""
-        if self._splits is None:
-            rows = self._masked([[(text, False)] for text in ("x\nx", "x\n", "x")], self._backend)
-            self._splits = rows[0][0] == rows[1][0] + rows[2][0]
-        return self._splits
+        rows = self._masked([[(text, False)] for text in ("x\nx", "x\n", "x")], self._backend)
+        return rows[0][0] == rows[1][0] + rows[2][0]
 
-    def _with_aliases(self) -> Tokenizer:
+    @cached_property
+    def _aliased(self) -> Tokenizer:
         """The tokenizer with its special tokens renamed, so that their strings in a text are plain text."""
-        if self._renamed is None:
-            names, tree = special_aliases(self.tokenizer), json.loads(self._backend.to_str())
-            for token in tree["added_tokens"]:
-                token["content"] = names.get(token["content"], token["content"])
-            model = tree["model"]
-            vocabulary, unknown = model.get("vocab"), model.get("unk_token")
-            if isinstance(unknown, str):
-                model["unk_token"] = names.get(unknown, unknown)
-            if isinstance(vocabulary, dict):
-                model["vocab"] = {names.get(name, name): i for name, i in vocabulary.items()}
-            elif vocabulary is not None:
-                model["vocab"] = [[names.get(name, name), score] for name, score in vocabulary]
-            tree["post_processor"] = None
-            self._renamed = Tokenizer.from_str(json.dumps(tree))
-        return self._renamed
+        names, tree = special_aliases(self.tokenizer), json.loads(self._backend.to_str())
+        for token in tree["added_tokens"]:
+            token["content"] = names.get(token["content"], token["content"])
+        model = tree["model"]
+        vocabulary, unknown = model.get("vocab"), model.get("unk_token")
+        if isinstance(unknown, str):
+            model["unk_token"] = names.get(unknown, unknown)
+        if isinstance(vocabulary, dict):
+            model["vocab"] = {names.get(name, name): i for name, i in vocabulary.items()}
+        elif vocabulary is not None:
+            model["vocab"] = [[names.get(name, name), score] for name, score in vocabulary]
+        tree["post_processor"] = None
+        return Tokenizer.from_str(json.dumps(tree))
 
     def fit(self, ids: list[int], src: list[bool]) -> tuple[Example, bool]:
         """Fill with end tokens and cut to `block_size`; also says whether a response was cut.
@@ -377,30 +369,26 @@ def encode_records(
     """
     report = EncodeReport()
     items = ((record, where, 0, number) for number, (record, where) in enumerate(records))
-    examples = encode_each(items, encoder, format, custom_format, on_bad_record=on_bad_record, report=report)
-    return list(examples), report
+    way: Any = {"on_bad_record": on_bad_record, "report": report}
+    return list(encode_each(items, encoder, format, custom_format, **way)), report
 
 
 def encode_each(
-    items: Iterable[tuple[Mapping[str, Any] | RecordError, str, int, int]],
+    items: Iterable[Item],
     encoder: Encoder,
     format: str = "auto",
     custom_format: CustomFields | None = None,
     *,
     on_bad_record: Literal["stop", "skip"] = "stop",
-    report: EncodeReport | None = None,
-    batch: int = BATCH,
+    report: EncodeReport,
 ) -> Iterator[Example]:
-    """Encode a stream of (record, location, file, number), `batch` of them in one call of the tokenizer.
-
-    `report` is filled as the stream is read.
+    """Encode a stream of records, many in one call of the tokenizer; `report` is filled as it is read.
 
     Raises:
         UnmaskError: A record is bad input (see `to_conversation`) and `on_bad_record` is "stop".
     """
-    report = EncodeReport() if report is None else report
     items = iter(items)
-    while records := list(islice(items, batch)):
+    while records := list(islice(items, BATCH)):
         rows: list[tuple[int, int, str, Rendered]] = []
         for record, where, file, number in records:
             report.records += 1
@@ -409,11 +397,11 @@ def encode_each(
                     raise record
                 name = detect_format(record, where, custom_format) if format == "auto" else format
                 conversation = to_conversation(record, name, where=where, custom_format=custom_format)
-                _count(report.formats, [name])
-                _count(report.unused, conversation.unused)
+                report.formats[name] += 1
+                report.unused.update(conversation.unused)
                 rows.append((file, number, where, encoder.render(conversation)))
                 if conversation.turns[-1].role != "assistant":
-                    _count(report.notes, ["had turns after the last response, left out"])
+                    report.notes["had turns after the last response, left out"] += 1
             except DropRecord as reason:
                 report.drop(str(reason), where)
             except RecordError as error:
@@ -422,98 +410,53 @@ def encode_each(
                 report.skip(error)
         encoded = encoder.tokenize([rendered for *_, rendered in rows])
         for (file, number, where, rendered), (ids, src) in zip(rows, encoded, strict=True):
-            _count(report.notes, [*[LITERALS] * rendered.aliased, *rendered.lost])
+            report.notes.update([*[LITERALS] * rendered.aliased, *rendered.lost])
             try:
                 example, cut = encoder.fit(ids, src)
             except DropRecord as reason:
                 report.drop(str(reason), where)
                 continue
-            example.sample_id, example.file, example.record = sample_id(file, number), file, number
             report.kept += 1
             report.truncated += cut
-            report.tokens += len(example.input_ids)
-            report.supervised_tokens += example.supervised
-            yield example
+            yield report.keep(replace(example, sample_id=sample_id(file, number), file=file, record=number))
 
 
-def pack_text(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: int
-) -> Iterator[Example]:
-    """Join documents with the end token between them and cut them into blocks for pre-training.
-
-    Every block has `block_size` tokens but the last, which may be shorter; `src_mask` is all False.
-    Special-token strings in a document are read as plain text.
-
-    Raises:
-        UnmaskError: `block_size` is below 2, the tokenizer has no end token, or there is no text.
-    """
-    check_block_size(block_size)
-    end, number = _end_token(tokenizer, "put between documents"), 0
-    left: list[int] | None = None
-    for document in documents:
-        ids = document_ids(document, tokenizer)
-        left = ids if left is None else [*left, end, *ids]
-        while len(left) >= block_size:
-            yield Example(left[:block_size], [False] * block_size, sample_id(0, number), record=number)
-            left, number = left[block_size:], number + 1
-    if left:
-        yield Example(left, [False] * len(left), sample_id(0, number), record=number)
-    elif number == 0:
-        raise UnmaskError("there is no text to pack: the documents are empty.")
-
-
-def split_documents(
-    documents: Iterable[tuple[str, int, int]],
+def encode_documents(
+    items: Iterable[Item],
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,
-    long_documents: Literal["split", "cut"] = "split",
     *,
-    report: EncodeReport | None = None,
-) -> Iterator[Example]:
-    """Encode each (document, file, number) with its end token as an example of its own, for packing.
-
-    One longer than `block_size` becomes several examples ("split": every part but the last has
-    `block_size` tokens, the end token comes in the last) or loses its end ("cut", counted as truncated).
-    `src_mask` is all False. `report` is filled with the tokens as the documents are read. Special-token
-    strings in a document are read as plain text.
-
-    Raises:
-        UnmaskError: A setting is unknown or out of range, or the tokenizer has no end token.
-    """
-    check_block_size(block_size)
-    one_of("long_documents", long_documents, ("split", "cut"))
-    end = _end_token(tokenizer, "end documents with")
-    report = report or EncodeReport()
-    for document, file, number in documents:
-        ids = document_ids(document, tokenizer)
-        if not ids:
-            continue  # a lone end token would teach nothing but where documents are empty
-        ids.append(end)
-        if long_documents == "cut" and len(ids) > block_size:
-            ids = ids[:block_size]
-            report.truncated += 1
-        report.tokens += len(ids)
-        report.supervised_tokens += len(ids)
-        for part, start in enumerate(range(0, len(ids), block_size)):
-            piece = ids[start : start + block_size]
-            yield Example(
-                piece, [False] * len(piece), sample_id(file, number, part), file=file, record=number
-            )
-
-
-def usable_documents(
-    documents: Iterable[tuple[str | RecordError, str, int, int]],
-    tokenizer: PreTrainedTokenizerBase,
-    report: EncodeReport,
+    join: bool,
+    long_documents: Literal["split", "cut"] = "split",
     on_bad_record: Literal["stop", "skip"] = "stop",
-) -> Iterator[tuple[str, int, int]]:
-    """Yield text, file and number of (document, location, file, number), and count them in `report`.
+    shard: int = 0,
+    report: EncodeReport,
+) -> Iterator[Example]:
+    """Encode a stream of documents for pre-training; `report` is filled as it is read.
+
+    Special-token strings in a document are read as plain text; `src_mask` is all False. Blank documents are
+    passed over.
+
+    Args:
+        join: the documents follow one another, the end token between them, in blocks of `block_size` tokens
+            (the last may be shorter); else each is an example with its end token.
+        long_documents: what a longer document becomes that is not joined: "split" = several examples, all
+            but the last of `block_size` tokens; "cut" = one that loses its end, counted as truncated.
+        shard: with its own number a joined block is known by it, as it is of several records.
 
     Raises:
         RecordError: A document could not be read, or is not text, and `on_bad_record` is "stop".
     """
-    special = special_strings(tokenizer)
-    for document, where, file, number in documents:
+    special, end = special_strings(tokenizer), cast(int, tokenizer.eos_token_id)
+    left: list[int] | None = None  # of the joined documents, not yet in a block
+    blocks = count()
+
+    def block(ids: list[int]) -> Example:
+        return report.keep(Example(ids, [False] * len(ids), sample_id(shard, next(blocks))))
+
+    for document, where, file, number in items:
+        if isinstance(document, str) and not document.strip():
+            continue
         report.records += 1
         try:
             if isinstance(document, RecordError):
@@ -525,27 +468,30 @@ def usable_documents(
             report.skip(error)
             continue
         report.kept += 1
-        _count(report.formats, ["text"])
-        _count(report.notes, [LITERALS] * (special.search(document) is not None))
-        yield document, file, number
+        report.formats["text"] += 1
+        report.notes.update([LITERALS] * bool(special.search(document)))
+        ids = document_ids(document, tokenizer)
+        if join:
+            left = ids if left is None else [*left, end, *ids]
+            while len(left) >= block_size:
+                yield block(left[:block_size])
+                left = left[block_size:]
+        elif ids:  # a lone end token would teach nothing but where documents are empty
+            ids.append(end)
+            if long_documents == "cut" and len(ids) > block_size:
+                ids = ids[:block_size]
+                report.truncated += 1
+            for part, start in enumerate(range(0, len(ids), block_size)):
+                piece, name = ids[start : start + block_size], sample_id(file, number, part)
+                yield report.keep(Example(piece, [False] * len(piece), name, file=file, record=number))
+    if left:
+        yield block(left)
 
 
 def document_ids(document: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokenize a document for pre-training: special-token strings in it are plain text."""
     found = tokenizer(document, add_special_tokens=False, split_special_tokens=True, verbose=False)
     return cast(list[int], found["input_ids"])
-
-
-def _token_at(encoding: Encoding, start: int, stop: int) -> int:
-    """The first token that has one of the characters from `start` to `stop`; their number if none has."""
-    tokens = (encoding.char_to_token(at) for at in range(start, stop))  # none has a blank that is dropped
-    return next((token for token in tokens if token is not None), len(encoding.ids))
-
-
-def _end_token(tokenizer: PreTrainedTokenizerBase, purpose: str) -> int:
-    if tokenizer.eos_token_id is None:
-        raise UnmaskError(f"the tokenizer has no end token (eos_token) to {purpose}.")
-    return cast(int, tokenizer.eos_token_id)
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, layout: str, separator: str) -> str:
@@ -565,15 +511,3 @@ def _template(tokenizer: PreTrainedTokenizerBase, layout: str, separator: str) -
             " tokenizer.chat_template to one of them."
         )
     return tokenizer.get_chat_template()
-
-
-def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Check that a setting has one of its values."""
-    if value not in known:
-        raise UnmaskError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
-
-
-def check_block_size(block_size: int) -> None:
-    """Check that a block has room for something to predict from something."""
-    if block_size < 2:
-        raise UnmaskError(f"block_size must be at least 2 tokens; got {block_size}.")

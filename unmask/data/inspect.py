@@ -6,13 +6,13 @@ import random
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from importlib.resources import files as package_files
 from itertools import groupby, islice, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment
 from rich.console import Console
@@ -20,10 +20,10 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from unmask.data.collate import filled, pack
-from unmask.data.dataset import RunData, first_rows, source_names
-from unmask.data.encode import EncodeReport, Example
-from unmask.errors import UnmaskError
+from unmask.data.collate import Row, pack_sizes
+from unmask.data.dataset import RunData, examples_of, first_rows, sizes_of, source_names
+from unmask.data.encode import EncodeReport, Example, named
+from unmask.io import atomic_write
 
 if TYPE_CHECKING:
     from unmask.config import Recipe
@@ -45,8 +45,8 @@ SEQUENCES = 1000  # on a page, at most
 TOKENS = 500_000  # on a page, at most: a browser still scrolls their text with ease
 DOCUMENTS = ("#3b82c4", "#c2569b", "#d07b2c", "#5a9e4b", "#7d63c9", "#2a9d9d")  # in turn, in a row
 
-Rows = list[tuple[str, str, str]]
-"""Label, figure and remark of each line of a table."""
+Line = tuple[str, str, str]
+"""Label, figure and remark of a line of a table."""
 
 
 @dataclass(frozen=True)
@@ -60,47 +60,37 @@ class Survey:
     """shortest, median, longest; None without sequences"""
     histogram: list[tuple[int, int, int]]
     """(shortest, longest, sequences) of each range of lengths"""
-    tables: dict[str, Rows]
+    tables: dict[str, list[Line]]
     """tokens of sources, filled positions, duplicates, and what became of the records, by title"""
-    block_size: int | None
+    block_size: int
 
 
 def survey(data: RunData) -> Survey:
     """Count what is in the training data of a run."""
-    recipe, names, examples = data.recipe, source_names(data.recipe), data.train
-    sizes: list[int] = []
-    counts = [[0, 0, 0] for _ in names]
-    for example in examples:
-        sizes.append(len(example.input_ids))
-        for number, count in enumerate((1, sizes[-1], example.supervised)):
-            counts[example.source][number] += count
-    tokens, ordered = sum(sizes), sorted(sizes)
-    tables: dict[str, Rows] = {}
-    tables["tokens per source"] = [
-        (
-            name,
-            f"{size:,}",
-            f"{size / max(1, tokens):.1%} of the tokens; {number:,} sequences, {learnt:,} tokens supervised",
-        )
-        for name, (number, size, learnt) in zip(names, counts, strict=True)
-    ]
+    counted = [sizes_of(part) for part in data.parts]
+    sizes = sorted(size for tokens, _ in counted for size in tokens)
+    tokens, supervised = sum(sizes), sum(sum(learnt) for _, learnt in counted)
+    tables: dict[str, list[Line]] = {"tokens per source": []}
+    for name, (part, learnt) in zip(source_names(data.recipe), counted, strict=True):
+        share = f"{sum(part) / max(1, tokens):.1%} of the tokens; {len(part):,} sequences"
+        remark = f"{share}, {sum(learnt):,} tokens supervised"
+        tables["tokens per source"].append((name, f"{sum(part):,}", remark))
     if sizes:
-        tables["positions that hold a token"] = [
-            (way, f"{share:.1%}", "") for way, share in _filling(sizes, recipe)
-        ]
+        in_order = [size for part, _ in counted for size in part]
+        tables["positions that hold a token"] = list(_filling(in_order, data.recipe))
     tables["duplicates"] = list(_duplicates(data))
-    tables["records"] = list(record_rows(data.report))
+    tables["records"] = list(record_lines(data.report))
     if data.encoder is not None and "think" in data.encoder.chat_template:
-        thinking = data.encoder.thinking
-        tables["records"].append(("thinking", thinking, "where responses start: data.sft.thinking"))
+        remark = "where responses start: data.sft.thinking"
+        tables["records"].append(("thinking", data.encoder.thinking, remark))
     return Survey(
         sequences=len(sizes),
         tokens=tokens,
-        supervised=sum(learnt for _, _, learnt in counts),
-        lengths=(ordered[0], ordered[len(ordered) // 2], ordered[-1]) if ordered else None,
+        supervised=supervised,
+        lengths=(sizes[0], sizes[len(sizes) // 2], sizes[-1]) if sizes else None,
         histogram=_histogram(sizes) if sizes else [],
         tables=tables,
-        block_size=recipe.data.block_size,
+        block_size=data.recipe.data.block_size,
     )
 
 
@@ -115,12 +105,8 @@ def location(example: Example, data: RunData) -> str:
     return " ".join(said)
 
 
-def record_rows(report: EncodeReport) -> Iterator[tuple[str, str, str]]:
-    """Yield what became of the records as rows of (label, count, remark)."""
-
-    def named(counts: dict[str, int]) -> str:
-        return ", ".join(f"{name} ({count:,})" for name, count in counts.items())
-
+def record_lines(report: EncodeReport) -> Iterator[Line]:
+    """Yield what became of the records."""
     yield "read", f"{report.records:,}", f"format: {named(report.formats) or 'none'}"
     yield "kept", f"{report.kept:,}", ""
     if report.truncated:
@@ -137,7 +123,7 @@ def record_rows(report: EncodeReport) -> Iterator[tuple[str, str, str]]:
 
 
 def _histogram(sizes: Sequence[int]) -> list[tuple[int, int, int]]:
-    low, high = min(sizes), max(sizes)
+    low, high = sizes[0], sizes[-1]
     width = (high - low) // BINS + 1
     counts = Counter((size - low) // width for size in sizes)
     return [
@@ -146,7 +132,7 @@ def _histogram(sizes: Sequence[int]) -> list[tuple[int, int, int]]:
     ]
 
 
-def _duplicates(data: RunData) -> Iterator[tuple[str, str, str]]:
+def _duplicates(data: RunData) -> Iterator[Line]:
     """Sequences, prompts and held-out ones that repeat an earlier one, by a hash of their ids."""
 
     def whole(example: Example) -> list[int]:
@@ -178,21 +164,35 @@ def _duplicates(data: RunData) -> Iterator[tuple[str, str, str]]:
         yield f"held-out {kind} that is trained on, too", f"{repeats:,}", ""
 
 
-def _filling(sizes: list[int], recipe: Recipe) -> Iterator[tuple[str, float]]:
+def _filling(sizes: Sequence[int], recipe: Recipe) -> Iterator[Line]:
     """The share of positions that hold a token when sequences are laid out in a way."""
     total, length, size = sum(sizes), recipe.data.block_size, micro_batch(recipe)
-    yield f"padded to block_size {length:,}", total / (len(sizes) * length)
     shuffled = random.Random(recipe.seed).sample(sizes, len(sizes))
     batches = [shuffled[start : start + size] for start in range(0, len(sizes), size)]
-    computed = sum(max(batch) * len(batch) for batch in batches)
-    yield f"padded to the longest of {size:,} in random order", total / computed
-    rows = pack([Example([0] * size, []) for size in sizes], length)
-    yield f"packed into rows of {length:,}{', as here' if recipe.data.packing else ''}", filled(rows, length)
+    for way, positions in (
+        (f"padded to block_size {length:,}", len(sizes) * length),
+        (f"padded to the longest of {size:,} in random order", sum(max(b) * len(b) for b in batches)),
+        (
+            f"packed into rows of {length:,}{', as here' * recipe.data.packing}",
+            len(pack_sizes(sizes, length)) * length,
+        ),
+    ):
+        yield way, f"{total / positions:.1%}", ""
 
 
 def micro_batch(recipe: Recipe) -> int:
     """Rows of one forward pass, on one process."""
     return recipe.micro_batch_size or recipe.global_batch_size
+
+
+def _print_table(console: Console, lines: Iterable[tuple[Text, str, Text]]) -> None:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(overflow="fold", max_width=60)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(overflow="fold")
+    for line in lines:
+        table.add_row(*line)
+    console.print(table, highlight=False)
 
 
 def show_examples(
@@ -209,18 +209,15 @@ def show_examples(
         name = f", {of}" if (of := location(example, data)) else ""
         size = f"{len(example.input_ids)} tokens, {example.supervised} supervised"
         console.print(f"example {number} of {len(data.train)}{name}: {size}", style="bold", highlight=False)
-        table = Table(box=None, show_header=False, pad_edge=False)
-        table.add_column(no_wrap=True)
-        table.add_column(justify="right", no_wrap=True, style="dim")
-        table.add_column(overflow="fold")
+        lines = []
         for kind, count, text in pieces(example, tokenizer):
             kinds.add(kind)
             if len(text) > SHOWN:
                 half = SHOWN // 2
                 text = f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
             shown = Text(visible(text, plain=_plain(console)), STYLES[kind])
-            table.add_row(Text(kind, STYLES[kind]), str(count), shown)
-        console.print(table)
+            lines.append((Text(kind, STYLES[kind]), f"[dim]{count}", shown))
+        _print_table(console, lines)
         console.print()
     legend = [Text.assemble((kind, STYLES[kind]), f": {MEANINGS[kind]}") for kind in STYLES if kind in kinds]
     console.print(Text(" | ").join(legend), highlight=False)
@@ -232,17 +229,16 @@ def show_report(found: Survey, *, console: Console | None = None) -> None:
     plain = _plain(console)
     if found.lengths is not None:
         low, median, high = found.lengths
-        of = "" if found.block_size is None else f" (block_size {found.block_size:,})"
         console.print(
-            f"length in tokens{of}: shortest {low:,}, median {median:,}, longest {high:,}", highlight=False
+            f"length in tokens (block_size {found.block_size:,}): shortest {low:,}, median {median:,},"
+            f" longest {high:,}",
+            highlight=False,
         )
         digits, most = len(f"{high:,}"), max(count for _, _, count in found.histogram)
         for start, stop, count in found.histogram:
             bar = ("#" if plain else "█") * -(-count * BAR // most)
             label = f"  {start:>{digits},} to {stop:>{digits},}  "
-            console.print(
-                Text.assemble(label, (bar, "cyan"), " " if bar else "", f"{count:,}"), highlight=False
-            )
+            console.print(Text.assemble(label, (bar, "cyan"), " " * bool(bar), f"{count:,}"), highlight=False)
         console.print()
     console.print(
         f"supervised: {found.supervised:,} of {found.tokens:,} tokens"
@@ -250,16 +246,17 @@ def show_report(found: Survey, *, console: Console | None = None) -> None:
         highlight=False,
     )
     styles = {"kept": "green", "dropped": "red", "skipped": "red"}
-    for title, rows in found.tables.items():
+    for title, lines in found.tables.items():
         console.print(f"{title}:", highlight=False)
-        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-        table.add_column(overflow="fold", max_width=60)
-        table.add_column(justify="right", no_wrap=True)
-        table.add_column(overflow="fold")
-        for label, value, note in rows:
-            style = styles.get(label, "") if value != "0" else ""
-            table.add_row(Text(f"  {visible(label, plain=plain)}", style), value, visible(note, plain=plain))
-        console.print(table, highlight=False, markup=False)
+        shown = [
+            (
+                Text(f"  {visible(label, plain=plain)}", styles.get(label, "") if value != "0" else ""),
+                value,
+                Text(visible(remark, plain=plain)),
+            )
+            for label, value, remark in lines
+        ]
+        _print_table(console, shown)
 
 
 def visible(text: str, *, plain: bool = False) -> str:
@@ -309,25 +306,24 @@ def write_page(
         UnmaskError: The file cannot be written.
     """
     rows = data.rows if data.stream is None else first_rows(data, SEQUENCES)
-    counts: Counter[str] = Counter()
-    shown: list[dict[str, Any]] = []
-    tokens, size = 0, micro_batch(data.recipe)
-    for start in range(0, min(len(rows), SEQUENCES), size):
-        taken = (rows[number] for number in range(start, min(len(rows), start + size)))
-        batch = [[row] if isinstance(row, Example) else row for row in taken]
-        sizes = [sum(len(example.input_ids) for example in row) for row in batch]
-        for row, filled_with in zip(batch, sizes, strict=True):
-            tokens += filled_with
-            if shown and (tokens > TOKENS or len(shown) == SEQUENCES):
-                break
-            padding = (data.row_length or max(sizes)) - filled_with
-            documents = [_document(example, tokenizer, data) for example in row]
-            for kind, count, _ in (piece for document in documents for piece in document["pieces"]):
-                counts[kind] += count
-            counts.update(documents=len(row), pad=padding)
-            shown.append({"size": filled_with, "padding": padding, "documents": documents})
-        if tokens > TOKENS:
+    counts, shown, tokens, size = Counter[str](), [], 0, micro_batch(data.recipe)
+    for row, length in islice(_padded(rows, size, data.row_length), SEQUENCES):
+        used = sum(len(example.input_ids) for example in row)
+        tokens += used
+        if shown and tokens > TOKENS:
             break
+        documents = []
+        for example in row:
+            texts = []
+            for kind, count, text in pieces(example, tokenizer):
+                counts[kind] += count
+                repeated = f" ×{count}" if kind == "end" and count > 1 else ""
+                texts.append((kind, count, visible(text) + "\n" * text.endswith("\n") + repeated))
+            where = visible(location(example, data))
+            document = {"where": where, "tokens": len(example.input_ids), "pieces": texts}
+            documents.append({**document, "supervised": example.supervised})
+        counts.update(documents=len(row), pad=length - used)
+        shown.append({"size": used, "padding": length - used, "documents": documents})
     laid = f"padded to the longest of {size:,}"
     if data.row_length is not None:
         laid = f"packed into rows of {data.row_length:,} tokens"
@@ -350,19 +346,15 @@ def write_page(
         documents=counts["documents"] if counts["documents"] > len(shown) else 0,
         colours=DOCUMENTS,
     )
-    try:
-        # A file name may have bytes that are not text.
-        file.write_text(content, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise UnmaskError(f"--html: {file} cannot be written: {error.strerror}.") from error
+    atomic_write(file, content)
     return which
 
 
-def _document(example: Example, tokenizer: PreTrainedTokenizerBase, data: RunData) -> dict[str, Any]:
-    """An example as the template of the page reads it."""
-    shown = []
-    for kind, count, text in pieces(example, tokenizer):
-        repeated = f" ×{count}" if kind == "end" and count > 1 else ""
-        shown.append((kind, count, visible(text) + "\n" * text.endswith("\n") + repeated))
-    size, learnt = len(example.input_ids), example.supervised
-    return {"where": visible(location(example, data)), "tokens": size, "supervised": learnt, "pieces": shown}
+def _padded(
+    rows: Sequence[Example | Row], size: int, length: int | None
+) -> Iterator[tuple[list[Example], int]]:
+    """Rows with the length they are padded to: `length`, or that of the longest of `size` of them."""
+    for start in range(0, len(rows), size):
+        batch = [examples_of(rows[number]) for number in range(start, min(start + size, len(rows)))]
+        longest = max(sum(len(example.input_ids) for example in row) for row in batch)
+        yield from ((row, length or longest) for row in batch)

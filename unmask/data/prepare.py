@@ -15,25 +15,17 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
+from pydantic import TypeAdapter
 from transformers import PreTrainedTokenizerBase
 
-from unmask.data.encode import (
-    Encoder,
-    EncodeReport,
-    Example,
-    encode_each,
-    of_source,
-    pack_text,
-    sample_id,
-    split_documents,
-    usable_documents,
-)
+from unmask.data.encode import Encoder, EncodeReport, Example, encode_documents, encode_each, of_source
 from unmask.data.files import Record, Source, document_text, find_files
 from unmask.data.hub import first_line
 from unmask.data.records import CustomFields
@@ -51,18 +43,16 @@ BATCH = 1024  # rows written together
 VERIFIED = 4 << 30  # bytes up to which checksums are verified before a run
 # Keys of `data` that say which records; a run on prepared data may leave them out.
 ORIGIN = ("dataset_name", "dataset_config", "split", "text_field", "max_records")
-# Keys of `data` that say what is done with encoded data.
-USE = (
-    *("eval_dataset_name", "eval_size", "num_workers", "sources", "on_source_end", "streaming"),
-    "shuffle_buffer",
-)
-TEXT = ("packing", "long_documents")  # in pre-training alone they change what is encoded
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """What is read alike: one of `data.sources`, or all of `data.dataset_name`."""
+    """What is read and encoded alike: one of `data.sources`, or all of `data.dataset_name`."""
 
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase
+    encoder: Encoder | None
+    """None in pre-training."""
     names: list[str]
     split: str
     config_name: str | None
@@ -72,19 +62,11 @@ class DataSource:
     weight: float = 1.0
     epochs: int | None = None
 
-    def files(self, text: bool) -> list[Source]:
-        """Find its files; with `text` any file that is named is a document."""
+    @cached_property
+    def files(self) -> list[Source]:
+        """Its files; in pre-training any file that is named is a document."""
+        text = self.encoder is None
         return find_files(self.names, split=self.split, config_name=self.config_name, text=text)
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """How the records of a source become examples. `encoder` is None in pre-training."""
-
-    recipe: Recipe
-    source: DataSource
-    tokenizer: PreTrainedTokenizerBase
-    encoder: Encoder | None
 
     def examples(
         self, records: Iterable[tuple[int, Record]], report: EncodeReport, shard: int
@@ -94,29 +76,17 @@ class Encoding:
         Raises:
             UnmaskError: A record cannot be used, and `data.on_bad_record` is "stop".
         """
-        data, source = self.recipe.data, self.source
+        data = self.recipe.data
+        way: Any = {"on_bad_record": data.on_bad_record, "report": report}
         if self.encoder is not None:
             items = ((record.load(), record.where, file, record.index) for file, record in records)
-            way: Any = {"on_bad_record": data.on_bad_record, "report": report}
-            yield from encode_each(items, self.encoder, source.format, source.custom_format, **way)
-            return
+            return encode_each(items, self.encoder, self.format, self.custom_format, **way)
         texts = (
-            (document_text(record, source.text_field), record.where, file, record.index)
+            (document_text(record, self.text_field), record.where, file, record.index)
             for file, record in records
         )
-        there = (item for item in texts if not isinstance(item[0], str) or item[0].strip())
-        documents = usable_documents(there, self.tokenizer, report, data.on_bad_record)
-        if data.packing:
-            long = data.long_documents
-            yield from split_documents(documents, self.tokenizer, data.block_size, long, report=report)
-        elif (first := next(documents, None)) is not None:
-            joined = (text for text, _, _ in chain([first], documents))
-            for number, block in enumerate(pack_text(joined, self.tokenizer, data.block_size)):
-                # A block is of several records: it is known by its shard, and by its number there.
-                block.sample_id, block.record = sample_id(shard, number), -1
-                report.tokens += len(block.input_ids)
-                report.supervised_tokens += len(block.input_ids)
-                yield block
+        way |= {"join": not data.packing, "long_documents": data.long_documents, "shard": shard}
+        return encode_documents(texts, self.tokenizer, data.block_size, **way)
 
     def identity(self, limit: int | None) -> dict[str, Any]:
         """What decides the examples, by name, as JSON: settings, template, tokenizer, and which records.
@@ -124,15 +94,15 @@ class Encoding:
         Args:
             limit: records wanted; None = all.
         """
-        source, tokenizer, encoder = self.source, self.tokenizer, self.encoder
-        origin = (source.names, source.config_name, source.split, source.text_field, limit)
-        data = {**self.recipe.data.model_dump(), **dict(zip(ORIGIN, origin, strict=True))}
-        sft, left_out = data.pop("sft"), (*USE, *(TEXT if encoder else ()))
-        found = {f"data.{name}": value for name, value in data.items() if name not in left_out}
+        data, tokenizer, encoder = self.recipe.data, self.tokenizer, self.encoder
+        origin = (self.names, self.config_name, self.split, self.text_field, limit)
+        found: dict[str, Any] = dict(zip((f"data.{name}" for name in ORIGIN), origin, strict=True))
+        settings = ("block_size", "on_bad_record", *(() if encoder else ("packing", "long_documents")))
+        found |= {f"data.{name}": getattr(data, name) for name in settings}
         if encoder is not None:
-            fields = asdict(source.custom_format or CustomFields())
-            sft |= {"format": source.format, "custom_format": fields, "thinking": encoder.thinking}
-            found |= {f"data.sft.{name}": value for name, value in sft.items()}
+            fields = asdict(self.custom_format or CustomFields())
+            own = {"format": self.format, "custom_format": fields, "thinking": encoder.thinking}
+            found |= {f"data.sft.{name}": value for name, value in {**data.sft.model_dump(), **own}.items()}
             found["chat_template"] = encoder.chat_template
         found["training_mode"] = self.recipe.training_mode
         found["end_token_id"] = encoder.end_token_id if encoder else tokenizer.eos_token_id
@@ -142,7 +112,7 @@ class Encoding:
 
 @dataclass
 class Manifest:
-    """What a folder of encoded data has.
+    """What a folder of encoded data has, or one shard of it.
 
     Attributes:
         identity: what decided it, by name.
@@ -150,9 +120,9 @@ class Manifest:
         shards: file, rows, tokens, supervised_tokens, bytes and sha256 of each; [] = not finished.
     """
 
-    identity: dict[str, Any]
-    report: EncodeReport
-    shards: list[dict[str, Any]]
+    identity: dict[str, Any] = field(default_factory=dict)
+    report: EncodeReport = field(default_factory=EncodeReport)
+    shards: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -160,27 +130,27 @@ class Manifest:
         names = ("rows", "tokens", "supervised_tokens", "bytes")
         return {name: sum(shard[name] for shard in self.shards) for name in names}
 
-    def write(self, folder: Path) -> None:
-        """Write `manifest.json`."""
-        tree = {"kind": KIND, "version": VERSION, "identity": self.identity, "counts": self.counts}
-        tree |= {"report": asdict(self.report), "shards": self.shards}
-        atomic_write(folder / MANIFEST, json.dumps(tree, indent=1) + "\n")
+    def write(self, file: Path) -> None:
+        """Write it as JSON."""
+        own = TypeAdapter(Manifest).dump_python(self)
+        tree = {"kind": KIND, "version": VERSION, **own, "counts": self.counts}
+        atomic_write(file, json.dumps(tree, indent=1) + "\n")
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
-        """Read `manifest.json`.
+    def read(cls, file: Path) -> Manifest:
+        """Read what `write` has written.
 
         Raises:
             UnmaskError: It is damaged, or of another version.
         """
         try:
-            tree = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            tree = json.loads(file.read_text(encoding="utf-8"))
             if tree["version"] != VERSION:
                 raise ValueError(f"version {tree['version']}, expected {VERSION}")
-            return cls(tree["identity"], EncodeReport.from_json(tree["report"]), tree["shards"])
+            return TypeAdapter(cls).validate_python(tree)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UnmaskError(
-                f"{folder / MANIFEST}: cannot be used ({first_line(error)}); prepare into a new folder."
+                f"{file}: cannot be used ({first_line(error)}); prepare into a new folder."
             ) from error
 
 
@@ -192,7 +162,7 @@ class EncodedExamples(Sequence[Example]):
         source: number of the source in the recipe that they are of.
     """
 
-    def __init__(self, dataset: Any, manifest: Manifest, source: int = 0) -> None:
+    def __init__(self, dataset: Any, manifest: Manifest, source: int) -> None:
         self.dataset = dataset.with_format("arrow")  # a row costs a tenth of one with_format("numpy")
         self.manifest, self.source = manifest, source
 
@@ -208,26 +178,21 @@ class EncodedExamples(Sequence[Example]):
         """Some of the rows."""
         return EncodedExamples(self.dataset.select(range(start, stop)), self.manifest, self.source)
 
-    def lengths(self) -> list[int]:
-        """Tokens of each row."""
-        return self.dataset["tokens"][:].to_pylist()
-
-    def totals(self) -> tuple[int, int]:
-        """Count tokens, and those that may be masked."""
-        return sum(self.lengths()), sum(self.dataset["supervised"][:].to_pylist())
+    def column(self, name: str) -> list[int]:
+        """The "tokens" of each row, or the "supervised" ones."""
+        return self.dataset[name][:].to_pylist()
 
 
 def encode_folder(
     folder: Path,
-    encoding: Encoding,
-    files: Sequence[Source],
+    source: DataSource,
     *,
     limit: int | None = None,
     processes: int = 1,
     shard_records: int = SHARD,
     wait: bool = False,
 ) -> Manifest:
-    """Encode the records of `files` into `folder`, or resume where an interrupted call stopped.
+    """Encode the records of `source` into `folder`, or resume where an interrupted call stopped.
 
     Args:
         limit: records wanted; None = all.
@@ -239,13 +204,13 @@ def encode_folder(
         UnmaskError: The folder has other things or another preparation; a record is bad input, none can
             be used, or a shard cannot be written: finished shards stay, and the same call resumes.
     """
-    identity = {**encoding.identity(limit), "files": [file.label for file in files]}
-    identity |= {"stamps": [file.stamp() for file in files], "shard_records": shard_records}
-    manifest = Manifest(identity, EncodeReport(), [])
+    identity = {**source.identity(limit), "files": [file.label for file in source.files]}
+    identity |= {"stamps": [file.stamp() for file in source.files], "shard_records": shard_records}
+    manifest, main = Manifest(identity), folder / MANIFEST
     try:
         with directory_lock(folder, "encoding data", wait=wait):
-            if (folder / MANIFEST).exists():
-                manifest = Manifest.read(folder)
+            if main.exists():
+                manifest = Manifest.read(main)
                 if found := differences(manifest.identity, identity):
                     raise UnmaskError(
                         f"{folder}: has data prepared otherwise ({found}); name another folder, or remove it."
@@ -253,17 +218,17 @@ def encode_folder(
             elif others := sorted(e.name for e in folder.iterdir() if not e.name.endswith(ASIDE)):
                 raise UnmaskError(f"{folder}: has other things ({others[0]}); name another folder.")
             if not manifest.shards:
-                manifest.write(folder)
-                _write_shards(folder, encoding, files, limit, shard_records, processes)
-                for tree in map(_read_json, sorted(folder.glob("shard-*.json"))):
-                    manifest.shards.append(tree["shard"])
-                    manifest.report.merge(EncodeReport.from_json(tree["report"]))
+                manifest.write(main)
+                _write_shards(folder, source, limit, shard_records, processes)
+                for part in map(Manifest.read, sorted(folder.glob("shard-*.json"))):
+                    manifest.shards += part.shards
+                    manifest.report.merge(part.report)
                 if not manifest.counts["rows"]:
                     why = "; ".join(manifest.report.left_out()) or "there is none"
                     raise UnmaskError(f"no record can be used: {why}.")
-                manifest.write(folder)
-            for line in folder.glob("shard-*.json"):
-                line.unlink()
+                manifest.write(main)
+            for finished in folder.glob("shard-*.json"):
+                finished.unlink()
             return manifest
     except OSError as error:
         reason = error.strerror or first_line(error)
@@ -273,25 +238,20 @@ def encode_folder(
 
 
 def _write_shards(
-    folder: Path,
-    encoding: Encoding,
-    files: Sequence[Source],
-    limit: int | None,
-    shard_records: int,
-    processes: int,
+    folder: Path, source: DataSource, limit: int | None, shard_records: int, processes: int
 ) -> None:
     """Write the shards that are not there yet, with several processes of `datasets`."""
 
     def all_records() -> Iterator[tuple[int, Record]]:
-        records = ((number, record) for number, file in enumerate(files) for record in file.read())
+        records = ((number, record) for number, file in enumerate(source.files) for record in file.read())
         return islice(records, limit)
 
     def work(process: int) -> dict[str, int]:
         records, shard = all_records(), 0
         while (first := next(records, None)) is not None:
             some = chain([first], islice(records, shard_records - 1))
-            if shard % processes == process and not _is_finished(folder, shard):
-                _write_shard(folder, encoding, shard, some)
+            if shard % processes == process:
+                _write_shard(folder, source, shard, some)
             deque(some, maxlen=0)  # of other processes; a record that is not decoded costs little
             shard += 1
         return {"shards": shard}
@@ -320,14 +280,16 @@ def _write_shards(
 
 
 def _write_shard(
-    folder: Path, encoding: Encoding, number: int, records: Iterable[tuple[int, Record]]
+    folder: Path, source: DataSource, number: int, records: Iterable[tuple[int, Record]]
 ) -> None:
-    """Encode a range of records; when its JSON file is there the shard is finished."""
+    """Encode a range of records, unless the shard is there and whole; its JSON file says that it is finished."""
     import pyarrow as pa
 
-    report = EncodeReport()
-    examples = encoding.examples(records, report, number)
-    file = folder / f"{_name(number)}.arrow"
+    file, finished = (folder / f"shard-{number:05d}.{suffix}" for suffix in ("arrow", "json"))
+    if finished.exists() and _fault(folder, Manifest.read(finished).shards[0]) is None:
+        return
+    part = Manifest()
+    examples = source.examples(records, part.report, number)
     types = {"input_ids": pa.list_(pa.int32()), "src_mask": pa.list_(pa.bool_()), "sample_id": pa.int64()}
     types |= {"file": pa.int32(), "record": pa.int64(), "supervised": pa.int32()}
     schema = pa.schema({**types, "tokens": pa.int32()})
@@ -339,24 +301,10 @@ def _write_shard(
             writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
             rows += len(batch)
     sync(file)
-    shard = {"file": file.name, "rows": rows, "tokens": report.tokens}
-    shard |= {"supervised_tokens": report.supervised_tokens, "bytes": file.stat().st_size}
-    tree = {"shard": {**shard, "sha256": sha256(file)}, "report": asdict(report)}
-    atomic_write(folder / f"{_name(number)}.json", json.dumps(tree))
-
-
-def _is_finished(folder: Path, number: int) -> bool:
-    """Whether a shard is there and whole."""
-    line = folder / f"{_name(number)}.json"
-    return line.exists() and _fault(folder, _read_json(line)["shard"]) is None
-
-
-def _name(number: int) -> str:
-    return f"shard-{number:05d}"
-
-
-def _read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
+    shard = {"file": file.name, "rows": rows, "tokens": part.report.tokens}
+    shard |= {"supervised_tokens": part.report.supervised_tokens, "bytes": file.stat().st_size}
+    part.shards.append({**shard, "sha256": sha256(file)})
+    part.write(finished)
 
 
 def _fault(folder: Path, shard: Mapping[str, Any], contents: bool = True) -> str | None:
@@ -377,76 +325,71 @@ def is_prepared(name: str | Path) -> bool:
         return False
 
 
-def open_encoded(folder: Path, source: int = 0) -> EncodedExamples:
-    """Open a folder of encoded data; checksums are compared if there are at most 4 GiB to read.
+def open_examples(source: DataSource, limit: int | None, processes: int, number: int) -> EncodedExamples:
+    """Open the examples of a source: prepared ones, or those in the cache, encoded first if need be.
+
+    The cache is the folder "unmask" in that of `datasets` (the environment variable HF_DATASETS_CACHE says
+    where that is); it may be removed at any time.
+
+    Args:
+        limit: records wanted; None = all.
+        processes: that encode.
+        number: of the source in the recipe.
 
     Raises:
-        UnmaskError: The preparation was not finished, or the manifest or a shard cannot be used.
+        UnmaskError: As for `encode_folder`; or prepared data do not fit the recipe or its tokenizer, are
+            unfinished or damaged, or are not the only name.
     """
+    if any(map(is_prepared, source.names)):
+        return _open(_checked(source, limit), number)
+    from datasets import config
+
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or config.HF_DATASETS_CACHE).expanduser() / "unmask"
+    code = [transformers.__version__, *map(sha256, sorted(Path(__file__).parent.glob("*.py")))]
+    stamps = [file.stamp() for file in source.files]
+    folder = cache / digest([source.identity(limit), stamps, code])[:32]
+    try:
+        encode_folder(folder, source, limit=limit, processes=processes, wait=True)
+        return _open(folder, number)
+    except UnmaskError as error:
+        shutil.rmtree(folder, ignore_errors=True)  # the data will be others, or the recipe
+        if not str(error).startswith("no record can be used"):
+            raise
+        raise UnmaskError(f"{', '.join(source.names)}: {error}") from error
+
+
+def _open(folder: Path, number: int) -> EncodedExamples:
+    """Open a folder of encoded data; checksums are compared if there are at most 4 GiB to read."""
     from datasets import Dataset, concatenate_datasets
 
-    manifest = Manifest.read(folder)
+    manifest = Manifest.read(folder / MANIFEST)
     if not manifest.shards:
         raise UnmaskError(f"{folder}: the preparation was interrupted; run the same `unmask prepare` again.")
     for shard in manifest.shards:
         if found := _fault(folder, shard, contents=manifest.counts["bytes"] <= VERIFIED):
             raise UnmaskError(f"{folder / shard['file']}: this shard is {found}; prepare into a new folder.")
     shards = [Dataset.from_file(str(folder / shard["file"])) for shard in manifest.shards if shard["rows"]]
-    return EncodedExamples(concatenate_datasets(shards), manifest, source)
+    return EncodedExamples(concatenate_datasets(shards), manifest, number)
 
 
-def open_cached(
-    encoding: Encoding, files: Sequence[Source], *, limit: int | None, processes: int, source: int
-) -> EncodedExamples:
-    """Open the encoding of `files` in the cache, made first where there is none of this code.
-
-    It is in the folder "unmask" of the cache of `datasets` (the environment variable HF_DATASETS_CACHE says
-    where that is), which may be removed at any time.
-
-    Raises:
-        UnmaskError: As for `encode_folder`.
-    """
-    from datasets import config
-
-    cache = Path(os.environ.get("HF_DATASETS_CACHE") or config.HF_DATASETS_CACHE).expanduser() / "unmask"
-    code = [transformers.__version__, *map(sha256, sorted(Path(__file__).parent.glob("*.py")))]
-    folder = cache / digest([encoding.identity(limit), [file.stamp() for file in files], code])[:32]
-    try:
-        encode_folder(folder, encoding, files, limit=limit, processes=processes, wait=True)
-        return open_encoded(folder, source)
-    except UnmaskError:
-        shutil.rmtree(folder, ignore_errors=True)  # the data will be others, or the recipe
-        raise
-
-
-def open_prepared(encoding: Encoding, limit: int | None, source: int) -> EncodedExamples:
-    """Open prepared data, the only name of the source of `encoding`.
-
-    Args:
-        limit: records wanted; None = all.
-        source: number of the source in the recipe.
-
-    Raises:
-        UnmaskError: It does not fit the recipe or its tokenizer, it is unfinished or damaged, or it is not
-            the only name.
-    """
-    names = encoding.source.names
-    if len(names) > 1:
+def _checked(source: DataSource, limit: int | None) -> Path:
+    """The folder of prepared data that is the only name of a source, if it fits the recipe."""
+    if len(source.names) > 1:
         raise UnmaskError(
-            f"data.dataset_name: {next(filter(is_prepared, names))} is prepared data, which comes alone;"
+            f"data.dataset_name: {next(filter(is_prepared, source.names))} is prepared data, which comes alone;"
             " prepare all files together, or name each in data.sources."
         )
-    folder, now = Path(names[0]).expanduser(), encoding.identity(limit)
-    fields = type(encoding.recipe.data).model_fields
+    folder, now = Path(source.names[0]).expanduser(), source.identity(limit)
+    fields = type(source.recipe.data).model_fields
     for name in ORIGIN:  # a value that is given is meant; by default it is that of the preparation
         if name == "dataset_name" or now[f"data.{name}"] == fields[name].default:
             del now[f"data.{name}"]
-    if found := differences(Manifest.read(folder).identity, now):
+    if found := differences(Manifest.read(folder / MANIFEST).identity, now):
         raise UnmaskError(
             f"{folder}: was prepared for other settings than the recipe's ({found}); set them alike, or"
             " prepare the data again with `unmask prepare`."
         )
-    return open_encoded(folder, source)
+    return folder
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -8,19 +8,19 @@ was taken, and needs the same number of processes.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import count, islice
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from unmask.data.collate import Row, pack
 from unmask.data.dataset import RunData, Steps, Unit
 from unmask.data.encode import EncodeReport, Example, of_source, sample_id
 from unmask.data.files import Record, RecordFile, Source, Table
 from unmask.data.mixture import WINDOW, draw_quotas, keyed, permutation, shuffled_round
-from unmask.data.prepare import Encoding, is_prepared
+from unmask.data.prepare import DataSource, is_prepared
 from unmask.errors import UnmaskError
 
 CHUNK = 1024  # records encoded, and packed, together
@@ -38,13 +38,12 @@ class Taken(NamedTuple):
 class Stream(NamedTuple):
     """The sources of a stream; of file f of the first source the first `held_out[f]` records are left out."""
 
-    encodings: list[Encoding]
-    files: list[list[Source]]
+    sources: list[DataSource]
     held_out: dict[int, int]
 
     def beginning(self, source: int) -> Iterator[Taken]:
         """Read a source in the order of its files."""
-        for number, file in enumerate(self.files[source]):
+        for number, file in enumerate(self.sources[source].files):
             for record in islice(file.read(), self.left_out(source, number), None):
                 yield Taken(source, 0, number, record)
 
@@ -52,7 +51,7 @@ class Stream(NamedTuple):
         """Make the IterableDataset of a pass over a source, with the files in an order of its own."""
         from datasets import IterableDataset
 
-        files = self.files[source]
+        files = self.sources[source].files
         if len(files) == 1 and isinstance(files[0], Table):
             return files[0].open(streaming=True).skip(self.left_out(source, 0))
         order = permutation(seed, source, epoch, len(files)).tolist()
@@ -79,7 +78,7 @@ class Stream(NamedTuple):
             first = next(iter(group))
             pairs = ((file, record) for (file, _), (_, record) in group.items())
             shard = sample_id(*first) >> 1  # names the joined text of this chunk
-            examples = list(self.encodings[source].examples(pairs, report, shard))
+            examples = list(self.sources[source].examples(pairs, report, shard))
             for example in examples:
                 example.source, example.sample_id = source, of_source(example.sample_id, source)
             for row in examples if row_length is None else pack(examples, row_length, len(records)):
@@ -104,13 +103,12 @@ class Reader:
 
     def __init__(self, stream: Stream, number: int, seed: int, state: dict[str, Any]) -> None:
         self.stream, self.number, self.seed = stream, number, seed
-        self.epochs = stream.encodings[number].source.epochs
-        self.weight = stream.encodings[number].source.weight
+        self.source = stream.sources[number]
         self._open(**state)
 
     def _open(self, epoch: int = 0, read: int = 0, dataset: Any = None) -> None:
         self.epoch, self.read = epoch, read
-        self.ended = self.epochs is not None and epoch >= self.epochs
+        self.ended = self.source.epochs is not None and epoch >= self.source.epochs
         self.dataset = self.stream.dataset(self.number, epoch, self.seed)
         if dataset is not None:
             self.dataset.load_state_dict(dataset)
@@ -118,25 +116,20 @@ class Reader:
 
     def state(self) -> dict[str, Any]:
         """What `Reader` takes to read on from here."""
-        return {
-            "epoch": self.epoch,
-            "read": self.read,
-            "dataset": self.dataset.state_dict() if self.read else None,
-        }
+        dataset = self.dataset.state_dict() if self.read else None
+        return {"epoch": self.epoch, "read": self.read, "dataset": dataset}
 
     def next(self) -> Taken | None:
         """The next record of the pass; None at its end."""
         item = next(self.items, None)
         if item is None:
             if not self.read:
-                label = ", ".join(self.stream.encodings[self.number].source.names)
-                raise UnmaskError(f"{label}: there is no record to train on.")
+                raise UnmaskError(f"{', '.join(self.source.names)}: there is no record to train on.")
             return None
         self.read += 1
         if not isinstance(item.get("record"), Record):  # a row of a hub data set
-            label = self.stream.files[self.number][0].label
             index = self.stream.left_out(self.number, 0) + self.read - 1
-            item = {"file": 0, "record": Record(item, dict, label, index)}
+            item = {"file": 0, "record": Record(item, dict, self.source.files[0].label, index)}
         return Taken(self.number, self.epoch, item["file"], item["record"])
 
     def restart(self) -> None:
@@ -211,53 +204,51 @@ class StreamSteps(Steps):
             missing = self.recipe.data.shuffle_buffer - len(records)
             if not left or not missing:
                 break
-            quotas = tuple(draw_quotas({reader.number: reader.weight for reader in left}).items())
+            quotas = tuple(draw_quotas({reader.number: reader.source.weight for reader in left}).items())
             for source in shuffled_round(self.recipe.seed, start, number, quotas)[:missing].tolist():
                 record = readers[source].next()
                 if record is None:
-                    together = self.recipe.data.on_source_end == "stop" and readers[source].epochs is None
-                    for reader in left:
-                        if reader.number == source or (together and reader.epochs is None):
-                            reader.restart()
+                    endless = [reader for reader in left if reader.source.epochs is None]
+                    together = self.recipe.data.on_source_end == "stop" and readers[source] in endless
+                    for reader in endless if together else [readers[source]]:
+                        reader.restart()
                     break
                 records.append(record)
         return records
 
 
-def open_stream(run: RunData, tokenizer: PreTrainedTokenizerBase) -> None:
+def open_stream(run: RunData) -> None:
     """Let `run` stream its sources; its examples are those of their beginning, and held out are those of the
     first `data.eval_size` records of the first source.
 
     Raises:
         UnmaskError: A source is missing, cannot be read, or has no record that can be used.
     """
-    encodings = [Encoding(run.recipe, source, tokenizer, run.encoder) for source in run.sources]
     for name in filter(is_prepared, (name for source in run.sources for name in source.names)):
         raise UnmaskError(
             f"data.streaming: {name} is prepared data, which is read row by row anyway; set it to false."
         )
-    run.stream = Stream(encodings, [source.files(text=run.encoder is None) for source in run.sources], {})
-    for file in (file for files in run.stream.files for file in files):
+    run.stream = stream = Stream(run.sources, {})
+    for file in (file for source in run.sources for file in source.files):
         if isinstance(file, RecordFile) and file.is_array():
             raise UnmaskError(
                 f"{file.label}: a JSON array cannot be streamed (data.streaming), since it ends where the"
                 " file ends; write one record a line (.jsonl), or set data.streaming=false."
             )
-    run.files = [[file.label for file in files] for files in run.stream.files]
+    run.files = [[file.label for file in source.files] for source in run.sources]
     if wanted := run.recipe.data.eval_size:
-        records = list(islice(run.stream.beginning(0), wanted))
+        records = list(islice(stream.beginning(0), wanted))
         if len(records) < wanted:
             raise UnmaskError(
                 f"data.eval_size: {wanted} are to be held out, but there are only {len(records)} records; use"
                 " less or more data."
             )
-        run.held_out_parts = [run.stream.examples(records, run.held_out_report)]
-        for taken in records:
-            run.stream.held_out[taken.file] = run.stream.held_out.get(taken.file, 0) + 1
+        run.held_out_parts = [stream.examples(records, run.held_out_report)]
+        stream.held_out.update(Counter(taken.file for taken in records))
     for number, source in enumerate(run.sources):
-        records, report, examples = run.stream.beginning(number), EncodeReport(), []
+        records, report, examples = stream.beginning(number), EncodeReport(), []
         while not examples and (chunk := list(islice(records, CHUNK))):
-            examples = run.stream.examples(chunk, report)
+            examples = stream.examples(chunk, report)
         if not examples:
             why = "; ".join(report.left_out()) or "there is no record to train on"
             raise UnmaskError(f"{', '.join(source.names)}: no record can be used: {why}.")
