@@ -4,6 +4,7 @@ import io
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from rich.live import Live
 from tiny import byte_model
@@ -81,8 +82,10 @@ def test_what_cannot_be_answered_is_forgotten(
 
 
 def test_a_draft_ends_at_its_end_token_and_marks_what_is_new(tokenizer: PreTrainedTokenizerBase) -> None:
-    draft = LiveDraft(Live(console=Console(quiet=True)), tokenizer, [END])
-    draft.previous = [97, MASK, MASK, MASK, MASK]
-    line = draft.draw([97, 10, MASK, END, MASK])
+    live = Live(console=Console(quiet=True))
+    draft = LiveDraft(live, tokenizer, [END])
+    for ids in ([97, MASK, MASK, MASK, MASK], [97, 10, MASK, END, MASK]):
+        draft.put_draft(torch.tensor([ids]))
+    line: Any = live.renderable
     assert line.plain == "a\n░"
     assert [str(span.style) for span in line.spans] == ["default", "bold green", "bright_black"]

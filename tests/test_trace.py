@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,8 @@ def test_lines_are_spread_over_the_steps_and_end_with_the_whole(
     text = bytes(97 + i for i in range(length))
     lines = plain(list(text), [3 * i for i in range(length)], tokenizer, frames)
     assert len(lines) == min(frames, length) and lines[-1].endswith(" " + text.decode())
-    masks = [line.count(MASK_GLYPH) for line in lines]
-    committed = [before - after for before, after in zip([length, *masks], masks, strict=False)]
+    masks = [length, *(line.count(MASK_GLYPH) for line in lines)]
+    committed = [before - after for before, after in pairwise(masks)]
     assert max(committed) - min(committed) <= 1 and min(committed) >= 1
 
 
@@ -74,8 +75,7 @@ ANSWER = Completion("ac", [*b"ac", END], [1, 2, 2], [0.5, 0.75, 1.0], [0.7, 0.3,
 def test_the_page_plays_the_changes_of_each_step(tokenizer: PreTrainedTokenizerBase) -> None:
     data = trace_data(ANSWER, tokenizer)
     assert data["frames"] == [[[1, "b"], [3, "▪"]], [[0, "a"], [1, None]], [[1, "c"], [2, "▪"]]]
-    assert data["bars"] == [[2, 0], [1, 1], [2, 0]]
-    assert (data["length"], data["num_ids"], data["committed"]) == (4, 3, [1, 2, 2])
+    assert (data["length"], data["num_ids"]) == (4, 3)
     assert data["figures"] == "3 tokens in 3 denoising steps: 1.00 tokens per step. Canvas of 4 tokens."
     # A character of two tokens is drawn when it is complete.
     first, second = "é".encode()
@@ -91,15 +91,17 @@ def test_the_page_loads_nothing_and_shows_text_as_text(
     state = list(odd.encode())
     answer = Completion(odd, state, [0] * len(state), [1.0] * len(state), [0.0] * len(state), 1, [state])
     file = tmp_path / "trace.html"
-    write_trace_page(file, [ANSWER, answer], tokenizer, title="<b>t</b>", prompt=odd + "\x1b")
+    write_trace_page(
+        file, [ANSWER, answer], tokenizer, title="<b>t</b>", names=["1", "2"], prompt=odd + "\x1b"
+    )
     text = file.read_text(encoding="utf-8")
     assert text.count("</script>") == 2 and "<b>t</b>" not in text and "\x1b" not in text
     assert text.count("&lt;b&gt;t&lt;/b&gt;") == 2  # title and heading
     assert not re.search(r"https?:|src=|href=|@import|url[(]", text)
     assert "default-src 'none'" in text
     data = json.loads(text.split('id="data">')[1].split("</script>")[0])
-    assert [answer["name"] for answer in data] == ["answer 1", "answer 2"]
+    assert [answer["name"] for answer in data] == ["1", "2"]
     assert data[1]["prompt"] == odd + "␛"
     assert "".join(change[1] for change in data[1]["frames"][0]) == odd
     with pytest.raises(UnmaskError, match=r"no/t\.html"):
-        write_trace_page(tmp_path / "no" / "t.html", [ANSWER], tokenizer, title="t")
+        write_trace_page(tmp_path / "no" / "t.html", [], tokenizer, title="t", names=[])

@@ -177,13 +177,13 @@ def infill(
     if end_fill is not None and prompt is None:
         raise UnmaskError("--end-fill has an effect with --prompt alone.")
     _check_texts(text=text, prefix=prefix, suffix=suffix, prompt=prompt)
-    from unmask.generation.infill import infill_text, parse_gaps, parse_length
+    from unmask.generation.infill import infill_text, parse_gaps
     from unmask.generation.text import chat_encoder, prompt_example
 
     if text is not None:
         parts = parse_gaps(read_stdin() if text == "-" else text)
     else:
-        pieces = [prefix or "", parse_length(length or ""), suffix or ""]
+        pieces = [prefix or "", *parse_gaps(f"[[gap:{length}]]"), suffix or ""]
         parts = [piece for piece in pieces if piece != ""]
     denoiser, tokenizer, _ = _load(model, decoding)
     answer_to: dict[str, Any] = {}
@@ -192,9 +192,10 @@ def infill(
         answer_to = {"prompt": prompt_example(tokenizer, prompt, to_answer=True), "end": end}
     sizes = {"end_fill": end_fill or 1, "batch_size": batch_size}
     done = infill_text(denoiser, tokenizer, parts, **answer_to, **sizes, **decoding)
+    lengths, log_probability = done.tried[0]
     print(
-        f"gaps of {', '.join(map(str, done.lengths))} tokens, log-probability {done.log_probability:.3f}"
-        f" nats, {done.num_forwards} forward passes; lengths tried: {len(done.tried)}",
+        f"gaps of {', '.join(map(str, lengths))} tokens, log-probability {log_probability:.3f} nats,"
+        f" {done.num_forwards} forward passes; lengths tried: {len(done.tried)}",
         file=sys.stderr,
     )
     print(done.text)

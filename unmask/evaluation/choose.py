@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -16,15 +15,13 @@ from unmask.errors import UnmaskError
 from unmask.generation.text import following_ids
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """One of the answers, with a bound on its -log p given the prompt."""
 
     text: str
     nats: float
     stderr: float
-    probability: float
-    """exp(-nats) divided by its sum over all choices."""
+    probability: float  # exp(-nats) divided by its sum over all choices
 
 
 def choose(
@@ -44,17 +41,14 @@ def choose(
     After a raw text, whose `src_mask` is all False, no end token is added.
 
     Args:
-        end_fill: end tokens fill an answer to a multiple of so many tokens, like `data.sft.end_fill` in
-            training.
+        end_fill: end tokens fill an answer to a multiple of so many tokens, like `data.sft.end_fill`.
         num_samples, seed, batch_size: see `unmask.likelihood`.
 
     Raises:
         UnmaskError: fewer than two different choices, an empty one, or one that is too long.
     """
-    if len(choices) < 2 or len(set(choices)) < len(choices):
-        raise UnmaskError("give two choices or more, all different.")
-    if not all(choices):
-        raise UnmaskError("a choice must not be empty.")
+    if len(choices) < 2 or len(set(choices)) < len(choices) or not all(choices):
+        raise UnmaskError("give two choices or more, all different and none empty.")
     ends = [Encoder(tokenizer, layout="chat").end_token_id] if any(prompt.src_mask) else []
     examples = []
     for text in choices:
@@ -67,8 +61,9 @@ def choose(
                 f" {model.config.max_position_embeddings} positions."
             )
         examples.append(Example(sequence, [True] * len(prompt.input_ids) + [False] * len(ids)))
-    batch = collate(examples, pad_token_id=0)
-    bound = likelihood(model, batch, num_samples=num_samples, seed=seed, batch_size=batch_size)
+    bound = likelihood(
+        model, collate(examples, pad_token_id=0), num_samples=num_samples, seed=seed, batch_size=batch_size
+    )
     shares = torch.softmax(-bound.nll, dim=0).tolist()
     columns = zip(choices, bound.nll.tolist(), bound.stderr.tolist(), shares, strict=True)
     return sorted((Choice(*column) for column in columns), key=lambda choice: choice.nats)
@@ -88,8 +83,8 @@ def choose_answers(
     for example, seed in zip(examples, seeds, strict=True):
         ranked = choose(model, tokenizer, example, choices, seed=seed, **settings)
         figures = {
-            choice.text: {name: round(getattr(choice, name), 4) for name in ("nats", "stderr", "probability")}
-            for choice in ranked
+            text: {"nats": round(nats, 4), "stderr": round(stderr, 4), "probability": round(share, 4)}
+            for text, nats, stderr, share in ranked
         }
         lines.append({"response": ranked[0].text, "choices": figures})
         if advance is not None:

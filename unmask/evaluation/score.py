@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
+from itertools import compress, islice
+from operator import not_
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,9 @@ from transformers import PreTrainedTokenizerBase
 from unmask.data.collate import collate
 from unmask.data.encode import Encoder, Example, encode_records
 from unmask.data.files import RECORD_SUFFIXES, read_documents, read_records
-from unmask.data.inspect import visible
 from unmask.data.records import detect_format
 from unmask.data.tokenizer import load_tokenizer
-from unmask.diffusion.likelihood import Estimate, Score, check_settings, likelihood, total
+from unmask.diffusion.likelihood import Estimate, Likelihood, Score, check_settings, likelihood, total
 from unmask.errors import UnmaskError
 from unmask.generation.trace import token_texts
 from unmask.io import atomic_write, check_output_file
@@ -48,12 +48,11 @@ class ScoredText:
 
 @dataclass(frozen=True)
 class Texts:
-    """Contents of a file; `dropped` maps a reason to (count, location of the first)."""
+    """What is to be scored of a file."""
 
     items: list[ScoredText]
-    kind: str  # "conversations" or "plain text"
-    block_size: int
-    dropped: dict[str, tuple[int, str]] = field(default_factory=dict)
+    unit: str  # "records", or "blocks" of plain text
+    notes: list[str]  # what was left out and why; how plain text was cut
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,12 @@ class RecordScore:
 
     text: ScoredText
     score: Score
-    token_nll: list[float]  # contribution of each token, 0 for those of the prompt
+    tokens: list[tuple[int, float]]  # each scored id with what it contributes
     mixture_nll: float | None  # see `unmask.Likelihood`; with the estimator "chain" alone
 
     def as_json(self, index: int, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
         """One line of `out`; with a tokenizer also each scored token with its nats."""
         score, num_bytes = self.score, self.text.num_bytes
-        bits_per_byte = score.bits_per_byte(torch.tensor(num_bytes)).value.item() if num_bytes else None
         line: dict[str, Any] = {
             "index": index,
             "record": self.text.location,
@@ -78,19 +76,18 @@ class RecordScore:
             "bytes": num_bytes,
             "nats_per_token": score.nats_per_token().value.item(),
             "perplexity": score.perplexity().value.item(),
-            "bits_per_byte": bits_per_byte,
+            "bits_per_byte": score.bits_per_byte(torch.tensor(num_bytes)).value.item() if num_bytes else None,
         }
         if self.mixture_nll is not None:
             line["mixture_nats"] = self.mixture_nll
         if tokenizer is not None:
-            ids, nll = self.scored()
-            line["token_nats"] = [list(pair) for pair in zip(_texts(ids, tokenizer), nll, strict=True)]
+            line["token_nats"] = [list(pair) for pair in self.token_nats(tokenizer)]
         return line
 
-    def scored(self) -> tuple[list[int], list[float]]:
-        """The scored ids and their nats."""
-        scored = [index for index, is_source in enumerate(self.text.example.src_mask) if not is_source]
-        return [self.text.example.input_ids[i] for i in scored], [self.token_nll[i] for i in scored]
+    def token_nats(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, float]]:
+        """The text of each scored token, on one line, and its nats; · where a character ends with a later one."""
+        texts = token_texts([token for token, _ in self.tokens], tokenizer)
+        return [(text or "·", nats) for text, (_, nats) in zip(texts, self.tokens, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -151,7 +148,7 @@ def score_file(
     denoiser: Any = load_model(model)
     place_for_inference(denoiser)
     records: list[RecordScore] = []
-    parts = []
+    parts: list[Likelihood] = []
     console = console or Console(quiet=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("scoring", total=len(texts.items))
@@ -169,9 +166,10 @@ def score_file(
             parts.append(part)
             for row, item in enumerate(items):
                 score = Score(part.nll[row], part.stderr[row], part.num_tokens[row])
-                token_nll = part.token_nll[row, : len(item.example.input_ids)].tolist()
+                columns = zip(item.example.input_ids, part.token_nll[row].tolist(), strict=False)
+                tokens = list(compress(columns, map(not_, item.example.src_mask)))
                 mixture = None if part.mixture_nll is None else part.mixture_nll[row].item()
-                records.append(RecordScore(item, score, token_nll, mixture))
+                records.append(RecordScore(item, score, tokens, mixture))
     if out is not None:
         lines = (record.as_json(i, tokenizer if per_token else None) for i, record in enumerate(records))
         atomic_write(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -215,21 +213,24 @@ def read_texts(
             f"block_size: {block_size} tokens exceed the model's {positions} positions"
             " (max_position_embeddings)."
         )
-    name = str(file)
     plain = raw or _is_text_file(file)
     if not plain and format == "auto":
-        first, location = next(read_records(file, limit=1))
-        plain = isinstance(first.get(TEXT_FIELD), str) and not _has_format(first, location)
+        first, where = next(read_records(file, limit=1))
+        try:
+            detect_format(first, where)
+        except UnmaskError:
+            plain = isinstance(first.get(TEXT_FIELD), str)
     if plain:
         for setting, has_effect in (("format", format != "auto"), ("end_fill", end_fill != 1)):
             if has_effect:
-                raise UnmaskError(f"{setting} has no effect on plain text; {name} is read as such.")
+                raise UnmaskError(f"{setting} has no effect on plain text; {file} is read as such.")
         size = block_size or min(TEXT_BLOCK, positions or TEXT_BLOCK)
         pieces = (piece for text, at in _plain_texts(file) for piece in _cut(text, at, tokenizer, size))
         items = list(islice(pieces, limit))
         if not items:
-            raise UnmaskError(f"{name}: there is no text to score.")
-        return Texts(items, "plain text", size)
+            raise UnmaskError(f"{file}: there is no text to score.")
+        note = f"plain text, in blocks of at most {size:,} tokens, each scored independently"
+        return Texts(items, "blocks", [note])
     if not tokenizer.chat_template:
         raise UnmaskError("the tokenizer has no chat template for conversations; score plain text (--raw).")
     size = block_size or positions
@@ -239,20 +240,22 @@ def read_texts(
     records = list(read_records(file, limit=limit))
     examples, report = encode_records(records, encoder, format)
     if not examples:
-        raise UnmaskError(f"{name}: no record can be scored: {'; '.join(report.left_out())}.")
+        raise UnmaskError(f"{file}: no record can be scored: {'; '.join(report.left_out())}.")
     items = [ScoredText(e, records[e.record][1], _response_bytes(e, tokenizer)) for e in examples]
-    return Texts(items, "conversations", size or 0, report.dropped)
+    return Texts(
+        items,
+        "records",
+        [
+            f"not scored: {count:,} {reason} (first: {location})"
+            for reason, (count, location) in report.dropped.items()
+        ],
+    )
 
 
 def show_records(scored: FileScore, count: int, console: Console) -> None:
     """Print the first records with their tokens coloured by nats; a digit below each token is its nats."""
-    ascii_only = not (console.encoding or "").lower().startswith("utf")
-
-    def shown(text: str) -> str:
-        return visible(text, plain=True) if ascii_only else text
-
     for record in scored.records[:count]:
-        score = record.score
+        score, example = record.score, record.text.example
         console.print(
             f"{record.text.location}: {int(score.num_tokens)} tokens,"
             f" {score.nll:.2f} ± {score.stderr:.2f} nats, perplexity {score.perplexity().value:.3g}",
@@ -261,14 +264,9 @@ def show_records(scored: FileScore, count: int, console: Console) -> None:
             markup=False,
             soft_wrap=True,
         )
-        example = record.text.example
-        prompt = [i for i, source in zip(example.input_ids, example.src_mask, strict=True) if source]
-        if prompt:
-            text = "".join(token_texts(prompt, scored.tokenizer))
-            console.print(Text(shown(text), "dim"), soft_wrap=True)
-        ids, nll = record.scored()
-        texts = [shown(text) for text in _texts(ids, scored.tokenizer)]
-        for line in coloured_tokens(texts, nll, console.width):
+        if prompt := list(compress(example.input_ids, example.src_mask)):
+            console.print(Text("".join(token_texts(prompt, scored.tokenizer)), "dim"), soft_wrap=True)
+        for line in coloured_tokens(record.token_nats(scored.tokenizer), console.width):
             console.print(line, no_wrap=True, overflow="crop")
         console.print()
     if scored.records[:count]:
@@ -277,9 +275,9 @@ def show_records(scored: FileScore, count: int, console: Console) -> None:
 
 def show_total(scored: FileScore, console: Console) -> None:
     """Print the figures of the whole file, each with its standard error, and the records left out."""
-    score, plain = scored.total, scored.texts.kind == "plain text"
+    score = scored.total
     rows = [
-        ("blocks" if plain else "records", f"{len(scored.records):,}", ""),
+        (scored.texts.unit, f"{len(scored.records):,}", ""),
         ("tokens", f"{int(score.num_tokens):,}", ""),
         ("bytes", f"{scored.num_bytes:,}", ""),
         ("nats", f"{score.nll:,.1f}", f"± {score.stderr:,.1f}"),
@@ -300,23 +298,16 @@ def show_total(scored: FileScore, console: Console) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table, highlight=False)
-    notes = [
-        f"not scored: {count:,} {reason} (first: {location})"
-        for reason, (count, location) in scored.texts.dropped.items()
-    ]
-    if plain:
-        size = f"{scored.texts.block_size:,}"
-        notes.append(f"plain text, in blocks of at most {size} tokens, each scored independently")
-    notes.append(
+    interval = (
         "± is one standard error; the 95% interval is 2.0 of them for 64 samples, 2.8 for 8, 12.7 for 2"
     )
-    console.print("\n".join(notes), highlight=False, markup=False)
+    console.print("\n".join([*scored.texts.notes, interval]), highlight=False, markup=False)
 
 
-def coloured_tokens(texts: list[str], nll: list[float], width: int) -> Iterator[Text]:
+def coloured_tokens(token_nats: list[tuple[str, float]], width: int) -> Iterator[Text]:
     """Lines of tokens at most `width` cells wide, each followed by a line with the nats of its tokens."""
     tokens, digits = Text(), Text(style="dim")
-    for text, nats in zip(texts, nll, strict=True):
+    for text, nats in token_nats:
         size = cell_len(text)
         if tokens.cell_len + size > width and tokens:
             yield from (tokens, digits)
@@ -330,14 +321,6 @@ def coloured_tokens(texts: list[str], nll: list[float], width: int) -> Iterator[
 def _is_text_file(file: str | Path) -> bool:
     name = str(file)
     return Path(name).expanduser().is_file() and not name.lower().endswith(RECORD_SUFFIXES)
-
-
-def _has_format(record: dict[str, Any], location: str) -> bool:
-    try:
-        detect_format(record, location)
-    except UnmaskError:
-        return False
-    return True
 
 
 def _plain_texts(file: str | Path) -> Iterator[tuple[str, str]]:
@@ -358,30 +341,19 @@ def _plain_texts(file: str | Path) -> Iterator[tuple[str, str]]:
 
 def _cut(text: str, location: str, tokenizer: PreTrainedTokenizerBase, size: int) -> Iterator[ScoredText]:
     """Pieces of a text with their bytes, which add up to those of the text."""
-    fast = bool(tokenizer.is_fast)
     encoded: Any = tokenizer(
-        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=fast, verbose=False
+        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
     )
-    ids = encoded["input_ids"]
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     for start in range(0, len(ids), size):
-        piece_ids = ids[start : start + size]
-        stop = start + len(piece_ids)
-        if fast:
-            # A character whose bytes are tokens of two pieces counts in the second.
-            offsets = encoded["offset_mapping"]
-            end = offsets[stop][0] if stop < len(ids) else len(text)
-            piece = text[offsets[start][0] if start else 0 : end]
-        else:
-            piece = str(tokenizer.decode(piece_ids))
+        stop = min(start + size, len(ids))
+        # A character whose bytes are tokens of two pieces counts in the second.
+        end = offsets[stop][0] if stop < len(ids) else len(text)
+        piece = text[offsets[start][0] if start else 0 : end]
         at = location if len(ids) <= size else f"{location}, tokens {start + 1} to {stop}"
-        yield ScoredText(Example(piece_ids, [False] * len(piece_ids)), at, len(piece.encode()))
+        yield ScoredText(Example(ids[start:stop], [False] * (stop - start)), at, len(piece.encode()))
 
 
 def _response_bytes(example: Example, tokenizer: PreTrainedTokenizerBase) -> int:
-    scored = [i for i, source in zip(example.input_ids, example.src_mask, strict=True) if not source]
+    scored = list(compress(example.input_ids, map(not_, example.src_mask)))
     return len(str(tokenizer.decode(scored, skip_special_tokens=True)).encode())
-
-
-def _texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text of each token on one line; · where a character ends with a later token."""
-    return [text or "·" for text in token_texts(ids, tokenizer)]

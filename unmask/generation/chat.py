@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any
 
 from rich.console import Console
@@ -15,7 +16,7 @@ from unmask.data.inspect import visible
 from unmask.data.records import Turn, check_text
 from unmask.errors import UnmaskError
 from unmask.generation.text import Completion, chat_encoder, complete
-from unmask.generation.trace import MASK_GLYPH, token_texts
+from unmask.generation.trace import drawn, token_texts
 
 HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer."
 
@@ -71,10 +72,8 @@ def chat(
             except UnmaskError as failure:
                 error(f"error: {failure} /reset makes room.")
             else:
-                open_thought = (
-                    "</think>" in answer.text and "<think>" not in answer.text
-                )  # the prompt opened it
-                turns = [*question, Turn("assistant", "<think>\n" * open_thought + answer.text)]
+                opened = "</think>" in answer.text and "<think>" not in answer.text  # by the prompt
+                turns = [*question, Turn("assistant", "<think>\n" * opened + answer.text)]
                 console.print(Text("\n".join(map(visible, answer.text.split("\n")))))
                 console.print(Text(answer.figures, "dim"), highlight=False)
 
@@ -91,7 +90,7 @@ def _answer(
 
 
 class LiveDraft:
-    """A streamer that draws each draft in `live`, up to an end token: masks grey, tokens of the last step green."""
+    """A streamer that draws each draft in `live`, up to an end token; tokens of the last step are new."""
 
     def __init__(self, live: Live, tokenizer: PreTrainedTokenizerBase, ends: list[int]):
         self.live, self.tokenizer, self.ends = live, tokenizer, set(ends)
@@ -102,22 +101,13 @@ class LiveDraft:
 
     def put_draft(self, value: Tensor) -> None:
         """Draw the canvas (1, C)."""
-        ids = value[0].tolist()
-        self.live.update(self.draw(ids), refresh=True)
+        ids, mask = value[0].tolist(), self.tokenizer.mask_token_id
+        previous = self.previous or [mask] * len(ids)
+        tokens = zip(token_texts(ids, self.tokenizer), ids, previous, strict=True)
+        shown = takewhile(lambda token: token[1] not in self.ends, tokens)
+        line = drawn((text.replace("⏎", "\n"), now == mask, now != before) for text, now, before in shown)
+        self.live.update(line, refresh=True)
         self.previous = ids
 
     def end(self) -> None:
         """Nothing to do."""
-
-    def draw(self, ids: list[int]) -> Text:
-        """Return the canvas as text."""
-        line, mask = Text(), self.tokenizer.mask_token_id
-        previous = self.previous or [mask] * len(ids)
-        for token, before, text in zip(ids, previous, token_texts(ids, self.tokenizer), strict=True):
-            if token in self.ends:
-                break
-            if token == mask:
-                line.append(MASK_GLYPH, style="bright_black")
-            else:
-                line.append(text.replace("⏎", "\n"), style="default" if token == before else "bold green")
-        return line

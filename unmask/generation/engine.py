@@ -383,7 +383,7 @@ class Engine:
             prompt = self.ids[row, self.is_token[row] & ~self.canvas[row]]
             length = int(final[row, columns].long().cumprod(dim=0).sum())
             for count in range(int(self.tested[row]) + 1, length + 1):
-                ids = torch.cat([prompt, self.ids[row, columns[:count]]])[None]
+                ids: Any = torch.cat([prompt, self.ids[row, columns[:count]]])[None]
                 answers = (
                     criterion(ids, None, prompt_length=len(prompt))
                     if isinstance(criterion, StoppingCriteria)

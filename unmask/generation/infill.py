@@ -52,12 +52,10 @@ class Infilled:
     """A text with its gaps filled."""
 
     parts: list[str]  # texts and filled gaps in turn, as they were given
-    lengths: tuple[int, ...]  # tokens of each gap
-    log_probability: (
-        float  # nats, of the gaps given the rest; of all from the first gap if lengths were tried
-    )
+    # Tokens of each gap, and nats: of the gaps given the rest, or of all from the first gap if lengths were
+    # tried; the best first.
+    tried: list[tuple[tuple[int, ...], float]]
     num_forwards: int  # forward passes, over all lengths tried
-    tried: list[tuple[tuple[int, ...], float]]  # lengths and their log-probability, the best first
 
     @property
     def text(self) -> str:
@@ -83,24 +81,14 @@ def parse_gaps(text: str) -> list[str | Gap]:
         if len(slashes) % 2:
             before += match.group()[len(slashes) :]
         elif low is None:
-            line = text.count("\n", 0, match.start()) + 1
             around = text[match.start() : match.start() + 20].split("\n")[0]
             raise UnmaskError(
-                f"line {line}: {around!r} is not a gap; write [[gap:5]] or [[gap:2-8]], or \\[[gap for the"
-                " text itself."
+                f"{around!r} is not a gap; write [[gap:5]] or [[gap:2-8]], or \\[[gap for the text itself."
             )
         else:
             parts += [before, Gap(int(low), int(high or low))]
             before = ""
     return [part for part in [*parts, before + text[end:]] if part != ""]
-
-
-def parse_length(text: str) -> Gap:
-    """Read a length: "5", or "2-8"."""
-    match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", text)
-    if match is None:
-        raise UnmaskError(f"length: a number of tokens, such as 5, or a range, such as 2-8; got {text!r}.")
-    return Gap(int(match[1]), int(match[2] or match[1]))
 
 
 def infill_text(
@@ -143,16 +131,16 @@ def infill_text(
     ranges = [range(gap.low, gap.high + 1) for gap in gaps]
     combinations = sorted(product(*ranges), key=lambda lengths: (sum(lengths), lengths))
     before = Example([], []) if prompt is None else Example(prompt.input_ids, [True] * len(prompt.input_ids))
-    part_ids: list[list[int] | None] = []
+    known: list[list[int] | None] = []
     for part in parts:
-        follows = Example([0], [False]) if part_ids else before  # in the middle of a text
-        part_ids.append(None if isinstance(part, Gap) else following_ids(follows, part, tokenizer))
+        follows = Example([0], [False]) if known else before  # in the middle of a text
+        known.append(None if isinstance(part, Gap) else following_ids(follows, part, tokenizer))
     settings.setdefault("unused_tokens", ids_without_token(tokenizer, model.config.vocab_size))
     results: list[tuple[float, tuple[int, ...], list[int]]] = []
     num_forwards = 0
     for start in range(0, count, batch_size):
         tried = combinations[start : start + batch_size]
-        batch = collate([_row(before, part_ids, lengths, end, end_fill) for lengths in tried], pad_token_id=0)
+        batch = collate([_row(before, known, lengths, end, end_fill) for lengths in tried], pad_token_id=0)
         ids, is_token = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device).bool()
         is_gap = ~batch["src_mask"].to(model.device)
         output = model.infill(
@@ -160,24 +148,35 @@ def infill_text(
         )
         scores = _score_after_gap(model, ids, is_gap, is_token) if count > 1 else [0.0] * len(tried)
         for row, lengths in enumerate(tried):
-            scores[row] += output.confidence[row][is_gap[row]].double().log().sum().item()
-            results.append((scores[row], lengths, output.sequences[row].tolist()))
+            score = scores[row] + output.confidence[row][is_gap[row]].double().log().sum().item()
+            results.append((score, lengths, output.sequences[row].tolist()))
         num_forwards += int(output.num_forwards.sum()) + (len(tried) if count > 1 else 0)
     results.sort(key=lambda result: -result[0])  # stable: the shorter first
-    score, lengths, ids = results[0]
-    whole, next_length, start = [], iter(lengths), len(before.input_ids)
-    for part, known in zip(parts, part_ids, strict=True):
-        stop = start + (next(next_length) if known is None else len(known))
+    _, lengths, ids = results[0]
+    whole, stop = [], len(before.input_ids)
+    for part, piece in zip(parts, _pieces(known, lengths), strict=True):
+        start, stop = stop, stop + len(piece)
         whole.append(part if isinstance(part, str) else _decoded(ids, start, stop, tokenizer))
-        start = stop
-    return Infilled(whole, lengths, score, num_forwards, [(lengths, score) for score, lengths, _ in results])
+    return Infilled(whole, [(lengths, score) for score, lengths, _ in results], num_forwards)
 
 
-def _decoded(ids: list[int], start: int, stop: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of ids[start:stop] after what is before them, which may decide on a space between."""
-    before, both = (str(tokenizer.decode(ids[:end], skip_special_tokens=True)) for end in (start, stop))
-    alone = str(tokenizer.decode(ids[start:stop], skip_special_tokens=True))
-    return both[len(before) :] if both.startswith(before) else alone
+def _pieces(known: list[list[int] | None], lengths: Sequence[int]) -> list[list[int]]:
+    """The ids of each part, zeros in gaps of these lengths."""
+    rest = iter(lengths)
+    return [[0] * next(rest) if ids is None else ids for ids in known]
+
+
+def _row(
+    prompt: Example, known: list[list[int] | None], lengths: Sequence[int], end: int | None, end_fill: int
+) -> Example:
+    """Prompt and text with gaps of these lengths; `src_mask` False = a gap."""
+    row = Example(list(prompt.input_ids), list(prompt.src_mask))
+    for ids, piece in zip(known, _pieces(known, lengths), strict=True):
+        row.input_ids += piece
+        row.src_mask += [ids is not None] * len(piece)
+    size = len(row.input_ids) - len(prompt.input_ids)
+    ends = [] if end is None else [end] * (1 + -(size + 1) % end_fill)
+    return Example(row.input_ids + ends, row.src_mask + [True] * len(ends))
 
 
 def _score_after_gap(
@@ -191,16 +190,8 @@ def _score_after_gap(
     return log_p.masked_fill(is_gap, 0.0).sum(dim=1).tolist()
 
 
-def _row(
-    prompt: Example, part_ids: list[list[int] | None], lengths: Sequence[int], end: int | None, end_fill: int
-) -> Example:
-    """Prompt and text with gaps of these lengths; `src_mask` False = a gap."""
-    ids: list[int] = []
-    known: list[bool] = []
-    next_length = iter(lengths)
-    for part in part_ids:
-        piece = [0] * next(next_length) if part is None else part
-        ids += piece
-        known += [part is not None] * len(piece)
-    ends = [] if end is None else [end] * (1 + -(len(ids) + 1) % end_fill)
-    return Example(prompt.input_ids + ids + ends, prompt.src_mask + known + [True] * len(ends))
+def _decoded(ids: list[int], start: int, stop: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of ids[start:stop] after what is before them, which may decide on a space between."""
+    before, both = (str(tokenizer.decode(ids[:end], skip_special_tokens=True)) for end in (start, stop))
+    alone = str(tokenizer.decode(ids[start:stop], skip_special_tokens=True))
+    return both[len(before) :] if both.startswith(before) else alone

@@ -304,7 +304,9 @@ def complete(
             completions[index] = Completion(
                 stop_strings.cut(str(tokenizer.decode(ids, skip_special_tokens=True))),
                 ids,
-                *(output[name][row, in_answer].tolist() for name in ("commit_step", "confidence", "entropy")),
+                output.commit_step[row, in_answer].tolist(),
+                output.confidence[row, in_answer].tolist(),
+                output.entropy[row, in_answer].tolist(),
                 int(output.num_forwards[row]),
                 states,
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -40,26 +40,32 @@ def token_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]
     return texts
 
 
+def drawn(tokens: Iterable[tuple[str, bool, bool]]) -> Text:
+    """Draw tokens, each (text, whether it is masked, whether it is new): masks grey, new tokens green."""
+    line = Text()
+    for text, is_masked, is_new in tokens:
+        line.append(text, style="bright_black" if is_masked else "bold green" if is_new else "default")
+    return line
+
+
 def trace_lines(
     ids: list[int], commit_step: list[int], tokenizer: PreTrainedTokenizerBase, frames: int = 6
 ) -> list[Text]:
-    """Draw the response after some of its steps, numbered from 1: masks grey, newly committed tokens green.
+    """Draw the response after some of its steps, numbered from 1.
 
     `commit_step` counts from 0. The lines, `frames` at most, are spread evenly over the steps that committed
     something; the last is the whole response.
     """
-    texts = token_texts(ids, tokenizer)
+    tokens = list(zip(token_texts(ids, tokenizer), commit_step, strict=True))
     steps = sorted(set(commit_step))
     count = min(frames, len(steps))
     lines, previous = [], -1
     for step in [steps[(k + 1) * len(steps) // count - 1] for k in range(count)]:
-        line = Text(f"  {step + 1:>3} ", style="dim")
-        for text, committed in zip(texts, commit_step, strict=True):
-            if committed > step:
-                line.append(MASK_GLYPH * max(1, len(text)), style="bright_black")
-            else:
-                line.append(text, style="bold green" if committed > previous else "default")
-        lines.append(line)
+        shown = (
+            (MASK_GLYPH * max(1, len(text)) if at > step else text, at > step, at > previous)
+            for text, at in tokens
+        )
+        lines.append(Text(f"  {step + 1:>3} ", style="dim").append_text(drawn(shown)))
         previous = step
     return lines
 
@@ -70,15 +76,14 @@ def write_trace_page(
     tokenizer: PreTrainedTokenizerBase,
     *,
     title: str,
+    names: Sequence[str],
     prompt: str = "",
-    names: Sequence[str] = (),
 ) -> None:
     """Write a page that plays the answers, which need their `states`; it loads nothing from elsewhere.
 
     Raises:
         UnmaskError: the file cannot be written.
     """
-    names = names or [f"answer {index + 1}" for index in range(len(answers))]
     data = [
         {"name": name, "prompt": visible(prompt), **trace_data(answer, tokenizer)}
         for name, answer in zip(names, answers, strict=True)
@@ -90,46 +95,34 @@ def write_trace_page(
 
 
 def trace_data(answer: Completion, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What the page plays: the changes of each step, and how the tokens of the answer were committed.
+    """What the page plays.
 
     Returns:
-        length: tokens of the canvas; num_ids: those of the answer.
+        length: tokens of the canvas; num_ids: those of the answer, with their confidence and entropy.
         frames: for each step [position, text] of its changes; text None = masked again; a third entry 0 = the
-            same token, whose text changes with its new neighbours.
-        bars: for each step the number of tokens committed and of tokens masked again.
-        committed: for each token of the answer the step that last committed it.
-        confidence, entropy: at that step.
+            same token, whose text changes with its new neighbours, where they make a character together.
     """
     mask, length = tokenizer.mask_token_id, len(answer.states[0]) if answer.states else 0
     frames: list[list[list[Any]]] = []
-    bars: list[list[int]] = []
-    previous: list[Any] = [mask] * length
-    previous_texts: list[str | None] = [None] * length
-    committed = [-1] * length
-    for step, state in enumerate(answer.states):
-        texts = [
-            None if token == mask else text.replace("⏹", "▪")  # which more fonts have
+    before: list[tuple[int | None, str | None]] = [(mask, None)] * length
+    for state in answer.states:
+        now = [
+            (token, None if token == mask else text.replace("⏹", "▪"))  # which more fonts have
             for token, text in zip(state, token_texts(state, tokenizer), strict=True)
         ]
-        changed = [position for position in range(length) if state[position] != previous[position]]
-        frame: list[list[Any]] = [[position, texts[position]] for position in changed]
-        # The text of a token also changes with its neighbours, where they make a character together.
-        for position in range(length):
-            if texts[position] != previous_texts[position] and position not in changed:
-                frame.append([position, texts[position], 0])
-        frames.append(frame)
-        masked = sum(state[position] == mask for position in changed)
-        bars.append([len(changed) - masked, masked])
-        for position in changed:
-            committed[position] = step
-        previous, previous_texts = state, texts
+        frames.append(
+            [
+                [position, new[1]] + [0] * (new[0] == old[0])
+                for position, (new, old) in enumerate(zip(now, before, strict=True))
+                if new != old
+            ]
+        )
+        before = now
     per_step = f"{answer.tokens_per_forward:.2f} tokens per step"
     return {
         "length": length,
         "num_ids": len(answer.ids),
         "frames": frames,
-        "bars": bars,
-        "committed": committed[: len(answer.ids)],
         "confidence": [round(value, 4) for value in answer.confidence],
         "entropy": [round(value, 4) for value in answer.entropy],
         "figures": f"{answer.figures}: {per_step}. Canvas of {length} tokens.",
