@@ -104,9 +104,9 @@ def trace_data(answer: Completion, tokenizer: PreTrainedTokenizerBase) -> dict[s
     """
     mask, length = tokenizer.mask_token_id, len(answer.states[0]) if answer.states else 0
     frames: list[list[list[Any]]] = []
-    before: list[tuple[int | None, str | None]] = [(mask, None)] * length
+    before: list[tuple[Any, str | None]] = [(mask, None)] * length
     for state in answer.states:
-        now = [
+        now: list[tuple[Any, str | None]] = [
             (token, None if token == mask else text.replace("⏹", "▪"))  # which more fonts have
             for token, text in zip(state, token_texts(state, tokenizer), strict=True)
         ]
