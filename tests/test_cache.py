@@ -33,8 +33,8 @@ def assert_same(one: Any, two: Any) -> None:
         torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-6)
 
 
-def columns_computed(model: Any) -> list[int]:
-    """Filled with the number of columns of every forward pass of the backbone."""
+def tokens_computed(model: Any) -> list[int]:
+    """Filled with the number of tokens of every forward pass of the backbone."""
     counts: list[int] = []
     model.model.register_forward_pre_hook(
         lambda _, __, kwargs: counts.append(kwargs["input_ids"].shape[1]), with_kwargs=True
@@ -43,7 +43,7 @@ def columns_computed(model: Any) -> list[int]:
 
 
 @SHIFTS
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("side", "kernel", "layers"), [("left", "sdpa", {}), ("right", "eager", WINDOW)])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -59,10 +59,10 @@ def columns_computed(model: Any) -> list[int]:
 )
 @ANCHORS
 def test_cached_decoding_equals_the_whole_forward_pass(
-    anchor: Any, shift: bool, side: str, settings: dict[str, Any]
+    anchor: Any, shift: bool, side: str, kernel: str, layers: dict[str, Any], settings: dict[str, Any]
 ) -> None:
-    fields = {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
-    model = block_model(4, logit_shift=shift, block_anchor=anchor, **fields)
+    model = block_model(4, logit_shift=shift, block_anchor=anchor, **layers)
+    model.set_attn_implementation(kernel)
     ids, mask = ragged([5, 0, 8, 3, 1], side)
     settings = {"max_new_tokens": 11, "eos_token_id": list(range(1, 30, 3)), **settings}
     cached, whole = (
@@ -105,7 +105,7 @@ def test_each_forward_pass_sees_the_block_as_training_does(anchor: Any) -> None:
     shown: list[Tensor] = []
     hook = model.lm_head.register_forward_hook(lambda _, __, output: outputs.append(output))
     network = model.model.register_forward_pre_hook(
-        lambda _, __, kwargs: shown.append(kwargs["input_ids"].clone()), with_kwargs=True
+        lambda _, __, kwargs: shown.append(kwargs["input_ids"].view(2, -1)), with_kwargs=True
     )
     model.generate(prompt, mask, max_new_tokens=8, steps=5, eos_token_id=[], use_cache=False)
     hook.remove()
@@ -124,12 +124,12 @@ def test_each_forward_pass_sees_the_block_as_training_does(anchor: Any) -> None:
 @SHIFTS
 def test_only_the_current_block_is_computed(shift: bool) -> None:
     model = block_model(4, logit_shift=shift)
-    columns = columns_computed(model)
+    computed = tokens_computed(model)
     heads: list[int] = []
     model.lm_head.register_forward_pre_hook(lambda _, args: heads.append(len(args[0])))
     model.generate(random_ids(1, 10), max_new_tokens=8, eos_token_id=[], policy="left_to_right")
     first = 4 + shift  # with the token that predicts a block's first one
-    assert columns == [10, first, 4, 4, 4, 4, first, 4, 4, 4]
+    assert computed == [10, first, 4, 4, 4, 4, first, 4, 4, 4]
     assert heads == [4, 3, 2, 1] * 2
 
 
@@ -148,11 +148,12 @@ def test_an_approximate_cache_refreshed_each_step_is_exact(kind: str, fields: di
 @pytest.mark.parametrize("kind", ["prefix", "dual"])
 def test_an_approximate_cache_computes_less(kind: str) -> None:
     model = tiny_model(num_hidden_layers=3, layer_types=["full_attention"] * 3).eval()
-    ids, columns = random_ids(6, 5), columns_computed(model)
+    ids, computed = random_ids(6, 5), tokens_computed(model)
     settings = {"max_new_tokens": 12, "block_length": 4, "eos_token_id": [], "temperature": 1.0}
     model.generate(ids, approximate_cache=kind, **settings)
     prefix = [17, 12, 12, 12, 17, 8, 8, 8, 17, 4, 4, 4]
-    assert columns == (prefix if kind == "prefix" else [17, 4, 4, 4] * 3)
+    expected = prefix if kind == "prefix" else [17, 4, 4, 4] * 3
+    assert computed == [6 * count for count in expected]
 
 
 def test_settings_that_do_not_fit_the_attention() -> None:

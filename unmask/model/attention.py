@@ -4,12 +4,14 @@ It is registered with transformers' `AttentionInterface`, the documented door: w
 `model(...)` as `unmask_inputs` arrives here in every layer, next to a complete 4-D attention mask. Stock code
 computes everything else. Should a version of transformers stop handing it over, `run_backbone` says so.
 
-Rows without padding are computed as a batch. Other rows become documents one after another in one long row,
-and each attends to its own tokens alone, by one call a document on a CPU and by torch's variable-length kernel
-on CUDA. So padding costs nothing, and a row's sums are the same in any batch, to the bit.
+The tokens of a batch become one long row: documents one after another, without padding, each of which attends
+to its own keys alone. Documents of equal size are one call of a kernel; others one each on a CPU, and one of
+torch's variable-length kernel on CUDA. So padding costs nothing, and a row's sums are the same in any batch, to
+the bit. Rows stay whole, with a mask, where CUDA has no such kernel: in float32, or for tokens that may not
+attend to their whole document.
 
-Shapes: B batch, L sequence, Q query columns, K key columns, T tokens of a batch, H hidden size, N heads, E size
-of a head.
+Shapes: B batch, L sequence, T tokens of a forward pass, D documents of equal size, Q queries and K keys of each,
+H hidden size, N heads, E size of a head.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, __version__
 from transformers.masking_utils import sdpa_mask
 
-from unmask.diffusion.attention import Layout, attend_tokens, attend_within_documents
+from unmask.diffusion.attention import Layout, attend_within_documents
 from unmask.errors import UnmaskError
 
 KERNELS = ("auto", "sdpa", "eager", "flex_attention")
@@ -57,20 +59,30 @@ class KVCache:
         self.layers: list[tuple[Tensor, Tensor]] = []
 
     def write(self, layer: int, place: Int[Tensor, "T"], *states: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values (B, N, L, E) of a layer, in all T tokens, at `place`; return all of them."""
+        """Write keys and values (1, N, T, E) of a layer at `place`; return all that the layer has."""
         if layer == len(self.layers):
             _, heads, _, size = states[0].shape
             shape = (self.slots * self.columns, heads, size)
             self.layers.append((states[0].new_zeros(shape), states[1].new_zeros(shape)))
         for cached, new in zip(self.layers[layer], states, strict=True):
-            cached[place] = new.transpose(1, 2).flatten(0, 1)
+            cached[place] = new[0].transpose(0, 1)
         return self.layers[layer]
 
-    def read(self, states: Tensor, slots: Int[Tensor, "B"], columns: int) -> Float[Tensor, "B N K E"]:
-        """Take the first columns of some slots from what `write` returned, without a copy of all slots."""
-        rows = states.unflatten(0, (self.slots, self.columns))
-        everyone = len(slots) == self.slots and slots.tolist() == list(range(self.slots))
-        return (rows[:, :columns] if everyone else rows[slots, :columns]).transpose(1, 2)
+    def locate(self, slots: Int[Tensor, "D 1"], columns: Int[Tensor, "D K"]) -> Any:
+        """Index for `read` of columns of some slots; slices, which copy nothing, where they follow one another."""
+        place = slots * self.columns + columns
+        first = int(place[0, 0])
+        slot, column = divmod(first, self.columns)
+        rows, width = (torch.arange(size, device=place.device) for size in place.shape)
+        if torch.equal(place, first + self.columns * rows[:, None] + width):
+            return slice(slot, slot + len(rows)), slice(column, column + len(width))
+        return place
+
+    def read(self, states: Tensor, place: Any) -> Float[Tensor, "D N K E"]:
+        """Take from what `write` returned what `locate` found."""
+        if isinstance(place, Tensor):
+            return states[place].transpose(1, 2)
+        return states.unflatten(0, (self.slots, self.columns))[place].transpose(1, 2)
 
 
 class CachedRows(NamedTuple):
@@ -85,33 +97,23 @@ class CachedRows(NamedTuple):
     """Every token sees those of its own block and of earlier ones; None = every token of its row."""
 
 
-class Document(NamedTuple):
-    """Tokens that attend to their own keys alone."""
+class Documents(NamedTuple):
+    """Documents of equal size, each of which attends to its own keys alone."""
 
-    queries: int
-    mask: Bool[Tensor, "Q K"] | None
+    position: Int[Tensor, "D Q"]
+    key_position: Int[Tensor, "D K"]
+    mask: Bool[Tensor, "D 1 Q K"] | None = None
     """True = may attend; None = to every key."""
-    key_position: Int[Tensor, "1 K"]
-    keys: Any = None
-    """Index of its keys in the cache; None = they are those of its queries."""
+    cached_keys: Any = None
+    """Place of its keys in the cache, see `KVCache.locate`; None = they are those of its queries."""
 
 
 class AttentionInputs:
-    """What one forward pass tells every attention layer."""
+    """What one forward pass tells every attention layer: the documents of its row, in their order."""
 
-    def __init__(
-        self,
-        position: Int[Tensor, "B Q"],
-        documents: list[Document] | None = None,
-        cache: KVCache | None = None,
-        place: Int[Tensor, "T"] | None = None,
-        rows: CachedRows | None = None,
-        key_position: Int[Tensor, "B K"] | None = None,
-    ):
-        self.position, self.documents = position, documents
-        self.cache, self.place = cache, place  # where its keys and values are written
-        self.rows = rows  # without documents: whose first columns are its keys
-        self.key_position = position if key_position is None else key_position
+    def __init__(self, documents: list[Documents], cache: KVCache | None = None, place: Any = None):
+        self.documents = documents
+        self.cache, self.place = cache, place  # where keys and values are written
         self.layers = 0  # that have asked so far
         self.block_masks: dict[int | None, Any] = {}  # of flex attention, by sliding window
 
@@ -135,60 +137,44 @@ def run_backbone(
     Raises:
         UnmaskError: transformers did not pass the inputs to every layer, so the result would be wrong.
     """
-    half = ids.is_cuda and _compute_dtype(backbone.dtype) in _HALF
-    compiling = torch.compiler.is_compiling()  # to which lengths of documents would each time be new code
-    if cached is None and (compiling or not ragged or (ids.is_cuda and not (half and attend is None))):
+    autocast = torch.is_autocast_enabled(ids.device.type)
+    dtype = torch.get_autocast_dtype(ids.device.type) if autocast else backbone.dtype
+    by_varlen = attend is None and dtype in _HALF
+    place = None  # of the tokens in the flattened batch; None = all of it
+    if cached is None and (not ragged or (ids.is_cuda and not by_varlen)):
         if ragged and attend is None:
-            packed = bool(layout.document.any()) if not compiling else True
-            attend = attend_within_documents(layout) if packed else attend_tokens(layout)
-        position = layout.position if ragged else layout.position[:1]
-        return _run(backbone, ids, None if attend is None else attend[:, None], AttentionInputs(position))
-    computed = layout.is_token if cached is None else cached.computed
-    if cached is not None and (inputs := _alike(layout, cached)) is not None:
-        column = computed.nonzero()[:, 1].view(len(ids), -1)
-        hidden = _run(backbone, ids.gather(1, column), None, inputs)
-        rows = hidden.new_zeros(*ids.shape, hidden.shape[-1])
-        return rows.scatter(1, column[..., None].expand_as(hidden), hidden)
-    place, sizes = _in_documents(layout, computed)
-    position = layout.position.flatten()[place][None]
-    if cached is None:
-        documents = _documents(place, sizes, position, attend)
-        inputs = AttentionInputs(position, documents)
+            attend = attend_within_documents(layout)
+        mask = None if attend is None else attend[:, None]
+        inputs = AttentionInputs([Documents(layout.position, layout.position, mask)])
     else:
-        start = cached.slots[place // ids.shape[1]] * cached.cache.columns
-        documents = _cached_documents(layout, place, sizes, cached)
-        inputs = AttentionInputs(position, documents, cached.cache, start + place % ids.shape[1])
-    hidden = _run(backbone, ids.flatten()[place][None], None, inputs)[0]
-    rows = hidden.new_zeros(ids.numel(), hidden.shape[-1])
-    return rows.index_copy(0, place, hidden).view(*ids.shape, -1)
-
-
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else dtype
-
-
-def _run(backbone: Any, ids: Tensor, attend: Tensor | None, inputs: AttentionInputs) -> Tensor:
-    if attend is None:
-        # Complete by broadcasting. Given none, transformers would make a mask of Q * K.
-        attend = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
+        place, row, sizes = _in_documents(layout, layout.is_token if cached is None else cached.computed)
+        documents = _documents(layout, place, row, sizes, attend, cached)
+        inputs = AttentionInputs(documents)
+        if cached is not None:
+            start = cached.slots[place // ids.shape[1]] * cached.cache.columns
+            inputs = AttentionInputs(documents, cached.cache, start + place % ids.shape[1])
+    tokens, position = ids.flatten(), layout.position.flatten()
     hidden = backbone(
-        input_ids=ids,
-        attention_mask=attend,
-        position_ids=inputs.position,
+        input_ids=(tokens if place is None else tokens[place])[None],
+        # Complete by broadcasting. Given none, transformers would make a mask of T * T.
+        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
+        position_ids=(position if place is None else position[place])[None],
         use_cache=False,
         unmask_inputs=inputs,
-    ).last_hidden_state
-    if not torch.compiler.is_compiling() and inputs.layers != backbone.config.num_hidden_layers:
+    ).last_hidden_state[0]
+    if inputs.layers != backbone.config.num_hidden_layers:
         raise UnmaskError(
             f"transformers {__version__} passed the attention inputs to {inputs.layers} of"
             f" {backbone.config.num_hidden_layers} layers, so the result would be wrong; install a"
             " version of transformers that unmask was tested with (see constraints.txt)."
         )
-    return hidden
+    if place is not None:
+        hidden = hidden.new_zeros(ids.numel(), hidden.shape[-1]).index_copy(0, place, hidden)
+    return hidden.view(*ids.shape, -1)
 
 
-def _in_documents(layout: Layout, flag: Bool[Tensor, "B L"]) -> tuple[Int[Tensor, "T"], list[int]]:
-    """Index in the flattened batch of the flagged tokens, document after document, and the documents' sizes.
+def _in_documents(layout: Layout, flag: Bool[Tensor, "B L"]) -> tuple[Tensor, Tensor, list[int]]:
+    """Place in the flattened batch of the flagged tokens, document after document; and each one's row and size.
 
     Where nothing is flagged the first column is taken.
     """
@@ -197,54 +183,47 @@ def _in_documents(layout: Layout, flag: Bool[Tensor, "B L"]) -> tuple[Int[Tensor
         place = place.new_zeros(1)
     length = flag.shape[1]
     document, order = ((place // length) * length + layout.document.flatten()[place]).sort(stable=True)
-    return place[order], document.unique_consecutive(return_counts=True)[1].tolist()
+    document, sizes = document.unique_consecutive(return_counts=True)
+    return place[order], document // length, sizes.tolist()
 
 
 def _documents(
-    place: Tensor, sizes: list[int], position: Tensor, attend: Bool[Tensor, "B L L"] | None
-) -> list[Document]:
-    masks: list[Tensor | None] = [None] * len(sizes)
-    if attend is not None:
-        length = attend.shape[2]
-        for number, part in enumerate(place.split(sizes)):
-            row, column = int(part[0]) // length, part % length
-            masks[number] = attend[row, column[:, None], column]
-    positions = position.split(sizes, dim=1)
-    return [Document(*each) for each in zip(sizes, masks, positions, strict=True)]
-
-
-def _alike(layout: Layout, cached: CachedRows) -> AttentionInputs | None:
-    """What rows with a cache are told when they are alike: no padding, as many computed, all keys seen."""
-    counts, block = cached.computed.sum(dim=1), cached.block
-    if not (layout.is_token.all() and (counts == counts[0]).all() and counts[0]):
-        return None
-    column = cached.computed.nonzero()[:, 1].view(len(counts), -1)
-    if block is not None and (block[:, None] > block.gather(1, column)[:, :, None]).any():
-        return None
-    place = (cached.slots[:, None] * cached.cache.columns + column).flatten()
-    position = layout.position.gather(1, column)
-    return AttentionInputs(position, None, cached.cache, place, cached, layout.position)
-
-
-def _cached_documents(layout: Layout, place: Tensor, sizes: list[int], cached: CachedRows) -> list[Document]:
-    columns, documents = layout.position.shape[1], []
-    for part in place.split(sizes):
-        row = part[0] // columns
-        keys = layout.is_token[row].nonzero()[:, 0]
-        mask = None
-        if cached.block is not None:
-            mask = cached.block[row, keys] <= cached.block[row, part % columns, None]
-            mask = None if mask.all() else mask
-        index: Any = cached.slots[row] * cached.cache.columns + keys
-        if index[-1] - index[0] == len(index) - 1:  # not copied in every layer
-            index = slice(int(index[0]), int(index[-1]) + 1)
-        documents.append(Document(len(part), mask, layout.position[row, keys][None], index))
+    layout: Layout,
+    place: Int[Tensor, "T"],
+    row: Tensor,
+    sizes: list[int],
+    attend: Bool[Tensor, "B L L"] | None,
+    cached: CachedRows | None,
+) -> list[Documents]:
+    """Describe the documents: all at once if they are of equal size, otherwise one after another."""
+    column = place % layout.position.shape[1]
+    key_column, key_sizes = column, sizes
+    if cached is not None:
+        is_key = layout.is_token[row]
+        key_column, key_sizes = is_key.nonzero()[:, 1], is_key.sum(dim=1).tolist()
+    count = 1
+    if len(set(zip(sizes, key_sizes, strict=True))) == 1:
+        count, sizes, key_sizes = len(sizes), [sum(sizes)], [sum(key_sizes)]
+    documents = []
+    parts = zip(row.split(count), column.split(sizes), key_column.split(key_sizes), strict=True)
+    for row_D1, query_DQ, key_DK in ((r[:, None], q.view(count, -1), k.view(count, -1)) for r, q, k in parts):
+        mask, keys = None, None
+        if attend is not None:
+            mask = attend[row_D1[:, :, None], query_DQ[:, :, None], key_DK[:, None, :]]
+        if cached is not None:
+            keys = cached.cache.locate(cached.slots[row_D1], key_DK)
+            if cached.block is not None:
+                mask = cached.block[row_D1, key_DK][:, None, :] <= cached.block[row_D1, query_DQ][:, :, None]
+                mask = None if mask.all() else mask
+        mask = None if mask is None else mask[:, None]
+        position = layout.position[row_D1, query_DQ], layout.position[row_D1, key_DK]
+        documents.append(Documents(*position, mask, keys))
     return documents
 
 
 def attention(
     module: Any,
-    query: Float[Tensor, "B N Q E"],
+    query: Float[Tensor, "1 N T E"],
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
@@ -255,63 +234,55 @@ def attention(
     sliding_window: int | None = None,
     unmask_inputs: AttentionInputs | None = None,
     **_: Any,
-) -> tuple[Float[Tensor, "B Q N E"], None]:
-    """Attend by the mask, within documents where there are several, with cached keys where there are some.
+) -> tuple[Float[Tensor, "1 T N E"], None]:
+    """Attend within documents, with cached keys where there are some.
 
     Called by every attention layer of a stock model; with the `sliding_window` of a layer a token
     attends to those at most so many positions away. Softmax is taken in the dtype of the weights.
     """
     inputs = unmask_inputs
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast norms give float32
     if inputs is None:  # somebody calls the backbone directly, with transformers' own mask
         if getattr(module.config, "is_causal", True):
             raise UnmaskError("unmask's attention is not causal: set config.is_causal = False.")
-        inputs = AttentionInputs(torch.arange(query.shape[2], device=query.device)[None])
-    layer, inputs.layers = inputs.layers, inputs.layers + 1
-    if query.is_cuda:  # under autocast norms give float32, and not every kernel casts as torch's own does
-        query, key, value = (states.to(_compute_dtype(states.dtype)) for states in (query, key, value))
-    options = {"scale": scaling, "dropout": dropout}
-    whole = (key, value)
-    if inputs.cache is not None:
-        assert inputs.place is not None
-        whole = inputs.cache.write(layer, inputs.place, key, value)
-    if inputs.documents is None:
-        if inputs.cache is not None and inputs.rows is not None:
-            columns = inputs.key_position.shape[1]
-            key, value = (inputs.cache.read(states, inputs.rows.slots, columns) for states in whole)
-        mask = None if attention_mask is None or attention_mask.numel() == 1 else attention_mask
-        on_cuda = kernel == "auto" and query.is_cuda and mask is not None and mask.shape[2] > 1
-        if (kernel == "flex_attention" or on_cuda) and not dropout:
-            out = _flex(query, key, value, mask, scaling, sliding_window, inputs)
-        else:
-            mask = _within(mask, inputs.position, inputs.key_position, sliding_window)
-            out = _attend(kernel, query, key, value, mask, **options)
+        out = _attend(kernel, query, key, value, attention_mask, scaling, dropout)
         return out.transpose(1, 2).contiguous(), None
-    # Split, not sliced: the gradient of each slice would be a tensor as large as the whole row.
-    sizes = [document.queries for document in inputs.documents]
-    queries, positions = query.split(sizes, dim=2), inputs.position.split(sizes, dim=1)
-    if inputs.cache is None:
-        keys, values = key.split(sizes, dim=2), value.split(sizes, dim=2)
+    documents, cache = inputs.documents, inputs.cache
+    if cache is not None:
+        key, value = cache.write(inputs.layers, inputs.place, key, value)
+    inputs.layers += 1
+    sizes = [one.position.numel() for one in documents]
+
+    def by_document(states: Tensor) -> list[Tensor]:
+        """From (1, N, T, E) to (D, N, Q, E). Slices would each have a gradient as large as the whole row."""
+        parts = zip(states[0].split(sizes, dim=1), documents, strict=True)
+        return [part.unflatten(1, one.position.shape).transpose(0, 1) for part, one in parts]
+
+    queries = by_document(query)
+    if cache is None:
+        keys, values = by_document(key), by_document(value)
     else:
-        keys, values = (
-            [states[document.keys].transpose(0, 1)[None] for document in inputs.documents] for states in whole
-        )
+        keys, values = ([cache.read(states, one.cached_keys) for one in documents] for states in (key, value))
+    masked, at_once = any(one.mask is not None for one in documents), len(documents) == 1
     half = query.is_cuda and query.dtype in _HALF
-    masked = any(document.mask is not None for document in inputs.documents)
     # The kernel counts a window from the last key, which a cache's queries need not end at.
-    run_varlen = _varlen_kernel() if half else None
-    if run_varlen and not (dropout or masked or (inputs.cache and sliding_window is not None)):
-        if inputs.cache is not None:
-            key, value = torch.cat(list(keys), dim=2), torch.cat(list(values), dim=2)
-        out = _varlen(run_varlen, query, key, value, inputs.documents, scaling, sliding_window)
-    else:
-        parts = []
-        for document, q, k, v, position in zip(
-            inputs.documents, queries, keys, values, positions, strict=True
-        ):
-            mask = _within(document.mask, position, document.key_position, sliding_window)
-            parts.append(_attend(kernel, q, k, v, mask, **options))
-        out = torch.cat(parts, dim=2)
-    return out.transpose(1, 2).contiguous(), None
+    run_varlen = (
+        None if at_once or masked or dropout or (cache and sliding_window is not None) else _varlen_kernel()
+    )
+    if half and run_varlen:
+        if cache is not None:
+            key, value = torch.cat(keys, dim=2), torch.cat(values, dim=2)
+        return _varlen(run_varlen, query, key, value, documents, scaling, sliding_window), None
+    flex = kernel == "flex_attention" or (kernel == "auto" and half and masked)
+    outputs = []
+    for one, q, k, v in zip(documents, queries, keys, values, strict=True):
+        if flex and at_once and cache is None and not dropout:
+            out = _flex(q, k, v, one, scaling, sliding_window, inputs.block_masks)
+        else:
+            out = _attend(kernel, q, k, v, _within(one, sliding_window), scaling, dropout)
+        outputs.append(out.transpose(1, 2))
+    out = outputs[0] if at_once else torch.cat(outputs, dim=1)
+    return out.reshape(1, -1, *out.shape[2:]), None
 
 
 for _kernel in KERNELS:
@@ -319,19 +290,18 @@ for _kernel in KERNELS:
     AttentionMaskInterface.register(_PREFIX + _kernel, sdpa_mask)  # for direct calls of a backbone
 
 
-def _within(
-    mask: Tensor | None, queries: Int[Tensor, "B Q"], keys: Int[Tensor, "B K"], window: int | None
-) -> Tensor | None:
-    """Add a sliding window to a mask, counted in positions; transformers counts it inclusively, too."""
+def _within(documents: Documents, window: int | None) -> Bool[Tensor, "D 1 Q K"] | None:
+    """The mask with a sliding window, counted in positions; transformers counts it inclusively, too."""
+    mask, keys = documents.mask, documents.key_position
     if window is None or keys.shape[1] <= window + 1:
         return mask
-    near = ((queries[:, :, None] - keys[:, None, :]).abs() <= window)[:, None]
+    near = ((documents.position[:, :, None] - keys[:, None, :]).abs() <= window)[:, None]
     return near if mask is None else mask & near
 
 
 def _attend(
     kernel: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout: float
-) -> Float[Tensor, "B N Q E"]:
+) -> Float[Tensor, "D N Q E"]:
     """Attention of grouped heads by one kernel."""
     if kernel == "auto":
         # In bf16 torch's kernel for CPUs is slower than plain products on short rows, five times in its
@@ -356,22 +326,21 @@ def _varlen(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    documents: list[Document],
+    documents: list[Documents],
     scale: float,
     window: int | None,
-) -> Float[Tensor, "1 N T E"]:
+) -> Float[Tensor, "1 T N E"]:
     """Attention within documents by torch's variable-length kernel."""
-    lengths = [d.queries for d in documents], [d.key_position.shape[1] for d in documents]
+    lengths = [one.position.shape[1] for one in documents], [one.key_position.shape[1] for one in documents]
     ends = [torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=query.device) for n in lengths]
     q, k, v = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
-    out = run(
+    return run(
         *(q, k, v, *ends, *map(max, lengths)),
         scale=scale,
         window_size=(-1, -1) if window is None else (window, window),
         enable_gqa=q.shape[1] != k.shape[1],
         num_splits=1,  # or the longest row of a batch would change the sums of the others
-    )
-    return out.transpose(0, 1)[None]
+    )[None]
 
 
 @cache
@@ -388,24 +357,23 @@ def _flex(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Bool[Tensor, "B 1 Q K"] | None,
+    documents: Documents,
     scale: float,
     window: int | None,
-    inputs: AttentionInputs,
-) -> Float[Tensor, "B N Q E"]:
+    block_masks: dict[int | None, Any],
+) -> Float[Tensor, "D N Q E"]:
     """Attention by flex attention, which passes over blocks of the mask that are empty."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    if window not in inputs.block_masks:
-        size = (len(query), 1, query.shape[2], key.shape[2])
-        allowed = _within(mask, inputs.position, inputs.key_position, window)
-        allowed = None if allowed is None else allowed.expand(size)
-        inputs.block_masks[window] = allowed if allowed is None else create_block_mask(
-            lambda b, h, q, k: allowed[b, 0, q, k], size[0], None, *size[2:], device=query.device
+    if window not in block_masks:
+        allowed = _within(documents, window)
+        sizes = len(query), None, query.shape[2], key.shape[2]
+        block_masks[window] = None if allowed is None else create_block_mask(
+            lambda b, h, q, k: allowed[b, 0, q, k], *sizes, device=query.device
         )  # fmt: skip
-    grouped = query.shape[1] != key.shape[1]
     run = _flex_kernel(compiled=query.is_cuda)
-    return run(query, key, value, block_mask=inputs.block_masks[window], scale=scale, enable_gqa=grouped)
+    grouped = query.shape[1] != key.shape[1]
+    return run(query, key, value, block_mask=block_masks[window], scale=scale, enable_gqa=grouped)
 
 
 @cache

@@ -195,9 +195,7 @@ class MaskedDiffusionMixin(GenerateMixin):
         is_token = torch.ones_like(input_ids, dtype=torch.bool)
         if attention_mask is not None:
             is_token = attention_mask.to(torch.bool)
-        padded = attention_mask is not None
-        if not torch.compiler.is_compiling():  # reading values would break the graph
-            padded = _check_values(input_ids, labels, masks, config.vocab_size, is_token)
+        padded = _check_values(input_ids, labels, masks, config.vocab_size, is_token)
         allowed = is_token if labels is None else is_token & (labels != IGNORED)
         source = src_mask.to(torch.bool) if src_mask is not None and training_mode == "sft" else None
         return ForwardInputs(
