@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import compress, islice
-from operator import not_
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from unmask.data.encode import Encoder, Example, encode_records
 from unmask.data.files import RECORD_SUFFIXES, read_documents, read_records
 from unmask.data.records import detect_format
 from unmask.data.tokenizer import load_tokenizer
-from unmask.diffusion.likelihood import Estimate, Likelihood, Score, check_settings, likelihood, total
+from unmask.diffusion.likelihood import Likelihood, Score, check_settings, likelihood, total
 from unmask.errors import UnmaskError
 from unmask.generation.trace import token_texts
 from unmask.io import atomic_write, check_output_file
@@ -56,45 +56,10 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class RecordScore:
-    """The bound of one record; floats in nats."""
-
-    text: ScoredText
-    score: Score
-    tokens: list[tuple[int, float]]  # each scored id with what it contributes
-    mixture_nll: float | None  # see `unmask.Likelihood`; with the estimator "chain" alone
-
-    def as_json(self, index: int, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
-        """One line of `out`; with a tokenizer also each scored token with its nats."""
-        score, num_bytes = self.score, self.text.num_bytes
-        line: dict[str, Any] = {
-            "index": index,
-            "record": self.text.location,
-            "nats": score.nll.item(),
-            "stderr": score.stderr.item(),
-            "tokens": int(score.num_tokens),
-            "bytes": num_bytes,
-            "nats_per_token": score.nats_per_token().value.item(),
-            "perplexity": score.perplexity().value.item(),
-            "bits_per_byte": score.bits_per_byte(torch.tensor(num_bytes)).value.item() if num_bytes else None,
-        }
-        if self.mixture_nll is not None:
-            line["mixture_nats"] = self.mixture_nll
-        if tokenizer is not None:
-            line["token_nats"] = [list(pair) for pair in self.token_nats(tokenizer)]
-        return line
-
-    def token_nats(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, float]]:
-        """The text of each scored token, on one line, and its nats; · where a character ends with a later one."""
-        texts = token_texts([token for token, _ in self.tokens], tokenizer)
-        return [(text or "·", nats) for text, (_, nats) in zip(texts, self.tokens, strict=True)]
-
-
-@dataclass(frozen=True)
 class FileScore:
     """The bound of every record of a file, and of the whole file."""
 
-    records: list[RecordScore]
+    lines: list[dict[str, Any]]  # of each record, as in `out`, with `token_nats`: each scored token, its nats
     total: Score
     num_forwards: int  # sequences that went through the model
     texts: Texts
@@ -102,12 +67,8 @@ class FileScore:
 
     @property
     def num_bytes(self) -> int:
-        """UTF-8 bytes of the scored texts."""
+        """UTF-8 bytes of the scored texts; end tokens have nats, but no bytes."""
         return sum(item.num_bytes for item in self.texts.items)
-
-    def bits_per_byte(self) -> Estimate:
-        """Bits per UTF-8 byte of the scored text; end tokens have nats, but no bytes."""
-        return self.total.bits_per_byte(torch.tensor(self.num_bytes))
 
 
 def score_file(
@@ -137,7 +98,9 @@ def score_file(
         UnmaskError: a setting, the file, a record or the checkpoint cannot be used, or `out` cannot be
             written; raised before the scoring, except for a full disk.
     """
-    check_settings(estimator, num_samples, seed, batch_size=batch_size)
+    settings: dict[str, Any] = {"estimator": estimator, "num_samples": num_samples, "seed": seed}
+    settings["batch_size"] = batch_size
+    check_settings(**settings)
     if per_token and out is None:
         raise UnmaskError("per_token has an effect with out alone: it adds the tokens to its lines.")
     if out is not None:
@@ -147,35 +110,54 @@ def score_file(
     texts = read_texts(file, tokenizer, positions=positions, **reading)
     denoiser: Any = load_model(model)
     place_for_inference(denoiser)
-    records: list[RecordScore] = []
+    lines: list[dict[str, Any]] = []
     parts: list[Likelihood] = []
     console = console or Console(quiet=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("scoring", total=len(texts.items))
+        advance = partial(progress.advance, progress.add_task("scoring", total=len(texts.items)))
         for start in range(0, len(texts.items), RECORDS_AT_ONCE):
             items = texts.items[start : start + RECORDS_AT_ONCE]
-            part = likelihood(
-                denoiser,
-                collate([item.example for item in items], pad_token_id=0),
-                estimator=estimator,
-                num_samples=num_samples,
-                seed=seed,
-                batch_size=batch_size,
-                advance=lambda count: progress.advance(task, count),
-            )
+            batch = collate([item.example for item in items], pad_token_id=0)
+            part = likelihood(denoiser, batch, advance=advance, **settings)
             parts.append(part)
-            for row, item in enumerate(items):
-                score = Score(part.nll[row], part.stderr[row], part.num_tokens[row])
-                columns = zip(item.example.input_ids, part.token_nll[row].tolist(), strict=False)
-                tokens = list(compress(columns, map(not_, item.example.src_mask)))
-                mixture = None if part.mixture_nll is None else part.mixture_nll[row].item()
-                records.append(RecordScore(item, score, tokens, mixture))
+            lines += [
+                {"index": start + row, **_line(item, part, row, tokenizer)} for row, item in enumerate(items)
+            ]
     if out is not None:
-        lines = (record.as_json(i, tokenizer if per_token else None) for i, record in enumerate(records))
-        atomic_write(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        hidden = () if per_token else ("token_nats",)
+        written = ({name: line[name] for name in line if name not in hidden} for line in lines)
+        atomic_write(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in written))
     fields = ("nll", "stderr", "num_tokens", "record_key")
     whole = total(*(torch.cat([getattr(part, name) for part in parts]) for name in fields))
-    return FileScore(records, whole, sum(part.num_forwards for part in parts), texts, tokenizer)
+    return FileScore(lines, whole, sum(part.num_forwards for part in parts), texts, tokenizer)
+
+
+def _line(
+    text: ScoredText, bound: Likelihood, row: int, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    score = Score(bound.nll[row], bound.stderr[row], bound.num_tokens[row])
+    num_bytes, is_scored = torch.tensor(text.num_bytes), [not source for source in text.example.src_mask]
+    scored, nats = (
+        compress(text.example.input_ids, is_scored),
+        compress(bound.token_nll[row].tolist(), is_scored),
+    )
+    # · where a character ends with a later token.
+    tokens = [
+        [token or "·", nll] for token, nll in zip(token_texts(list(scored), tokenizer), nats, strict=True)
+    ]
+    mixture = {} if bound.mixture_nll is None else {"mixture_nats": bound.mixture_nll[row].item()}
+    return {
+        "record": text.location,
+        "nats": score.nll.item(),
+        "stderr": score.stderr.item(),
+        "tokens": int(score.num_tokens),
+        "bytes": text.num_bytes,
+        "nats_per_token": score.nats_per_token().value.item(),
+        "perplexity": score.perplexity().value.item(),
+        "bits_per_byte": score.bits_per_byte(num_bytes).value.item() if num_bytes else None,
+        **mixture,
+        "token_nats": tokens,
+    }
 
 
 def read_texts(
@@ -254,22 +236,21 @@ def read_texts(
 
 def show_records(scored: FileScore, count: int, console: Console) -> None:
     """Print the first records with their tokens coloured by nats; a digit below each token is its nats."""
-    for record in scored.records[:count]:
-        score, example = record.score, record.text.example
+    for line, text in zip(scored.lines[:count], scored.texts.items, strict=False):
         console.print(
-            f"{record.text.location}: {int(score.num_tokens)} tokens,"
-            f" {score.nll:.2f} ± {score.stderr:.2f} nats, perplexity {score.perplexity().value:.3g}",
+            f"{line['record']}: {line['tokens']} tokens, {line['nats']:.2f} ± {line['stderr']:.2f} nats,"
+            f" perplexity {line['perplexity']:.3g}",
             style="bold",
             highlight=False,
             markup=False,
             soft_wrap=True,
         )
-        if prompt := list(compress(example.input_ids, example.src_mask)):
+        if prompt := list(compress(text.example.input_ids, text.example.src_mask)):
             console.print(Text("".join(token_texts(prompt, scored.tokenizer)), "dim"), soft_wrap=True)
-        for line in coloured_tokens(record.token_nats(scored.tokenizer), console.width):
-            console.print(line, no_wrap=True, overflow="crop")
+        for drawn in coloured_tokens(line["token_nats"], console.width):
+            console.print(drawn, no_wrap=True, overflow="crop")
         console.print()
-    if scored.records[:count]:
+    if scored.lines[:count]:
         console.print(Text("below each token its nats, rounded down; + means 10 or more", "dim"))
 
 
@@ -277,7 +258,7 @@ def show_total(scored: FileScore, console: Console) -> None:
     """Print the figures of the whole file, each with its standard error, and the records left out."""
     score = scored.total
     rows = [
-        (scored.texts.unit, f"{len(scored.records):,}", ""),
+        (scored.texts.unit, f"{len(scored.lines):,}", ""),
         ("tokens", f"{int(score.num_tokens):,}", ""),
         ("bytes", f"{scored.num_bytes:,}", ""),
         ("nats", f"{score.nll:,.1f}", f"± {score.stderr:,.1f}"),
@@ -285,11 +266,11 @@ def show_total(scored: FileScore, console: Console) -> None:
     for name, (value, stderr) in (
         ("nats per token", score.nats_per_token()),
         ("perplexity", score.perplexity()),
-        ("bits per byte", scored.bits_per_byte()),
+        ("bits per byte", score.bits_per_byte(torch.tensor(scored.num_bytes))),
     ):
         rows.append((name, f"{value:,.4f}", f"± {stderr:,.4f}"))
-    if scored.records[0].mixture_nll is not None:
-        mixture = sum(record.mixture_nll or 0.0 for record in scored.records)
+    if "mixture_nats" in scored.lines[0]:
+        mixture = sum(line["mixture_nats"] for line in scored.lines)
         rows.append(("nats of the mixture", f"{mixture:,.1f}", "over the orders sampled"))
     rows.append(("forward passes", f"{scored.num_forwards:,}", ""))
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -304,7 +285,7 @@ def show_total(scored: FileScore, console: Console) -> None:
     console.print("\n".join([*scored.texts.notes, interval]), highlight=False, markup=False)
 
 
-def coloured_tokens(token_nats: list[tuple[str, float]], width: int) -> Iterator[Text]:
+def coloured_tokens(token_nats: list[list[Any]], width: int) -> Iterator[Text]:
     """Lines of tokens at most `width` cells wide, each followed by a line with the nats of its tokens."""
     tokens, digits = Text(), Text(style="dim")
     for text, nats in token_nats:
@@ -355,5 +336,5 @@ def _cut(text: str, location: str, tokenizer: PreTrainedTokenizerBase, size: int
 
 
 def _response_bytes(example: Example, tokenizer: PreTrainedTokenizerBase) -> int:
-    scored = list(compress(example.input_ids, map(not_, example.src_mask)))
+    scored = [token for token, source in zip(example.input_ids, example.src_mask, strict=True) if not source]
     return len(str(tokenizer.decode(scored, skip_special_tokens=True)).encode())
