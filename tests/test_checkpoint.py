@@ -249,7 +249,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
     "broken JSON": (lambda f: (f / "config.json").write_text('{"a": '), "config.json"),
     "no text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json"),
-    "no object": (lambda f: (f / "config.json").write_text("[1]"), "config.json"),
+    "no object": (lambda f: (f / "config.json").write_text("[1]"), "no usable checkpoint"),
     "no model_type": (lambda f: (f / "config.json").write_text('{"a": 1}'), "model_type None"),
     "unsupported": (lambda f: edit(f, model_type="gpt2"), "gpt2.*qwen3, qwen2, llama"),
     "quantised": (lambda f: edit(f, quantization_config={"quant_method": "gptq"}), "quantised"),
@@ -353,6 +353,6 @@ def test_code_that_lies_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     except UnmaskError as error:
         assert "trust_remote_code" in str(error)
     (base / "config.json").unlink()  # nothing but the reference says now what the tokenizer is
-    with pytest.raises(UnmaskError, match="holds no usable tokenizer"):
+    with pytest.raises(UnmaskError, match="has no usable tokenizer"):
         load_tokenizer(str(base))
     assert not mark.exists()

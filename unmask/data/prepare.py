@@ -66,7 +66,11 @@ class DataSource:
     def files(self) -> list[Source]:
         """Its files; in pre-training any file that is named is a document."""
         text = self.encoder is None
-        return find_files(self.names, split=self.split, config_name=self.config_name, text=text)
+        return [
+            file
+            for name in self.names
+            for file in find_files(name, split=self.split, config_name=self.config_name, text=text)
+        ]
 
     def examples(
         self, records: Iterable[tuple[int, Record]], report: EncodeReport, shard: int

@@ -17,16 +17,16 @@ _SYSTEM = {"system": ("system", "system_prompt", "system_message")}
 _TOOLS = {"tools": ("tools", "functions")}
 _REASONING = {"reasoning": ("reasoning_content", "reasoning", "thinking")}
 
-# Format -> what is read of a record -> the keys it is read from. Two keys of one list must not contradict one
-# another, but those of "input" are all read.
+# Format -> what is read of a record -> the keys it is read from, which must not contradict one another.
 READ: dict[str, dict[str, tuple[str, ...]]] = {
     "messages": {"turns": ("messages",), **_SYSTEM, **_TOOLS},
     "sharegpt": {"turns": ("conversations",), **_SYSTEM, **_TOOLS},
-    "prompt_completion": {"prompt": ("prompt",), "completion": ("completion",), **_SYSTEM, **_TOOLS},
+    "prompt_completion": {"instruction": ("prompt",), "response": ("completion",), **_SYSTEM, **_TOOLS},
     "alpaca": {
         "instruction": ("instruction", "question", "query"),
         "response": ("output", "response"),
-        "input": ("input", "context"),
+        "input": ("input",),
+        "context": ("context",),
         "history": ("history",),
         **_SYSTEM,
         **_TOOLS,
@@ -45,6 +45,10 @@ MESSAGE: dict[str, tuple[str, ...]] = {
     "tool_call_id": ("tool_call_id",),
     "name": ("name",),
 }
+_SHAREGPT = {**MESSAGE, "role": ("from", "role"), "content": ("value", "content")}
+_CALL = {"name": ("name",), "arguments": ("arguments",), "id": ("id",)}
+_CALL_NEEDS = "a tool call needs name, arguments"
+_KINDS = {str: "text", list: "a list", Mapping: "an object"}
 
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -129,9 +133,10 @@ def detect_format(
     tables = list(READ.items())
     if custom_format not in (None, CustomFields()):
         tables.insert(-1, ("custom", custom_format.keys()))
-    needed = ("turns", "prompt", "instruction", *(("completion", "response") if answered else ()))
+    needed = ("turns", "instruction", "response") if answered else ("turns", "instruction")
     for name, keys in tables:
-        if all(_first(record, keys[part]) for part in needed if part in keys):
+        parts = [keys[part] for part in needed if part in keys]
+        if all(any(record.get(key) is not None for key in part) for part in parts):
             return name
     raise RecordError(
         where,
@@ -162,123 +167,107 @@ def to_conversation(
     if format == "auto":
         format = detect_format(record, where, custom_format, answered=answered)
     keys = (custom_format or CustomFields()).keys() if format == "custom" else READ[format]
-    fields = _Fields(_without_nulls(record), where, keys, f"{format} format needs ")
+    needed = ", ".join(keys[part][0] for part in ("turns", "instruction", "response") if part in keys)
+    hint = ": see data.sft.custom_format" if format == "custom" else ""
+    fields = _Fields(_without_nulls(record), where, keys, f"{format} format needs {needed}{hint}")
     if "turns" in keys:
-        turns = _turns(fields, "turns")
-    elif "prompt" in keys:
-        turns = _prompt_completion(fields, answered)
+        turns = _turns(fields, *fields.take("turns", required=True))
     else:
-        turns = _instruction(fields, answered, custom=format == "custom")
-    if system := fields.text("system"):
+        turns = _instruction(fields, answered, inputs_required=format == "custom")
+    key, system = fields.take("system")
+    if key and check_text(system, key, where):
         if not turns or turns[0].role != "system":
             turns = [Turn("system", system), *turns]
         elif turns[0].content != system:
-            key = _first(fields.record, keys["system"])
             raise RecordError(where, f"field '{key}' contradicts the system turn", "; remove one of them")
     tools = _tools(fields)
     _check_order(turns, where, answered)
-    return Conversation(tuple(turns), where, tools, fields.unused())
+    return Conversation(tuple(turns), where, tools, tuple(map(str, fields.left)))
 
 
 class _Fields:
-    """The fields of a record, or of a message of one; remembers which were read."""
+    """The fields of a record, a message or a call; `left` has those that were not taken."""
 
     def __init__(
-        self, record: Mapping[str, Any], where: str, keys: Mapping[str, tuple[str, ...]], needs: str
+        self, record: Mapping[str, Any], where: str, keys: Mapping[str, tuple[str, ...]], needs: str = ""
     ) -> None:
-        self.record, self.where, self.keys, self.needs = record, where, keys, needs
-        self.used: set[str] = set()
-        self.inner: dict[str, None] = {}  # unused fields of messages
+        self.where, self.keys, self.needs, self.left = where, keys, needs, dict(record)
+        self.names = _names(record)
 
-    def one(self, part: str, needed: str = "") -> tuple[str, Any]:
-        """The key and the value of a part; ("", None) if it is not there and not `needed`."""
-        names = self.keys.get(part, ())
-        there = [name for name in names if name in self.record]
-        if len({json.dumps(self.record[name]) for name in there}) > 1:
+    def take(self, part: str, *, required: bool = False) -> tuple[str, Any]:
+        """The key and the value of a part; ("", None) if it is not there and not `required`."""
+        keys = self.keys.get(part, ())
+        there = [key for key in keys if key in self.left]
+        if required and keys and not there:
+            detail = f" ({self.needs}); fields here: {self.names}"
+            raise RecordError(self.where, f"no field '{keys[0]}', or it is null", detail)
+        values = [self.left.pop(key) for key in there]
+        if any(value != values[0] for value in values):
             raise RecordError(self.where, f"fields '{there[0]}' and '{there[1]}' contradict one another")
-        self.used.update(there)
-        if needed and not there:
-            detail = f" ({self.needs}{needed}); fields here: {_names(self.record)}"
-            raise RecordError(self.where, f"no field '{names[0]}', or it is null", detail)
-        return (there[0], self.record[there[0]]) if there else ("", None)
+        return (there[0], values[0]) if there else ("", None)
 
-    def text(self, part: str, needed: str = "") -> str:
-        """The text of a part; "" if it is not there and not `needed`."""
-        key, value = self.one(part, needed)
+    def text(self, part: str, *, required: bool = False) -> str:
+        """The text of a part; "" if it is not there and not `required`."""
+        key, value = self.take(part, required=required)
         return check_text(value, key, self.where) if key else ""
 
-    def unused(self) -> tuple[str, ...]:
-        return (*(str(name) for name in self.record if name not in self.used), *self.inner)
 
-
-def _instruction(fields: _Fields, answered: bool, custom: bool) -> list[Turn]:
-    where, keys = fields.where, fields.keys
-    needs = f"{keys['instruction'][0]}, {keys['response'][0]}{': see data.sft.custom_format' * custom}"
+def _instruction(fields: _Fields, answered: bool, inputs_required: bool) -> list[Turn]:
+    """The turns of an instruction and a response, each a text or a list of messages."""
     turns: list[Turn] = []
-    for number, pair in enumerate(_typed(fields.one("history")[1] or [], list, "history", where), 1):
-        place = f"{where}, history {number}"
-        if len(_typed(pair, list, "history", place)) != 2:
-            raise RecordError(place, "field 'history' must be a list of [user, assistant] pairs")
-        turns += [Turn("user", check_text(pair[0], "history", place)), _answer(pair[1], "history", place)]
-    texts = [fields.text("instruction", needs)]
-    for key in keys.get("input", ()):
-        own = _Fields(fields.record, where, {"input": (key,)}, fields.needs)
-        texts.append(own.text("input", needs if custom else ""))
-        fields.used |= own.used
-    texts = [text for number, text in enumerate(texts) if text.strip() or (number == 0 and text)]
-    turns.append(Turn("user", "\n".join(texts)))
-    key, response = fields.one("response", needs if answered else "")
-    if key and (answered or response):
-        turns.append(replace(_answer(response, key, where), reasoning=fields.text("reasoning")))
+    for number, pair in enumerate(_typed(fields.take("history")[1] or [], list, "history", fields.where), 1):
+        where = f"{fields.where}, history {number}"
+        if len(_typed(pair, list, "history", where)) != 2:
+            raise RecordError(where, "field 'history' must be a list of [user, assistant] pairs")
+        turns += [Turn("user", check_text(pair[0], "history", where)), _answer(pair[1], "history", where)]
+    key, value = fields.take("instruction", required=True)
+    if isinstance(value, list):  # its assistant turns are context: only the response is trained on
+        turns += [replace(turn, train=False) for turn in _turns(fields, key, value)]
+    else:
+        inputs = [fields.text(part, required=inputs_required) for part in ("input", "context")]
+        texts = [check_text(value, key, fields.where), *(text for text in inputs if text.strip())]
+        turns.append(Turn("user", "\n".join(filter(None, texts))))
+    key, value = fields.take("response", required=answered)
+    if isinstance(value, list):
+        turns += _turns(fields, key, value)
+    elif key and (answered or value):
+        turns.append(replace(_answer(value, key, fields.where), reasoning=fields.text("reasoning")))
     return turns
 
 
-def _prompt_completion(fields: _Fields, answered: bool) -> list[Turn]:
-    turns: list[Turn] = []
-    for part in ("prompt", "completion"):
-        key, value = fields.one(part, "prompt, completion" if answered or part == "prompt" else "")
-        if isinstance(value, str) and part == "prompt":
-            turns.append(Turn("user", check_text(value, key, fields.where)))
-        elif isinstance(value, str):
-            turns += [_answer(value, key, fields.where)] if answered or value else []
-        elif key:
-            turns += _turns(fields, part)
-        if part == "prompt":  # its assistant turns are context: only the completion is trained on
-            turns = [replace(turn, train=turn.role == "user" and isinstance(value, str)) for turn in turns]
-    return turns
-
-
-def _turns(fields: _Fields, part: str) -> list[Turn]:
+def _turns(fields: _Fields, key: str, messages: Any) -> list[Turn]:
     """The turns of a list of {"role", "content"} or {"from", "value"} objects."""
-    key, messages = fields.one(part, fields.keys[part][0])
-    keys = MESSAGE
-    if key == "conversations":
-        keys = {**MESSAGE, "role": MESSAGE["role"][::-1], "content": MESSAGE["content"][::-1]}
+    keys = _SHAREGPT if key == "conversations" else MESSAGE
+    needs = f"a message needs {keys['role'][0]}, {keys['content'][0]}"
     turns = []
     for number, message in enumerate(_typed(messages, list, key, fields.where), 1):
         where = f"{fields.where}, {key} {number}"
-        message = _typed(message, Mapping, "message", where)
-        inner = _Fields(message, where, keys, "a message needs ")
-        turns.append(_turn(inner, f"{keys['role'][0]}, {keys['content'][0]}"))
-        fields.inner |= dict.fromkeys(f"{key}.{name}" for name in inner.unused())
+        items = _typed(message, Mapping, "message", where).items()
+        given = {name: value for name, value in items if value or name not in MESSAGE["calls"]}
+        inner = _Fields(given, where, keys, needs)
+        turns.append(_turn(inner))
+        fields.left |= dict.fromkeys(f"{key}.{name}" for name in inner.left)
     return turns
 
 
-def _turn(fields: _Fields, needs: str) -> Turn:
+def _turn(fields: _Fields) -> Turn:
     where = fields.where
-    role_key, name = fields.one("role", needs)
+    role_key, name = fields.take("role", required=True)
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         detail = f" {str(name)[:40]!r}; expected one of {', '.join(ROLES)}"
         raise RecordError(where, f"unknown {role_key}", detail)
-    calls = _calls(fields, role)
-    key, value = fields.one("content", "" if calls else needs)  # OpenAI's calls come without content
+    key, value = fields.take("calls")
+    if key and role != "assistant":
+        detail = f"; this one is of {role}"
+        raise RecordError(where, f"only an assistant turn may have '{key}'", detail)
+    calls = _calls(value, key, where) if key else ()
+    key, value = fields.take("content", required=not calls)  # OpenAI's calls come without content
     if name in CALL_ROLES and not calls:
-        content, calls = "", _call_list(_json(value, key, where, f" of a {name} turn"), key, where)
-    else:
-        content = _joined(value, key, where) if key else ""
+        calls, key = _calls(value, f"{key} ({name})", where), ""
+    content = _joined(value, key, where) if key else ""
     if role == "assistant" and not calls:
-        content = _answer(content, key, where).content
+        _answer(content, key, where)
     return Turn(
         role,
         content,
@@ -292,70 +281,36 @@ def _turn(fields: _Fields, needs: str) -> Turn:
 
 def _is_trained(fields: _Fields) -> bool:
     """What "train" or "loss" (true or false) or "weight" (1 or 0) of a message say; True without them."""
-    said = {}
-    for key in fields.keys["trained"]:
-        if (value := fields.record.get(key)) is None:
-            continue
-        fields.used.add(key)
-        if isinstance(value, bool) == (key == "weight") or value not in (0, 1):
+    for key, value in fields.left.items():
+        if key in MESSAGE["trained"] and (
+            isinstance(value, bool) == (key == "weight") or value not in (0, 1)
+        ):
             expected = "0 or 1" if key == "weight" else "true or false"
             raise RecordError(fields.where, f"field '{key}' must be {expected}", f"; got {_kind(value)}")
-        said[key] = bool(value)
-    if len(set(said.values())) > 1:
-        reason = "fields '{}' and '{}' contradict one another".format(*said)
-        raise RecordError(fields.where, reason, "; remove one")
-    return all(said.values())
+    return fields.take("trained")[1] in (None, True)
 
 
-def _calls(fields: _Fields, role: str) -> tuple[Mapping[str, Any], ...]:
-    """The calls in "tool_calls", or the one in "function_call" (OpenAI until 2023)."""
-    there = [key for key in fields.keys["calls"] if fields.record.get(key)]
-    fields.used.update(fields.keys["calls"])
-    if not there:
-        return ()
-    if len(there) > 1:
-        reason = "fields '{}' and '{}' contradict one another".format(*there)
-        raise RecordError(fields.where, reason, "; remove one")
-    [key] = there
-    if role != "assistant":
-        detail = f"; this one is of {role}"
-        raise RecordError(fields.where, f"only an assistant turn may have '{key}'", detail)
-    value = fields.record[key]
-    if key == "tool_calls":
-        value = _json(value, key, fields.where) if isinstance(value, str) else value
-        value = _typed(value, list, key, fields.where)
-    return _call_list(value, key, fields.where)
-
-
-def _call_list(calls: Any, key: str, where: str) -> tuple[Mapping[str, Any], ...]:
+def _calls(value: Any, key: str, where: str) -> tuple[Mapping[str, Any], ...]:
     """A call, or a list of them, as {"name", "arguments"}; OpenAI nests them, with the arguments as text."""
-    if not isinstance(calls, list):
-        return (_call(calls, f"{where}, {key}"),)
+    value, calls = _json(value, key, where) or [], []
+    for number, call in enumerate(value if isinstance(value, list) else [value], 1):
+        at = f"{where}, {key} {number}"
+        call = _typed(call, Mapping, "call", at)
+        fields = _Fields(_typed(call.get("function", call), Mapping, "function", at), at, _CALL, _CALL_NEEDS)
+        name, (_, arguments) = fields.text("name", required=True), fields.take("arguments")
+        arguments = _typed(_json(arguments, "arguments", at) or {}, Mapping, "arguments", at)
+        check_text(json.dumps(arguments, ensure_ascii=False), "arguments", at)
+        own = _Fields(call, at, _CALL).text("id")
+        calls.append({"name": name, "arguments": dict(arguments), **({"id": own} if own else {})})
     if not calls:
         raise RecordError(where, f"field '{key}' has no call")
-    return tuple(_call(call, f"{where}, {key} {number}") for number, call in enumerate(calls, 1))
-
-
-def _call(call: Any, where: str) -> Mapping[str, Any]:
-    call = _typed(call, Mapping, "call", where)
-    inner = _typed(call.get("function", call), Mapping, "function", where)
-    keys = {name: (name,) for name in ("name", "arguments", "id")}
-    fields = _Fields(inner, where, keys, "a tool call needs ")
-    name, (_, arguments) = fields.text("name", "name, arguments"), fields.one("arguments")
-    if isinstance(arguments, str):
-        arguments = _json(arguments, "arguments", where) if arguments.strip() else {}
-    arguments = _typed({} if arguments is None else arguments, Mapping, "arguments", where)
-    check_text(json.dumps(arguments, ensure_ascii=False), "arguments", where)
-    own = _Fields(call, where, keys, "").text("id")
-    return {"name": name, "arguments": dict(arguments), **({"id": own} if own else {})}
+    return tuple(calls)
 
 
 def _tools(fields: _Fields) -> tuple[Mapping[str, Any], ...]:
     """The tools: a list of objects, or a text with one as JSON; "functions" are the older form of them."""
-    key, tools = fields.one("tools")
-    if isinstance(tools, str):
-        tools = _without_nulls(_json(tools, key, fields.where)) if tools.strip() else []
-    tools = _typed(tools or [], list, key, fields.where)
+    key, tools = fields.take("tools")
+    tools = _typed(_without_nulls(_json(tools, key, fields.where) or []), list, key, fields.where)
     tools = [_typed(tool, Mapping, key, f"{fields.where}, {key} {n}") for n, tool in enumerate(tools, 1)]
     check_text(json.dumps(tools, ensure_ascii=False), key, fields.where)
     return tuple({"type": "function", "function": tool} if key == "functions" else tool for tool in tools)
@@ -375,23 +330,17 @@ def call_text(turn: Turn) -> str:
 
 def _check_order(turns: Sequence[Turn], where: str, answered: bool) -> None:
     roles = [turn.role for turn in turns]
-    listed = ", ".join(roles[:8]) + (", ..." if len(roles) > 8 else "")
-    if answered and "assistant" not in roles:
-        detail = f"; turns: {listed or 'none'}"
-        raise RecordError(where, "there is no assistant turn, so nothing to train on", detail)
+    listed = ", ".join(roles[:8]) + (", ..." if len(roles) > 8 else "") or "none"
     before = roles[: roles.index("assistant")] if "assistant" in roles else roles
+    if answered and "assistant" not in roles:
+        raise RecordError(where, "there is no assistant turn, so nothing to train on", f"; turns: {listed}")
     if "user" not in before:
-        raise RecordError(
-            where,
-            "turns out of order: the first assistant turn has no user turn before it",
-            f"; expected system (if any), user, assistant, ...; turns: {listed or 'none'}",
-        )
+        reason = "turns out of order: the first assistant turn has no user turn before it"
+        detail = f"; expected system (if any), user, assistant, ...; turns: {listed}"
+        raise RecordError(where, reason, detail)
     if "tool" in before:
-        raise RecordError(
-            where,
-            "turns out of order: a tool turn is before any assistant turn",
-            f"; expected it after the assistant turn that calls the tool; turns: {listed}",
-        )
+        detail = f"; expected it after the assistant turn that calls the tool; turns: {listed}"
+        raise RecordError(where, "turns out of order: a tool turn is before any assistant turn", detail)
 
 
 def check_text(value: Any, field: str, where: str) -> str:
@@ -424,11 +373,14 @@ def _joined(value: Any, field: str, where: str) -> str:
     return "".join(check_text(part.get("text"), f"{field}.text", where) for part in value)
 
 
-def _json(value: Any, field: str, where: str, of: str = "") -> Any:
+def _json(value: Any, field: str, where: str) -> Any:
+    """What a text says, None if it is blank; what is not a text is returned."""
+    if not isinstance(value, str):
+        return value
     try:
-        return json.loads(check_text(value, field, where))
-    except (ValueError, RecursionError) as error:
-        raise RecordError(where, f"field '{field}'{of} is not valid JSON", f" ({error})") from error
+        return json.loads(check_text(value, field, where)) if value.strip() else None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise RecordError(where, f"field '{field}' is not valid JSON", f" ({error})") from error
 
 
 def _without_nulls(value: Any) -> Any:
@@ -438,23 +390,15 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def _first(record: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    return next((name for name in names if record.get(name) is not None), None)
-
-
 def _typed(value: Any, kind: type, field: str, where: str) -> Any:
     if not isinstance(value, kind):
-        expected = "text" if kind is str else "a list" if kind is list else "an object"
-        raise RecordError(where, f"field '{field}' must be {expected}", f"; got {_kind(value)}")
+        raise RecordError(where, f"field '{field}' must be {_KINDS[kind]}", f"; got {_kind(value)}")
     return value
 
 
 def _kind(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    if isinstance(value, int | float):
-        return f"the number {value}"
-    return "text" if isinstance(value, str) else "an object" if isinstance(value, Mapping) else "a list"
+    kinds = (name for kind, name in _KINDS.items() if isinstance(value, kind))
+    return next(kinds, json.dumps(value, default=str))
 
 
 def _names(record: Mapping[str, Any]) -> str:

@@ -24,12 +24,10 @@ REWRITTEN = "the chat template rewrites the response beyond recognition"
 NO_REASONING = "the chat template leaves out the reasoning of some turns"
 REASONS = "has reasoning, but thinking=off lets every response start after an empty think block"
 PRIVATE = "has both strings of special tokens and characters for private use"
-OPEN, MIDDLE, CLOSE = "\ue000", "\ue001", "\ue002"  # of private marks
-ALIAS = ("\U000ffff0", "\U000ffff1")  # around the number of a special token
+# Characters for private use, each pair around a number: of a special token, a hidden string, a response.
+ALIAS, HIDDEN, RESPONSE = ("\U000ffff0", "\U000ffff1"), "\U000ffff2", "\U000ffff3"
 EMPTY = "<think>\n\n</think>\n\n"
-THINK = re.compile(
-    r"\s*<think>(?P<reasoning>(?:(?!</?think>).)*)</think>(?P<answer>(?:(?!</?think>).)*)", re.S
-)
+THINK = re.compile(r"\s*<think>((?!</?think>).)*</think>(?P<answer>((?!</?think>).)*)", re.S)
 
 Thinking = Literal["off", "on", "template"]
 
@@ -116,42 +114,39 @@ class ChatLayout:
 
     def _probe(self, thinking: Thinking) -> None:
         """Find end token, header and think block from a conversation of two turns."""
-        mark = f"{OPEN}r{CLOSE}"
-        asked, answer = [{"role": "user", "content": "a"}], {"role": "assistant", "content": mark}
+        asked, answer = [{"role": "user", "content": "a"}], {"role": "assistant", "content": RESPONSE}
         where = "a conversation of two turns"
         try:
             text = self._render([*asked, answer], where)
         except RecordError:  # some demand a system turn
             asked = [{"role": "system", "content": "s"}, *asked]
             text = self._render([*asked, answer], where)
-        if text.count(mark) != 1:
+        before, *after = text.split(RESPONSE)
+        if len(after) != 1:
             raise UnmaskError(
                 "the chat template does not write the assistant's text as it is; "
                 "use layout=separator or another template."
             )
-        before, after = text.split(mark)
-        if (end := re.match(rf"\s*({self._special.pattern})", after)) is None:
+        if (end := re.match(rf"\s*({self._special.pattern})", after[0])) is None:
             raise UnmaskError(
                 "the chat template writes no end token after a response, so a model could not "
                 "learn to stop; use layout=separator or another template."
             )
         self.end_token = end.group(1)
         # The header is what opens a response; an empty or open think block at its end is kept apart.
-        header = self._opened(asked, where)
-        self._header = header.split("<think>")[0]
-        written = before.rpartition(self._header)[2] if self._header and self._header in before else ""
-        if "enable_thinking" in self.chat_template:
-            off = self._opened(asked, where, enable_thinking=False)
-            written = off.removeprefix(self._header) if off.startswith(f"{self._header}<think>") else written
-        knows = THINK.fullmatch(written.rstrip()) is not None or "<think>" in header
-        self._empty = (written if THINK.fullmatch(written.rstrip()) else EMPTY) if knows else ""
-        self._opening = header[len(self._header) :]
+        opened, opened_off = (self._opened(asked, where, **off) for off in ({}, {"enable_thinking": False}))
+        self._header, _, _ = opened.partition("<think>")
+        self._opening = opened.removeprefix(self._header)
+        self._span = re.compile(f"{re.escape(self._header)}(.*?{re.escape(self.end_token)})", re.S)
+        blocks = (opened_off.removeprefix(self._header), before.rpartition(self._header or before)[2])
+        empty = next((block for block in blocks if THINK.fullmatch(block.rstrip())), None)
+        self._empty = empty or (EMPTY if self._opening else "")
         if thinking == "off":
             self._opening = self._empty
         elif thinking == "on":
-            if not knows:
+            if not self._empty:
                 raise UnmaskError("thinking=on: the chat template has no think block to open.")
-            self._opening = self._empty[: self._empty.index("</think>")].rstrip() + "\n"
+            self._opening = self._empty.partition("</think>")[0].rstrip() + "\n"
 
     def render(
         self,
@@ -170,27 +165,28 @@ class ChatLayout:
             RecordError: The template refuses the conversation.
         """
         messages, shown, hidden = self._messages(turns, tools)
-        text, bounds = self._located(messages, shown, where)
-        rendered = Rendered([], bool(hidden), self._lost(messages, text, bounds))
+        text = self._render(messages, where, shown)
+        spans = self._spans(text, messages, shown, where)
+        rendered = Rendered([], bool(hidden), self._lost(messages, text, spans))
         if tools and not self.shows_tools:
             rendered.lost.append("had a list of tools, which the chat template has no place for")
         done = 0
-        for place, (start, stop) in bounds.items():
-            if not trained[place]:
+        for index, (start, stop) in spans.items():
+            if not trained[index]:
                 continue
             written = text[start:stop]
             if not written.startswith(self._opening):
                 if written.lstrip().startswith("<think>"):
                     raise DropRecord(REASONS)
                 written = self._empty + written
-            before = text[done:start] + self._opening
-            blanks = before[len(before.rstrip(" ")) :]
-            response = blanks + written[len(self._opening) :]
-            rendered.pieces += [(before.rstrip(" "), False), (response, True)]
+            prompt = text[done:start] + self._opening
+            bare = prompt.rstrip(" ")
+            response = prompt[len(bare) :] + written[len(self._opening) :]
+            rendered.pieces += [(bare, False), (response, True)]
             done = stop
         rendered.pieces.append((text[done:], False))
         if hidden:
-            either = re.compile(f"{hidden[0]}(\\d+){CLOSE}|{self._special.pattern}")
+            either = re.compile(f"{HIDDEN}(\\d+){HIDDEN}|{self._special.pattern}")
 
             def put_back(match: re.Match[str]) -> str:
                 return hidden[int(match[1])] if match[1] else self._aliases[match.group()]
@@ -216,54 +212,55 @@ class ChatLayout:
             return rendered
         raise UnmaskError(f"{where}: the chat template does not write a response after it.")
 
-    def _located(
-        self, messages: list[dict[str, Any]], shown: Sequence[Any], where: str
-    ) -> tuple[str, dict[int, tuple[int, int]]]:
-        """The text, and where each assistant turn is in it with its end token, by the turn's number."""
-        text, header = self._render(messages, where, shown), self._header
-        places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    def _spans(
+        self, text: str, messages: list[dict[str, Any]], shown: Sequence[Any], where: str
+    ) -> dict[int, tuple[int, int]]:
+        """Where each assistant turn is in `text` with its end token, by the turn's number."""
+        header = self._header
+        indices = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if header and not any(header in message["content"] for message in messages):
-            starts = [match.end() for match in re.finditer(re.escape(header), text)]
-            stops = [text.find(self.end_token, start) for start in starts]
-            if len(starts) == len(places) and all(
-                start <= stop < after
-                for start, stop, after in zip(starts, stops, [*starts[1:], len(text)], strict=True)
-            ):
-                ends = [stop + len(self.end_token) for stop in stops]
-                return text, dict(zip(places, zip(starts, ends, strict=True), strict=True))
-        mark = _fresh_mark(messages)
-        marks = {place: f"{mark}r{place}{CLOSE}" for place in places}
+            found = [match.span(1) for match in self._span.finditer(text)]
+            if len(found) == text.count(header) == len(indices):
+                return dict(zip(indices, found, strict=True))
+        marks = {index: f"{RESPONSE}{index}{RESPONSE}" for index in indices}
         marked = [
-            {"role": "assistant", "content": marks[place]} if place in marks else message
-            for place, message in enumerate(messages)
+            {"role": "assistant", "content": marks[index]} if index in marks else message
+            for index, message in enumerate(messages)
         ]
-        anchors = _split(self._render(marked, where, shown), list(marks.values()))
-        responses = [messages[place]["content"] for place in places]
-        found = _search(text, anchors, responses) if anchors else None
-        if not found:
+        parts = re.split(f"({RESPONSE}\\d+{RESPONSE})", self._render(marked, where, shown))
+        if parts[1::2] != list(marks.values()) or not text.startswith(parts[0]):
             raise DropRecord(REWRITTEN)
-        bounds: dict[int, tuple[int, int]] = {}
-        done = 0
-        for place, (start, stop) in zip(places, found, strict=True):
-            if header and (at := text.rfind(header, done, start)) >= 0:
-                start = at + len(header)
-            end = re.compile(r"\s*" + re.escape(self.end_token)).match(text, stop)
+        spans: dict[int, tuple[int, int]] = {}
+        start, done = len(parts[0]), 0
+        for index, after in zip(indices, parts[2::2], strict=True):
+            # The text as it was given first, as it might have a copy of what follows.
+            content = messages[index]["content"]
+            given = (len(part) for part in (content, content.strip()) if text.startswith(part + after, start))
+            size = next(given, text.find(after, start) - start)
+            if size < 0:
+                raise DropRecord(REWRITTEN)
+            stop, at = start + size, text.rfind(header, done, start) if header else -1
+            end = re.compile(rf"\s*{re.escape(self.end_token)}").match(text, stop)
             done = end.end() if end else stop
-            bounds[place] = (start, done)
-        return text, bounds
+            spans[index] = (start if at < 0 else at + len(header), done)
+            start = stop + len(after)
+        if start != len(text):
+            raise DropRecord(REWRITTEN)
+        return spans
 
     def _lost(
-        self, messages: Sequence[Mapping[str, Any]], text: str, bounds: Mapping[int, tuple[int, int]]
+        self, messages: Sequence[Mapping[str, Any]], text: str, spans: Mapping[int, tuple[int, int]]
     ) -> list[str]:
         """What the template leaves out of the messages; a response has to be there whole."""
         lost: dict[str, None] = {}
-        for place, message in enumerate(messages):
+        whole = _squeezed(text)
+        for index, message in enumerate(messages):
             content = _squeezed(message["content"])
-            if place not in bounds:
-                if message["content"].strip() not in text and content not in _squeezed(text):
+            if index not in spans:
+                if content not in whole:
                     lost[f"the chat template leaves out {message['role']} turns"] = None
                 continue
-            written = _squeezed(text[slice(*bounds[place])])
+            written = _squeezed(text[slice(*spans[index])])
             reasoning = _squeezed(message.get(self._reasoning_key, ""))
             names = [_squeezed(call["function"]["name"]) for call in message.get("tool_calls", ())]
             if all(part in written for part in (*names, content, reasoning)):
@@ -281,14 +278,17 @@ class ChatLayout:
         """What the template is given: messages and tools, with strings of special tokens hidden by marks.
 
         Tool calls are left to a template that knows them, with their ids if it writes ids; for others they
-        are written into the content, and so is reasoning. Also returns what was hidden, after the beginning
-        of every mark.
+        are written into the content, and so is reasoning. Also returns what was hidden, by number.
         """
         messages: list[dict[str, Any]] = []
         for turn in turns:
             message: dict[str, Any] = {"role": turn.role, "content": turn.content}
             if turn.tool_calls and self._writes_calls:
-                message["tool_calls"] = [self._call(call) for call in turn.tool_calls]
+                message["tool_calls"] = [
+                    {name: call[name] for name in ("id",) if name in call and self._writes_ids}
+                    | {"type": "function", "function": {name: call[name] for name in ("name", "arguments")}}
+                    for call in turn.tool_calls
+                ]
             elif turn.tool_calls:
                 message["content"] = call_text(turn)
             if turn.reasoning and self._reasoning_key:
@@ -300,25 +300,16 @@ class ChatLayout:
             if turn.name is not None:
                 message["name"] = turn.name
             messages.append(message)
-        shown = list(tools) if self.shows_tools else []
-        texts = _texts([messages, shown])
-        if not any(map(self._special.search, texts)):
-            return messages, shown, []
-        if any(re.search("\\d+".join(ALIAS), text) for text in texts):
-            raise DropRecord(PRIVATE)
-        hidden = [f"{_fresh_mark([messages, shown])}s"]
+        given, hidden = [messages, list(tools) if self.shows_tools else []], []
 
         def hide(match: re.Match[str]) -> str:
             hidden.append(match.group())
-            return f"{hidden[0]}{len(hidden) - 1}{CLOSE}"
+            return f"{HIDDEN}{len(hidden) - 1}{HIDDEN}"
 
-        messages, shown = _in_texts([messages, shown], lambda text: self._special.sub(hide, text))
+        messages, shown = _in_texts(given, lambda text: self._special.sub(hide, text))
+        if hidden and re.search(f"[{''.join((*ALIAS, HIDDEN))}]", json.dumps(given, ensure_ascii=False)):
+            raise DropRecord(PRIVATE)
         return messages, shown, hidden
-
-    def _call(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        """A tool call as OpenAI writes it."""
-        own = {"id": call["id"]} if "id" in call and self._writes_ids else {}
-        return {**own, "type": "function", "function": {name: call[name] for name in ("name", "arguments")}}
 
     def _render(
         self, messages: list[dict[str, Any]], where: str, tools: Sequence[Any] = (), **variables: Any
@@ -348,20 +339,6 @@ def _squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-def _fresh_mark(value: Any) -> str:
-    """A string that no text in `value` has, of private-use characters, which templates pass on."""
-    texts, number = _texts(value), 0
-    while any(f"{OPEN}{number}{MIDDLE}" in text for text in texts):
-        number += 1
-    return f"{OPEN}{number}{MIDDLE}"
-
-
-def _texts(value: Any) -> list[str]:
-    texts: list[str] = []
-    _in_texts(value, lambda text: texts.append(text) or text)
-    return texts
-
-
 def _in_texts(value: Any, change: Callable[[str], str]) -> Any:
     """`value`, of JSON's types, with every text in it changed."""
     if isinstance(value, str):
@@ -369,32 +346,3 @@ def _in_texts(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, Mapping):
         return {_in_texts(key, change): _in_texts(inner, change) for key, inner in value.items()}
     return [_in_texts(inner, change) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def _split(text: str, marks: list[str]) -> list[str] | None:
-    """`text` split at each of `marks`; None unless each is in it once and in this order."""
-    anchors = []
-    for mark in marks:
-        if text.count(mark) != 1:
-            return None
-        anchor, _, text = text.partition(mark)
-        anchors.append(anchor)
-    return [*anchors, text]
-
-
-def _search(text: str, anchors: list[str], responses: list[str]) -> list[tuple[int, int]] | None:
-    """Where the responses are between the anchors; the template may strip or rewrite them."""
-    if not text.startswith(anchors[0]) or not text.endswith(anchors[-1]):
-        return None
-    bounds = []
-    start, limit = len(anchors[0]), len(text) - len(anchors[-1])
-    for response, anchor in zip(responses[:-1], anchors[1:-1], strict=True):
-        # The expected text first: the response might have a copy of the anchor.
-        expected = (response, response.strip())
-        stop = next((start + len(e) for e in expected if text.startswith(e + anchor, start)), None)
-        stop = text.find(anchor, start, limit) if stop is None else stop
-        if stop < 0:
-            return None
-        bounds.append((start, stop))
-        start = stop + len(anchor)
-    return [*bounds, (start, limit)] if start <= limit else None

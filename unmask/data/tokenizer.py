@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from unmask.data.hub import HUB_NAME, first_line, model_on_hub, offline_hint, require_hub
+from unmask.data.hub import load_named, model_folder
 from unmask.errors import UnmaskError
 from unmask.formats import Format, read_format
 
@@ -38,8 +38,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         >>> byte_tokenizer()("hé")["input_ids"]
         [104, 195, 169]
     """
-    model = BPE(vocab=_byte_alphabet(), merges=[])
-    backend = Tokenizer(model)
+    # Byte-level BPE writes a byte that prints as itself, and the others, in order, from the 257th character on.
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    others = sorted(set(range(256)).difference(map(ord, characters)))
+    number = dict(zip((char for char in characters if ord(char) > 255), others, strict=True))
+    backend = Tokenizer(BPE(vocab={char: number.get(char, ord(char)) for char in characters}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", MASK_TOKEN]
@@ -61,38 +64,23 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer called `name`: "bytes", a folder, or a model on the hub.
 
     Raises:
-        UnmaskError: The folder holds no tokenizer, or the hub has none or cannot be reached.
+        UnmaskError: The folder has no tokenizer, or the hub has none or cannot be reached.
     """
     if name == "bytes":
         return byte_tokenizer()
-    path = Path(name).expanduser()
-    if path.is_dir():
-        source = str(path)
-    elif path.exists():
-        raise UnmaskError(f"{name}: a tokenizer is a folder (with tokenizer.json); this is a file.")
-    elif not HUB_NAME.fullmatch(name):
-        raise UnmaskError(f'{name}: no such folder; give a tokenizer folder, a hub name or "bytes".')
-    else:
-        require_hub(name, "model")
-        source = name
-        with suppress(UnmaskError):  # a tokenizer need not have a model next to it
-            folder = model_on_hub(name)
-            source, path = (str(folder), folder) if read_format(folder) else (name, path)
-    format = read_format(path) if path.is_dir() else None
-    try:
-        tokenizer = _tokenizer_class(path, format).from_pretrained(source, trust_remote_code=False)
-    except Exception as error:
-        if path.is_dir():
-            raise UnmaskError(
-                f"{name}: this folder holds no usable tokenizer "
-                f"(tokenizer.json, tokenizer_config.json): {first_line(error)}."
-            ) from error
-        raise UnmaskError(
-            f"{name}: no such folder, and the hub gave no tokenizer: {first_line(error)}.{offline_hint()}"
-        ) from error
+    return load_named(name, "tokenizer", _load)
+
+
+def _load(source: str) -> PreTrainedTokenizerBase:
+    folder, format = Path(source), None
+    with suppress(OSError):  # on the hub a tokenizer need not have a model next to it
+        folder = model_folder(source)
+        format = read_format(folder)
+    where = source if format is None else str(folder)
+    tokenizer = _tokenizer_class(folder, format).from_pretrained(where, trust_remote_code=False)
     # Of a Qwen checkpoint without tokenizer files transformers makes a tokenizer that knows no text.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise UnmaskError(f"{name}: holds no usable tokenizer (tokenizer.json): its vocabulary is empty.")
+        raise ValueError("its vocabulary is empty")
     if format is not None and tokenizer.mask_token is None:
         tokenizer.add_special_tokens({"mask_token": format.mask_token})
     return tokenizer
@@ -118,7 +106,7 @@ def add_mask_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """
     if tokenizer.mask_token_id is None:
         tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
-    return tokenizer.mask_token_id  # pyright: ignore[reportReturnType]
+    return cast(int, tokenizer.mask_token_id)
 
 
 def check_tokenizer(
@@ -129,7 +117,6 @@ def check_tokenizer(
     Raises:
         UnmaskError: One is missing; the message says how to set it, and starts with `name` if given.
     """
-    where = "" if name is None else f"{name}: "
     remedies = {
         "end token (eos_token)": "set it to what its texts end with, in its tokenizer_config.json or by"
         ' tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})',
@@ -141,18 +128,10 @@ def check_tokenizer(
     ids = (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id if mask else 0)
     for token_id, (token, remedy) in zip(ids, remedies.items(), strict=True):
         if token_id is None:
+            where = f"{name}: " if name else ""
             raise UnmaskError(f"{where}the tokenizer has no {token}; {remedy}.")
 
 
 def ids_without_token(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:
     """List the ids below `rows`, the size of an embedding, that have no token."""
     return sorted(set(range(rows)).difference(tokenizer.get_vocab().values()))
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The printable character that stands for each byte in byte-level BPE, with the byte as id."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    alphabet = {chr(byte): byte for byte in printable}
-    alphabet |= {chr(256 + rank): byte for rank, byte in enumerate(others)}
-    return alphabet

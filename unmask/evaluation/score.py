@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unmask.data.collate import collate
 from unmask.data.encode import Encoder, Example, encode_records
-from unmask.data.files import RECORD_SUFFIXES, read_documents, read_records
+from unmask.data.files import READERS, kind_of, read_records
 from unmask.data.records import detect_format
 from unmask.data.tokenizer import load_tokenizer
 from unmask.diffusion.likelihood import Likelihood, Score, check_settings, likelihood, total
@@ -300,16 +300,15 @@ def coloured_tokens(token_nats: list[list[Any]], width: int) -> Iterator[Text]:
 
 
 def _is_text_file(file: str | Path) -> bool:
-    name = str(file)
-    return Path(name).expanduser().is_file() and not name.lower().endswith(RECORD_SUFFIXES)
+    return Path(file).expanduser().is_file() and kind_of(str(file)) not in READERS
 
 
 def _plain_texts(file: str | Path) -> Iterator[tuple[str, str]]:
     """Texts with their locations."""
-    if _is_text_file(file):
-        yield from ((text, Path(file).name) for text in read_documents(file))
-        return
-    for record, location in read_records(file):
+    for record, location in read_records(file, text=_is_text_file(file)):
+        if isinstance(record, str):
+            yield record, Path(file).name
+            continue
         text = record.get(TEXT_FIELD)
         if not isinstance(text, str):
             raise UnmaskError(

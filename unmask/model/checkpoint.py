@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from unmask.data.hub import HUB_NAME, first_line, offline_hint, require_hub
+from unmask.data.hub import first_line, load_named
 from unmask.data.tokenizer import (
     add_mask_token,
     check_tokenizer,
@@ -47,28 +47,14 @@ def read_config(name: str) -> dict[str, Any]:
 
 def _read_checkpoint(name: str) -> tuple[dict[str, Any], Foreign | None]:
     """Read a config, and find what a checkpoint of another system is."""
-    path = Path(name).expanduser()
-    is_folder = path.is_dir()
-    if path.is_file():
-        gguf = (
-            "; read it by transformers (from_pretrained(folder, gguf_file=...)), and save it as safetensors"
-        )
-        hint = gguf if path.suffix == ".gguf" else ""
+    if name.endswith(".gguf"):
         raise UnmaskError(
-            f"{name}: a checkpoint is a folder with config.json and weights; this is a file{hint}."
+            f"{name}: read it by transformers (from_pretrained(folder, gguf_file=...)), and save it as safetensors."
         )
-    if not is_folder:
-        if not HUB_NAME.fullmatch(name):
-            raise UnmaskError(f"{name}: no such checkpoint folder.")
-        require_hub(name, "model")
-    try:
-        values = PreTrainedConfig.get_config_dict(path if is_folder else name)[0]
-        model_type = str(values.get("model_type"))
-    except Exception as error:  # whatever the library makes of a damaged file
-        hint = "" if is_folder else offline_hint()
-        raise UnmaskError(f"{name}: its config.json cannot be read: {first_line(error)}.{hint}") from error
+    values = load_named(name, "checkpoint", lambda source: dict(PreTrainedConfig.get_config_dict(source)[0]))
+    model_type = str(values.get("model_type"))
     if not values:
-        final = path / "final"  # where a training run leaves it
+        final = Path(name).expanduser() / "final"  # where a training run leaves it
         hint = f"did you mean {final}?" if (final / "config.json").exists() else "name a Hugging Face folder."
         raise UnmaskError(f"{name}: this folder is not a checkpoint: it has no config.json; {hint}")
     foreign = find_foreign(name, values)

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from unmask.data.hub import HUB_NAME, model_on_hub
+from unmask.data.hub import load_named, model_folder
 from unmask.data.tokenizer import has_tokenizer, load_tokenizer
 from unmask.formats import Format, find_format, native_values, stored_name
 
@@ -38,9 +38,7 @@ def find_foreign(name: str, values: dict[str, Any]) -> Foreign | None:
     format = find_format(values, name)
     if format is None:
         return None
-    folder = Path(name).expanduser()
-    if not folder.is_dir() and HUB_NAME.fullmatch(name):
-        folder = model_on_hub(name)
+    folder: Path = load_named(name, "checkpoint", model_folder)
     values, assumed = native_values(values, format, name)
     # What is left to the files next to the config: whether weights are tied, and the mask token.
     files = weight_files(folder)
