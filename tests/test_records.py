@@ -101,6 +101,16 @@ def test_the_page_has_the_table() -> None:
     assert not [name for name in (*READ, *names, *ROLES) if f"`{name}`" not in page]
 
 
+CALLS = [
+    {"from": "human", "value": "q"},
+    {"from": "function_call", "value": json.dumps([CALL, CALL])},
+    {"from": "observation", "value": "1"},
+    {"from": "gpt", "value": "a"},
+]
+PARTS = message("user", [{"type": "text", "text": "q"}])
+ASKED = [("user", "q"), ("assistant", "a")]
+
+
 @pytest.mark.parametrize(
     ("format", "record", "expected"),
     [
@@ -111,49 +121,26 @@ def test_the_page_has_the_table() -> None:
         ),
         (
             "alpaca",
-            {"instruction": "b", "input": "", "output": "B", "history": [["a", "A"]]},
-            [("user", "a"), ("assistant", "A"), ("user", "b"), ("assistant", "B")],
-        ),
-        (  # both of them
-            "alpaca",
-            {"query": "q", "input": "i", "context": "c", "response": "a"},
-            [("user", "q\ni\nc"), ("assistant", "a")],
+            {"query": "q", "input": "i", "context": "c", "response": "a", "history": [["p", "A"]]},
+            [("user", "p"), ("assistant", "A"), ("user", "q\ni\nc"), ("assistant", "a")],
         ),
         (
             "sharegpt",
-            {
-                "system": "s",
-                "conversations": [
-                    {"from": "human", "value": "q"},
-                    {"from": "function_call", "value": json.dumps([CALL, CALL])},
-                    {"from": "observation", "value": "1"},
-                    {"from": "gpt", "value": "a"},
-                ],
-            },
+            {"system": "s", "conversations": CALLS},
             [("system", "s"), ("user", "q"), ("assistant", ""), ("tool", "1"), ("assistant", "a")],
         ),
-        (
-            "messages",
-            {
-                "messages": [
-                    message("developer", "s"),
-                    message("user", [{"type": "text", "text": "q"}]),
-                    ANSWER,
-                ]
-            },
-            [("system", "s"), ("user", "q"), ("assistant", "a")],
-        ),
+        ("messages", {"messages": [message("developer", "s"), PARTS, ANSWER]}, [("system", "s"), *ASKED]),
         (
             "messages",
             {"messages": [message("system", "s"), USER, ANSWER], "system": "s"},
-            [("system", "s"), ("user", "q"), ("assistant", "a")],
+            [("system", "s"), *ASKED],
         ),
-        ("prompt_completion", {"prompt": [USER], "completion": "a"}, [("user", "q"), ("assistant", "a")]),
-        (  # a table with two formats
+        ("prompt_completion", {"prompt": [USER], "completion": "a"}, ASKED),
+        (
             "prompt_completion",
             {"messages": None, "prompt": "q", "completion": "a"},
-            [("user", "q"), ("assistant", "a")],
-        ),
+            ASKED,
+        ),  # of a table with both
     ],
 )
 def test_formats(format: str, record: dict[str, Any], expected: list[tuple[str, str]]) -> None:
@@ -211,7 +198,7 @@ def test_tool_calls_in_every_shape() -> None:
             message("tool", "3", tool_call_id="1"),
             message("assistant", "Let me see.", tool_calls=json.dumps([CALL, padded | {"function": CALL}])),
             message("function", "4", name="add"),
-            {"role": "assistant", "tool_calls": [padded], "function_call": {"name": None}},
+            {"role": "assistant", "tool_calls": [padded], "function_call": {"name": None}},  # of a table
             message("tool", "5"),
             message("assistant", None, function_call={"name": "now", "arguments": " "}),
             message("tool", "6"),
@@ -234,11 +221,12 @@ def test_tool_calls_in_every_shape() -> None:
         assert to_conversation({**text, "tools": none}, where=WHERE).tools == ()
 
 
-BOTH = message("assistant", "a", tool_calls=[CALL], function_call=CALL)
-
-
 def bad_call(**call: Any) -> dict[str, Any]:
     return {"messages": [USER, message("assistant", "a", tool_calls=[call])]}
+
+
+def answered(**more: Any) -> dict[str, Any]:
+    return {"messages": [USER, message("assistant", "a", **more)]}
 
 
 @pytest.mark.parametrize(
@@ -258,14 +246,11 @@ def bad_call(**call: Any) -> dict[str, Any]:
         ("sharegpt", {"messages": []}, ["no field 'conversations'"]),
         ("sharegpt", {"conversations": "hi"}, ["'conversations' must be a list", "text"]),
         ("sharegpt", {"conversations": [{"value": "q"}]}, ["conversations 1: no field 'from'"]),
-        ("auto", {"messages": []}, ["no assistant turn", "turns: none"]),
         ("auto", {"messages": [USER]}, ["no assistant turn", "turns: user"]),
-        ("auto", {"messages": ["q"]}, ["messages 1", "must be an object", "text"]),
         ("auto", {"messages": [USER, message("robot", "a")]}, ["messages 2: unknown role 'robot'", "user"]),
         ("auto", {"messages": [message(["user"], "q")]}, ["messages 1: unknown role"]),
         ("auto", {"messages": [ANSWER, USER]}, ["out of order", "turns: assistant, user"]),
         ("auto", {"messages": [USER, message("tool", "1"), ANSWER]}, ["tool turn is before", "user, tool"]),
-        ("auto", {"messages": [USER, message("assistant", "")]}, ["messages 2: field 'content' is empty"]),
         ("auto", {"messages": [USER, message("assistant", None)]}, ["messages 2: no field 'content'"]),
         ("auto", {"messages": [message("user", [{"type": "image_url"}])]}, ["'content'", "not text"]),
         ("auto", {"messages": [message("system", "s"), USER, ANSWER], "system": "t"}, ["'system' contradicts"]),
@@ -273,28 +258,26 @@ def bad_call(**call: Any) -> dict[str, Any]:
         ("auto", bad_call(name="f", arguments="{"), ["tool_calls 1: field 'arguments' is not valid JSON"]),
         ("auto", bad_call(name="f", arguments="[1]"), ["'arguments' must be an object", "a list"]),
         ("auto", bad_call(name="f", id=7), ["'id' must be text"]),
-        ("auto", {"messages": [USER, message("assistant", "a", tool_calls={})] * 2}, []),
-        ("auto", {"messages": [USER, message("assistant", "a", tool_calls="f()")]}, ["'tool_calls'", "JSON"]),
+        ("auto", answered(tool_calls="f()"), ["'tool_calls'", "JSON"]),
+        ("auto", answered(tool_calls=[CALL], function_call=CALL), ["'tool_calls' and 'function_call'"]),
         ("auto", {"messages": [message("user", "q", tool_calls=[CALL]), ANSWER]}, ["messages 1", "tool_calls"]),
-        ("auto", {"messages": [USER, BOTH]}, ["'tool_calls' and 'function_call'"]),
         ("auto", {"messages": [USER, message("function_call", "[]")]}, ["'content (function_call)' has no call"]),
         ("auto", {"messages": [USER, ANSWER], "tools": "{"}, ["'tools' is not valid JSON"]),
         ("auto", {"messages": [USER, ANSWER], "tools": ["add"]}, ["tools 1", "must be an object"]),
-        ("auto", {"messages": [USER, message("assistant", "a", weight=0.5)]}, ["'weight' must be 0 or 1", "0.5"]),
-        ("auto", {"messages": [USER, message("assistant", "a", weight=True)]}, ["'weight' must be 0 or 1", "true"]),
-        ("auto", {"messages": [USER, message("assistant", "a", loss="no")]}, ["'loss' must be true or false"]),
-        ("auto", {"messages": [USER, message("assistant", "a", weight=1, train=False)]}, ["'train' and 'weight'"]),
+        ("auto", answered(weight=0.5), ["'weight' must be 0 or 1", "0.5"]),
+        ("auto", answered(weight=True), ["'weight' must be 0 or 1", "true"]),
+        ("auto", answered(loss="no"), ["'loss' must be true or false"]),
+        ("auto", answered(weight=1, train=False), ["'train' and 'weight'"]),
         ("prompt_completion", {"prompt": "q"}, ["no field 'completion'"]),
         ("prompt_completion", {"prompt": "q", "completion": []}, ["no assistant turn"]),
     ],
 )  # fmt: skip
 def test_bad_records(format: str, record: dict[str, Any], named: list[str]) -> None:
-    if not named:  # an empty object of a table that pads
-        assert to_conversation(record, format, where=WHERE).turns
-        return
     with pytest.raises(RecordError) as caught:
         to_conversation(record, format, where=WHERE)
-    assert all(text in str(caught.value) for text in named) and "\n" not in str(caught.value)
+    error = caught.value
+    assert all(text in str(error) for text in named) and "\n" not in str(error)
+    assert str(error).startswith(f"{error.where}: {error.reason}")
 
 
 def test_unknown_format() -> None:
@@ -304,9 +287,9 @@ def test_unknown_format() -> None:
 
 def test_reasons_are_few() -> None:
     """What differs from record to record is not in the reason, or every skipped record had its own."""
-    bad: list[dict[str, Any]] = []
+    reasons = set()
     for n in range(20):
-        bad += [
+        for record in (
             {"instruction": "q", "output": n},
             {f"column{n}": 1, "instruction": "q"},
             {"messages": [USER] * n + [message(f"robot{n}", "a")]},
@@ -314,11 +297,8 @@ def test_reasons_are_few() -> None:
             {"messages": [USER] * (n + 1)},
             {"instruction": "q", "output": "a" * n + "\udfff"},
             {"instruction": "q", "output": "a", "history": [["q", "a"]] * n + [["q"]]},
-        ]
-    reasons = set()
-    for record in bad:
-        with pytest.raises(RecordError) as caught:
-            to_conversation(record, where=WHERE)
-        assert str(caught.value).startswith(f"{caught.value.where}: {caught.value.reason}")
-        reasons.add(caught.value.reason)
+        ):
+            with pytest.raises(RecordError) as caught:
+                to_conversation(record, where=WHERE)
+            reasons.add(caught.value.reason)
     assert len(reasons) == 7

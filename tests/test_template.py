@@ -1,52 +1,58 @@
-"""Chat templates of other families, written by hand in their shape: exactly the responses are learnt."""
+"""Chat templates of other families, written by hand in their shape: exactly the responses are learnt, and a
+prompt ends exactly where training lets the response start, by every route that asks a model."""
 
 from __future__ import annotations
 
+import io
 import json
-from itertools import groupby
+from itertools import groupby, pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
+from tiny import byte_model
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from unmask.data.encode import DropRecord, Encoder, Example, encode_records, separator_template
 from unmask.data.records import Conversation, RecordError, Turn, call_text, to_conversation
-from unmask.data.template import special_strings
 from unmask.data.tokenizer import CHATML_TEMPLATE, byte_tokenizer
 from unmask.errors import UnmaskError
+from unmask.evaluation.choose import choose_answers
+from unmask.generation import chat
+from unmask.generation.infill import Gap, infill_text
+from unmask.generation.text import Completion, chat_encoder, make_prompts, prompt_example, read_prompts
 
-# As Qwen 3: no generation tag, thinking moved about, and before the final assistant turn
-# alone an empty think block.
+# As Qwen 3: reasoning of earlier turns is dropped, the last answer alone has a think block, and the prompt
+# opens an empty one where thinking is off.
 QWEN = r"""
-{%- if messages[0].role == 'system' %}
-{{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
-{%- endif %}
 {%- set ns = namespace(query=-1) %}
 {%- for message in messages %}
 {%- if message.role == 'user' %}{%- set ns.query = loop.index0 %}{%- endif %}
 {%- endfor %}
+{%- if tools %}{{- '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{%- endif %}
 {%- for message in messages %}
-{%- if message.role == 'user' %}
-{{- '<|im_start|>user\n' + message.content + '<|im_end|>\n' }}
-{%- elif message.role == 'assistant' %}
+{{- '<|im_start|>' + message.role + '\n' }}
 {%- set content = message.content %}
+{%- if message.role == 'assistant' %}
 {%- set thought = '' %}
 {%- if '</think>' in content %}
 {%- set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}
 {%- set content = content.split('</think>')[-1].lstrip('\n') %}
 {%- endif %}
-{{- '<|im_start|>assistant\n' }}
-{%- if loop.index0 > ns.query %}
-{{- '<think>\n' + thought + '\n</think>\n\n' + content.lstrip('\n') }}
-{%- else %}
+{%- if loop.index0 > ns.query %}{{- '<think>\n' + thought + '\n</think>\n\n' }}{%- endif %}
 {{- content }}
-{%- endif %}
+{%- for call in message.tool_calls %}{{- '<tool_call>' + call.function | tojson + '</tool_call>' }}{%- endfor %}
+{%- else %}{{- content }}{%- endif %}
 {{- '<|im_end|>\n' }}
-{%- endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}
-"""
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\n' }}
+{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}
+{%- endif %}"""
 
 # As Llama 3: a header for each role, contents trimmed, calls as an object with "parameters".
 LLAMA = r"""
@@ -205,23 +211,6 @@ def rendering(encoder: Encoder, conversation: Conversation) -> str:
     return str(encoder.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template))
 
 
-@pytest.mark.parametrize(
-    ("name", "whole"),
-    [
-        ("separator", "s\n\nq\n\n### Response:\na<|im_end|>"),
-        ("mistral", "<s>[INST] s\n\nq [/INST] a</s>"),
-        ("gemma", "<s><start_of_turn>user\nq<end_of_turn>\n<start_of_turn>model\na<end_of_turn>\n"),
-    ],
-)  # fmt: skip
-def test_the_layouts_are_those_of_the_families(name: str, whole: str) -> None:
-    """So that nobody takes these tests for more than they are."""
-    encoder = ENCODERS[name]
-    row = encoder.encode(talk("q", "a", system="s" if FAMILIES[name].system else None))
-    assert encoder.tokenizer.decode(row.input_ids) == whole
-    # The blank before a response is a part of it, as words of many tokenizers begin with theirs.
-    assert learnt(encoder, row) == [" a" if name == "mistral" else "a"]
-
-
 SPECIALS = ["<|im_end|>", "<|im_start|>", "<|eot_id|>", "<|end_header_id|>", "</s>", "<s>", "[INST]"]
 SPECIALS += [" [/INST]", "<start_of_turn>", "<end_of_turn>", "<|mask|>", "<|endoftext|>"]
 ODD = ["\n", "\n\n", " ", "e\u0301", "👩‍👩‍👧", "שלום", "\u0000", "\ufeff", "<think>"]
@@ -304,43 +293,29 @@ def test_a_prompt_ends_where_training_lets_the_response_start(template: str, thi
         assert str(encoder.tokenizer.decode(prompt.input_ids)).endswith(f"assistant\n{opening}")
         thought = THOUGHT if answer.startswith(THOUGHT) and template is QWEN else BLANK
         written = "b" if thinking == "off" else f"{thought}b".removeprefix(opening)
-        assert learnt(encoder, row)[-1] == written
         first = "" if opening == BLANK or (template is QWEN and not opening) else BLANK.removeprefix(opening)
-        assert learnt(encoder, row)[0] == f"{first}a"
-        assert (
-            encoder.tokenizer.decode(row.input_ids[size:][: -1 if template is QWEN else None])
-            == f"{written}<|im_end|>"
-        )
+        assert learnt(encoder, row) == [f"{first}a", written]
+        after = "\n" if template is QWEN else ""
+        assert encoder.tokenizer.decode(row.input_ids[size:]) == f"{written}<|im_end|>{after}"
 
 
 def test_reasoning_is_written_where_the_template_writes_it_and_its_loss_is_said() -> None:
-    encoder = with_template(QWEN)
-    turns = [Turn("user", "q"), Turn("assistant", "b", reasoning="hm")]
-    assert learnt(encoder, encoder.encode(Conversation(tuple(turns), "here"))) == [f"{THOUGHT}b"]
-    known = with_template(
-        CHATML_TEMPLATE.replace("message.content +", "(message.thinking or '') + '|' + message.content +")
-    )
-    assert learnt(known, known.encode(Conversation(tuple(turns), "here"))) == ["hm|b"]
-    message = {"role": "assistant", "content": "a", "reasoning": "hm"}
-    record = {"messages": [{"role": "user", "content": "q"}, message] * 2}
-    _, report = encode_records([(record, "x line 1")], encoder)
+    conversation = Conversation((Turn("user", "q"), Turn("assistant", "b", reasoning="hm")), "here")
+    known = CHATML_TEMPLATE.replace("message.content +", "(message.thinking or '') + '|' + message.content +")
+    for template, written in ((QWEN, f"{THOUGHT}b"), (known, "hm|b")):
+        encoder = with_template(template)
+        assert learnt(encoder, encoder.encode(conversation)) == [written]
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning": "hm"}]
+    _, report = encode_records([({"messages": turns * 2}, "x line 1")], with_template(QWEN))
     assert report.notes == {"the chat template leaves out the reasoning of some turns": 1}
 
 
 def test_a_tag_in_the_text_that_costs_a_part_of_it_drops_the_record() -> None:
-    record = {"instruction": "q", "output": "The tag </think> closes <think>. Use </think> once."}
-    examples, report = encode_records([(record, "x line 1")], with_template(QWEN))
-    assert not examples and report.dropped == {
-        "the chat template rewrites the response beyond recognition": (1, "x line 1")
-    }
-    assert learnt(ENCODERS["chatml"], encode_records([(record, "x")], ENCODERS["chatml"])[0][0]) == [
-        record["output"]
-    ]
-
-
-def test_thinking_on_needs_a_think_block() -> None:
-    with pytest.raises(UnmaskError, match="thinking=on"):
-        encoder_of("chatml", thinking="on")
+    text = "The tag </think> closes <think>. Use </think> once."
+    with pytest.raises(DropRecord, match="rewrites the response"):
+        with_template(QWEN).encode(talk("q", text))
+    encoder = ENCODERS["chatml"]
+    assert learnt(encoder, encoder.encode(talk("q", text))) == [text]
 
 
 # Templates of other kinds
@@ -357,19 +332,16 @@ def test_separator_may_be_any_text(separator: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "answer", "written"),
+    ("before", "after", "trim", "answer", "written"),
     [
-        (
-            "",
-            "",
-            " a<|im_end|>[user]r[assistant] ",
-            "a<|im_end|>[user]r[assistant]",
-        ),  # a copy of what follows
-        (" ", " ", "a", " a "),  # blanks before and after are a part of the response
+        # A copy of what follows the response.
+        ("", "", " | trim", " a<|im_end|>[user]r[assistant] ", "a<|im_end|>[user]r[assistant]"),
+        (" ", " ", "", "a", " a "),  # blanks before and after are a part of the response
     ],
 )
-def test_templates_without_a_generation_prompt(before: str, after: str, answer: str, written: str) -> None:
-    trim = "" if before else " | trim"
+def test_templates_without_a_generation_prompt(
+    before: str, after: str, trim: str, answer: str, written: str
+) -> None:
     encoder = with_template(
         f"{{%- for m in messages %}}{{{{- '[' + m.role + ']{before}' + m.content{trim} }}}}"
         f"{{%- if m.role == 'assistant' %}}{{{{- '{after}' + eos_token }}}}{{%- endif %}}{{%- endfor %}}"
@@ -377,26 +349,12 @@ def test_templates_without_a_generation_prompt(before: str, after: str, answer: 
     assert learnt(encoder, encoder.encode(talk("q", answer, "r", "b"))) == [written, f"{before}b{after}"]
 
 
-def test_generation_tags_change_nothing() -> None:
-    tagged = CHATML_TEMPLATE.replace("{{- '<|im_start|>' +", "{%- generation %}{{- '<|im_start|>' +")
-    encoder = with_template(tagged.replace("'<|im_end|>\\n' }}", "'<|im_end|>\\n' }}{% endgeneration %}"))
-    assert "endgeneration" in encoder.chat_template
-    assert (
-        encoder.encode(talk("q", "a")).input_ids
-        == with_template(CHATML_TEMPLATE).encode(talk("q", "a")).input_ids
-    )
-
-
 def test_turns_that_a_template_leaves_out_are_counted() -> None:
-    encoder = with_template(
-        CHATML_TEMPLATE.replace("in messages %}", "in messages if message.role in ['user', 'assistant'] %}")
-    )
+    only = "in messages if message.role in ['user', 'assistant'] %}"
+    encoder = with_template(CHATML_TEMPLATE.replace("in messages %}", only))
     roles = ("system", "user", "assistant", "tool", "assistant")
-    record = {
-        "messages": [{"role": role, "content": f"the {role}"} for role in roles],
-        "tools": [{"name": "f"}],
-    }
-    [row], report = encode_records([(record, "x")], encoder)
+    turns = [{"role": role, "content": f"the {role}"} for role in roles]
+    [row], report = encode_records([({"messages": turns, "tools": [{"name": "f"}]}, "x")], encoder)
     assert learnt(encoder, row) == ["the assistant"] * 2
     assert set(report.notes) == {
         "the chat template leaves out system turns",
@@ -414,36 +372,53 @@ def test_a_template_may_demand_a_system_turn() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "error"),
+    ("template", "thinking", "error"),
     [
-        ("{%- for m in messages %}{{- m.role + m.content }}{%- endfor %}", "no end token after a response"),
-        ("{%- for m in messages %}{{- m.content | length }}{%- endfor %}", "does not write"),
-        ("{{- raise_exception('no') }}", "refuses the turns: no"),
-        ({"tool_use": CHATML_TEMPLATE}, "named tool_use and none named default"),
+        ("{%- for m in messages %}{{- m.role + m.content }}{%- endfor %}", None, "no end token"),
+        ("{%- for m in messages %}{{- m.content | length }}{%- endfor %}", None, "does not write"),
+        ("{{- raise_exception('no') }}", None, "refuses the turns: no"),
+        ({"tool_use": CHATML_TEMPLATE}, None, "named tool_use and none named default"),
+        (CHATML_TEMPLATE, "on", "thinking=on"),
     ],
 )
-def test_unusable_templates(template: Any, error: str) -> None:
+def test_unusable_templates(template: Any, thinking: Any, error: str) -> None:
     with pytest.raises(UnmaskError, match=error):
-        with_template(template)
+        with_template(template, thinking=thinking)
 
 
-@pytest.mark.parametrize(
-    "turn", [Turn("assistant", "x"), Turn("assistant", "", tool_calls=({"name": "f", "arguments": {}},))]
-)
+CALL = {"name": "add", "arguments": {"a": [1, 2], "note": 'é "<|im_end|>" \n'}}
+
+
+@pytest.mark.parametrize("turn", [Turn("assistant", "x"), Turn("assistant", "", tool_calls=(CALL,))])
 def test_a_response_that_is_rewritten_drops_the_record(turn: Turn) -> None:
     rewrites = "(message.content if not message.tool_calls and 'x' not in message.content else '')"
-    encoder = with_template(
-        CHATML_TEMPLATE.replace("message.content", rewrites).replace(
-            "'<|im_end|>\\n'", f"('<|im_end|>\\n' if {rewrites} else '!')"
-        )
-    )
+    template = CHATML_TEMPLATE.replace("message.content", rewrites)
+    encoder = with_template(template.replace("'<|im_end|>\\n'", f"('<|im_end|>\\n' if {rewrites} else '!')"))
     with pytest.raises(DropRecord, match="rewrites the response"):
         encoder.encode(Conversation((Turn("user", "q"), turn), "here"))
 
 
+@pytest.mark.parametrize(
+    ("name", "turns", "reason"),
+    [
+        ("gemma", (Turn("system", "s"), Turn("user", "q"), Turn("assistant", "a")), "not supported"),
+        ("gemma", (Turn("user", "q"), Turn("user", "r"), Turn("assistant", "a")), "must alternate"),
+        ("llama", (Turn("user", "q"), Turn("assistant", "", tool_calls=(CALL, CALL))), "One call in a turn"),
+    ],
+)
+def test_what_a_template_refuses_stops_or_is_skipped(name: str, turns: tuple[Turn, ...], reason: str) -> None:
+    good = {"prompt": "q", "completion": "a"}
+    bad = {"messages": [{"role": t.role, "content": t.content, "tool_calls": t.tool_calls} for t in turns]}
+    records = [(record, f"x line {n}") for n, record in enumerate([good, bad, good, bad], 1)]
+    with pytest.raises(RecordError, match=f"^x line 2: the chat template refuses the turns: .*{reason}"):
+        encode_records(records, ENCODERS[name])
+    examples, report = encode_records(records, ENCODERS[name], on_bad_record="skip")
+    assert [row.record for row in examples] == [0, 2]
+    assert report.skipped == {"the chat template refuses the turns": (2, "x line 2")}
+
+
 # Tools
 
-CALL = {"name": "add", "arguments": {"a": [1, 2], "note": 'é "<|im_end|>" \n'}}
 CALLED: dict[str, Any] = {
     "messages": [
         {"role": "user", "content": "1 + 2?"},
@@ -453,122 +428,197 @@ CALLED: dict[str, Any] = {
     ],
     "tools": [{"type": "function", "function": {"name": "add", "description": "Adds. <|im_start|>"}}],
 }
-ARGUMENTS = json.dumps(CALL["arguments"], ensure_ascii=False)
 
 
 def test_calls_are_learnt_as_the_template_writes_them() -> None:
-    encoder = ENCODERS["llama"]
-    row = encoder.encode(to_conversation(CALLED, where="x"))
-    assert learnt(encoder, row) == [f'{{"name": "add", "parameters": {ARGUMENTS}}}', "It is 3."]
-    encoder = ENCODERS["tools"]
     conversation = to_conversation(CALLED, where="x")
+    arguments = json.dumps(CALL["arguments"], ensure_ascii=False)
+    for name, call in (
+        ("llama", f'{{"name": "add", "parameters": {arguments}}}'),
+        ("tools", call_text(conversation.turns[1])),
+        ("chatml", call_text(conversation.turns[1])),  # as text, for a template that does not know calls
+        ("separator", call_text(conversation.turns[1])),
+    ):
+        [row], report = encode_records([(CALLED, "x")], ENCODERS[name])
+        assert learnt(ENCODERS[name], row) == [call, "It is 3."]
+        assert any("list of tools" in note for note in report.notes) == (name != "tools")
+    encoder = ENCODERS["tools"]
     row = encoder.encode(conversation)
-    assert learnt(encoder, row) == [call_text(conversation.turns[1]), "It is 3."]
     whole = str(encoder.tokenizer.decode(row.input_ids))
-    assert (
-        '# Tools\n{"type": "function", "function": {"name": "add", "description": "Adds. <|im_start|>"}}'
-        in whole
-    )
+    assert f"# Tools\n{json.dumps(CALLED['tools'][0])}" in whole
     assert "<tool_response>\n3 <|im_end|>\n</tool_response>" in whole
     assert control_tokens(encoder, row) == 2 * 5  # system, user, call, result, answer
+    # A prompt shows the tools that training shows.
+    last = encoder_of("tools", train_on="last").encode(conversation)
+    prompt = encoder.encode_prompt(conversation.turns[:-1], conversation.tools)
+    assert last.input_ids[: len(prompt)] == prompt and last.src_mask.index(False) == len(prompt)
 
 
 def test_ids_of_calls_reach_a_template_that_writes_them() -> None:
     record = json.loads(json.dumps(CALLED))
     record["messages"][1]["tool_calls"][0]["id"] = "c<|im_end|>1"
     record["messages"][2]["tool_call_id"] = "c<|im_end|>1"
-    conversation = to_conversation(record, where="x")
-    without = to_conversation(CALLED, where="x")
+    conversation, without = to_conversation(record, where="x"), to_conversation(CALLED, where="x")
     for name in ("chatml", "llama", "tools"):  # none of them writes ids
         assert ENCODERS[name].encode(conversation) == ENCODERS[name].encode(without)
     tokenizer = encoder_of("tools").tokenizer
-    tokenizer.chat_template = TOOLS.replace(
-        '"name": "\' + call', '"id": "\' + call.id + \'", "name": "\' + call'
-    ).replace("<tool_response>\\n'", "<tool_response>\\n' + message.tool_call_id + ': '")
+    template = TOOLS.replace('"name": "\' + call', '"id": "\' + call.id + \'", "name": "\' + call')
+    answered = "<tool_response>\\n' + message.tool_call_id + ': '"
+    tokenizer.chat_template = template.replace("<tool_response>\\n'", answered)
     encoder = Encoder(tokenizer)
     row = encoder.encode(conversation)
-    called, answer = learnt(encoder, row)
-    assert called == call_text(conversation.turns[1]).replace('{"name"', '{"id": "c<|im_end|>1", "name"')
-    assert answer == "It is 3."
+    call = call_text(conversation.turns[1]).replace('{"name"', '{"id": "c<|im_end|>1", "name"')
+    assert learnt(encoder, row) == [call, "It is 3."]
     assert "<tool_response>\nc<|im_end|>1: 3 <|im_end|>\n" in str(tokenizer.decode(row.input_ids))
     assert control_tokens(encoder, row) == 2 * 5
     prompt = encoder.encode_prompt(conversation.turns[:3], conversation.tools)
     assert row.input_ids[: len(prompt)] == prompt
 
 
+# Strings that look like control tokens
+
+NAUGHTY = "<|im_end|> <|im_start|>assistant <|mask|><|endoftext|>"
+
+
+def everywhere(text: str) -> dict[str, dict[str, Any]]:
+    """A record of every format, with `text` in every place that it has."""
+    user, answer = {"role": "user", "content": text}, {"role": "assistant", "content": f"a{text}"}
+    call = {"name": f"f{text}", "arguments": {f"k{text}": [text]}}
+    called = {"role": "assistant", "content": "", "tool_calls": [call]}
+    turns = [{"role": "system", "content": text}, user, called, {"role": "tool", "content": text}, answer]
+    history = [[text, f"a{text}"]]
+    return {
+        "alpaca": {"instruction": text, "input": f"i{text}", "output": answer["content"], "history": history},
+        "sharegpt": {"system": text, "conversations": [user, answer]},
+        "messages": {"messages": turns},
+        "prompt_completion": {"prompt": text, "completion": f"a{text}"},
+        "custom": {"instruction": text, "response": f"a{text}"},
+    }
+
+
+@pytest.mark.parametrize("format", everywhere(""))
 @pytest.mark.parametrize("layout", ["chat", "separator"])
-def test_calls_are_written_as_text_for_a_template_that_does_not_know_them(layout: Any) -> None:
+def test_control_strings_are_text_wherever_they_stand(format: str, layout: Any) -> None:
     encoder = Encoder(byte_tokenizer(), layout=layout)
-    conversation = to_conversation(CALLED, where="x")
-    row = encoder.encode(conversation)
-    assert learnt(encoder, row) == [call_text(conversation.turns[1]), "It is 3."]
-    examples, report = encode_records([(CALLED, "x line 1")], encoder)
-    assert examples[0].input_ids == row.input_ids and any("list of tools" in n for n in report.notes)
-    assert not encode_records([(CALLED, "x line 1")], ENCODERS["tools"])[1].unused
+    [row], report = encode_records([(everywhere(NAUGHTY)[format], "x")], encoder, format)
+    [tame], plain = encode_records([(everywhere("t")[format], "x")], encoder, format)
+    assert report.notes == {"held strings like special tokens, read as plain text": 1} and not plain.notes
+    assert control_tokens(encoder, row) == control_tokens(encoder, tame)
+    assert learnt(encoder, row)[-1] == f"a{NAUGHTY}"
+    places = json.dumps(everywhere("?")[format]).count("?")
+    assert str(encoder.tokenizer.decode(row.input_ids)).count(NAUGHTY) == places
 
 
-def test_a_prompt_shows_the_tools_that_training_shows() -> None:
-    encoder = ENCODERS["tools"]
-    conversation = to_conversation(CALLED, where="x")
-    row = encoder_of("tools", train_on="last").encode(conversation)
-    prompt = encoder.encode_prompt(conversation.turns[:-1], conversation.tools)
-    assert row.input_ids[: len(prompt)] == prompt and row.src_mask.index(False) == len(prompt)
+# Every route that asks a model
+
+USER = {"role": "user", "content": "1+2?"}
+ADD = {"type": "function", "function": {"name": "add", "description": "", "parameters": {"type": "object"}}}
+SUM = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
 
 
-# What a template refuses
+def reply(content: str | None, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **more}
 
 
-@pytest.mark.parametrize(
-    ("name", "turns", "reason"),
-    [
-        (
-            "gemma",
-            (Turn("system", "s"), Turn("user", "q"), Turn("assistant", "a")),
-            "System role not supported",
-        ),
-        ("gemma", (Turn("user", "q"), Turn("user", "r"), Turn("assistant", "a")), "roles must alternate"),
-        (
-            "mistral",
-            (Turn("user", "q"), Turn("assistant", "a"), Turn("tool", "1"), Turn("assistant", "b")),
-            "alternate",
-        ),
-        ("llama", (Turn("user", "q"), Turn("assistant", "", tool_calls=(CALL, CALL))), "One call in a turn"),
-    ],
-)
-def test_a_role_the_template_refuses_stops_or_is_skipped(
-    name: str, turns: tuple[Turn, ...], reason: str
+RECORDS: dict[str, dict[str, Any]] = {
+    "plain": {"messages": [{"role": "system", "content": "Sum."}, USER, reply("3")]},
+    "thinking": {"messages": [USER, reply("<think>\nAdd.\n</think>\n\n3")]},
+    "call": {"messages": [USER, reply(None, tool_calls=[SUM])], "tools": [ADD]},
+    "result": {
+        "messages": [
+            USER,
+            reply(None, tool_calls=[SUM]),
+            {"role": "tool", "content": "3"},
+            reply("It is 3."),
+        ],
+        "tools": [ADD],
+    },
+    "turns": {"messages": [USER, reply("3"), USER, reply("Three")]},
+}
+
+
+@pytest.fixture(params=["template", "off", "on"])
+def thinker(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template, tokenizer.init_kwargs["thinking"] = QWEN, request.param  # as training records it
+    return tokenizer
+
+
+class Watched:
+    """A model that keeps the ids that it is asked about."""
+
+    def __init__(self) -> None:
+        self.model: Any = byte_model(max_position_embeddings=512).eval()
+        self.asked: list[list[int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def infill(self, ids: Tensor, is_gap: Tensor, *more: Any, **settings: Any) -> Any:
+        self.asked += ids.tolist()
+        return self.model.infill(ids, is_gap, *more, **settings)
+
+    def masked_nll(self, ids: Tensor, *more: Any, **settings: Any) -> Any:
+        self.asked += ids.tolist()
+        return self.model.masked_nll(ids, *more, **settings)
+
+
+def starts(example: Example) -> list[int]:
+    """Where the responses of an example start."""
+    pairs = pairwise([True, *example.src_mask])
+    return [i for i, (before, now) in enumerate(pairs) if before and not now]
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_a_record_is_asked_as_it_is_learnt(
+    tmp_path: Path, thinker: PreTrainedTokenizerBase, kind: str
 ) -> None:
-    def record(turns: tuple[Turn, ...]) -> dict[str, Any]:
-        return {
-            "messages": [
-                {"role": turn.role, "content": turn.content, "tool_calls": list(turn.tool_calls)}
-                for turn in turns
-            ]
-        }
-
-    good = record((Turn("user", "q"), Turn("assistant", "a")))
-    records = [
-        (good, "x line 1"),
-        (record(turns), "x line 2"),
-        (good, "x line 3"),
-        (record(turns), "x line 4"),
-    ]
-    with pytest.raises(RecordError) as caught:
-        encode_records(records, ENCODERS[name])
-    assert str(caught.value).startswith("x line 2: the chat template refuses the turns: ")
-    assert reason in str(caught.value) and str(caught.value).count("\n") == 0
-    examples, report = encode_records(records, ENCODERS[name], on_bad_record="skip")
-    assert [row.record for row in examples] == [0, 2]
-    assert report.skipped == {"the chat template refuses the turns": (2, "x line 2")}
-    assert (report.records, report.kept) == (4, 2)
+    thinking = thinker.init_kwargs["thinking"]
+    if kind == "thinking" and thinking == "off":
+        pytest.skip("training drops reasoning under thinking=off")
+    record, encoder = RECORDS[kind], Encoder(thinker, layout="chat")
+    row = encoder.encode(to_conversation(record, where="here"))
+    size = starts(row)[-1]
+    opening = {"template": "assistant\n", "off": "</think>\n\n", "on": "<think>\n"}[thinking]
+    assert str(thinker.decode(row.input_ids[:size])).endswith(opening)
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps(record), encoding="utf-8")
+    [read] = read_prompts(file, thinker)  # `generate --prompts`
+    [evaluated] = make_prompts([(record, "here")], encoder)  # `evaluation.prompts`
+    assert read.example.input_ids == evaluated.example.input_ids == row.input_ids[:size]
+    assert read.example.src_mask == evaluated.example.src_mask == row.src_mask[:size]
 
 
-def test_a_template_without_a_system_role_is_used_without_system_prompts() -> None:
-    encoder = encoder_of("gemma", include_system_prompt=False)
-    turns = (Turn("system", "s"), Turn("user", "q"), Turn("assistant", "a"))
-    assert encoder.encode(Conversation(turns, "x")) == encoder.encode(Conversation(turns[1:], "x"))
+def test_a_question_is_asked_as_it_is_learnt(thinker: PreTrainedTokenizerBase) -> None:
+    model, encoder = Watched(), Encoder(thinker, layout="chat")
+    ids = (row := encoder.encode(to_conversation(RECORDS["plain"], where="here"))).input_ids
+    question = prompt_example(thinker, "1+2?", system="Sum.")  # `generate --prompt`
+    assert question.input_ids == ids[: starts(row)[-1]]
+    question = prompt_example(thinker, "1+2?", system="Sum.", to_answer=True)
+    choose_answers(model, thinker, ["3", "4"], [question], [0], num_samples=2)  # `--choice`
+    assert ids[:-1] in model.asked  # without "\n"
+    model.asked.clear()
+    end = chat_encoder(thinker).end_token_id
+    infill_text(model, thinker, [Gap(1, 1)], prompt=question, end=end)  # `infill --prompt`
+    assert model.asked == [[*ids[:-3], 0, end]]
 
 
-def test_special_strings() -> None:
-    pattern = special_strings(byte_tokenizer())
-    assert pattern.findall("a<|im_end|><|im_end><|mask|>") == ["<|im_end|>", "<|mask|>"]
+def test_every_turn_of_a_chat_is_asked_as_it_is_learnt(
+    thinker: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thinking, asked = thinker.init_kwargs["thinking"], []
+    written = {"template": "<think>\n\n</think>\n\n3", "off": "3", "on": "Add.\n</think>\n\n3"}[thinking]
+
+    def complete(_: Any, __: Any, prompts: list[Example], **___: Any) -> list[Any]:
+        asked.append(prompts[0].input_ids)
+        return [Completion(written, [], [])]
+
+    monkeypatch.setattr(chat, "complete", complete)
+    lines = iter(["1+2?", "1+2?", "1+2?", "/quit"])
+    chat.chat(Watched(), thinker, ask=lambda: next(lines), console=Console(file=io.StringIO()))
+    messages = [USER, reply("<think>\n" * (thinking == "on") + written)] * 3
+    for turn in (1, 2, 3):
+        row = Encoder(thinker, layout="chat").encode(
+            to_conversation({"messages": messages[: 2 * turn]}, where="x")
+        )
+        assert asked[turn - 1] == row.input_ids[: starts(row)[-1]]
