@@ -1,98 +1,108 @@
-"""Folders are written whole or not at all."""
+"""Folders and files are written whole or not at all, by one process at a time."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from unmask import io
 from unmask.errors import UnmaskError
-from unmask.io import atomic_dir
+from unmask.io import atomic_dir, atomic_write, directory_lock
 
 
-def test_atomic_dir_replaces_the_folder_as_a_whole(tmp_path: Path) -> None:
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with an old file in it."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "old").write_text("old")
+    return folder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write_new(folder: Path, error: BaseException | None = None) -> None:
+    with atomic_dir(folder) as aside:
+        (aside / "new").write_text("new")
+        if error is not None:
+            raise error
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "deep" / "out"
+    (tmp_path / "deep" / ".out.partial" / "half").mkdir(parents=True)  # after a crash
     for text in ("first", "second"):
         with atomic_dir(folder) as aside:
             assert aside.parent == folder.parent
             (aside / text).write_text(text)
             assert not (folder / text).exists()
-        assert [file.name for file in folder.iterdir()] == [text]
-        assert [file.name for file in folder.parent.iterdir()] == ["out"]
+        assert names(folder) == [text] and names(folder.parent) == ["out"]
+    monkeypatch.chdir(folder)
+    write_new(Path())
+    assert names(folder) == ["new"] and names(folder.parent) == ["out"]
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), RuntimeError("bug"), KeyboardInterrupt()]
+    ("error", "message"),
+    [
+        (
+            OSError(28, "No space left on device"),
+            "out: could not be written: No space left on device; nothing",
+        ),
+        (RuntimeError("bug"), "bug"),
+        (KeyboardInterrupt("ctrl-C"), "ctrl-C"),
+    ],
 )
-def test_atomic_dir_keeps_the_old_folder_on_failure(tmp_path: Path, error: BaseException) -> None:
-    folder = tmp_path / "out"
-    folder.mkdir()
-    (folder / "old").write_text("old")
-
-    def write() -> None:
-        with atomic_dir(folder) as aside:
-            (aside / "new").write_text("new")
-            raise error
-
-    if isinstance(error, OSError):
-        expected = re.escape(f"{folder}: could not be written: No space left on device; nothing")
-        with pytest.raises(UnmaskError, match=expected):
-            write()
-    else:
-        with pytest.raises(type(error)):
-            write()
-    assert [file.name for file in tmp_path.iterdir()] == ["out"]
-    assert [file.name for file in folder.iterdir()] == ["old"]
+def test_the_old_folder_stays_on_failure(folder: Path, error: BaseException, message: str) -> None:
+    with pytest.raises(UnmaskError if isinstance(error, OSError) else type(error), match=re.escape(message)):
+        write_new(folder, error)
+    assert names(folder.parent) == ["out"] and names(folder) == ["old"]
 
 
-def test_atomic_dir_keeps_the_old_folder_when_the_move_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "out"
-    folder.mkdir()
-    (folder / "old").write_text("old")
-    move = io.os.replace
+def test_the_old_folder_stays_when_the_move_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    move = os.replace
 
     def fail(source: Any, target: Any) -> None:
         if Path(target) == folder and (Path(source) / "new").exists():
             raise OSError(5, "Input/output error")
         move(source, target)
 
-    monkeypatch.setattr(io.os, "replace", fail)
-
-    with (
-        pytest.raises(UnmaskError, match="nothing already there was changed"),
-        atomic_dir(folder) as aside,
-    ):
-        (aside / "new").write_text("new")
-    assert [file.name for file in tmp_path.iterdir()] == ["out"]
-    assert [file.name for file in folder.iterdir()] == ["old"]
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(UnmaskError, match="nothing already there was changed"):
+        write_new(folder)
+    assert names(folder.parent) == ["out"] and names(folder) == ["old"]
 
 
-def test_atomic_dir_starts_afresh_after_a_crash(tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    stale = tmp_path / ".out.partial"
-    stale.mkdir()
-    (stale / "half").write_text("")
-    with atomic_dir(folder) as aside:
-        (aside / "new").write_text("new")
-    assert [file.name for file in folder.iterdir()] == ["new"]
+def test_where_nothing_can_be_written(folder: Path) -> None:
+    for write in (lambda path: atomic_write(path, "new"), write_new):
+        with pytest.raises(UnmaskError, match="could not be written"):
+            write(folder / "old" / "new")
+    assert (folder / "old").read_text() == "old"
 
 
-def test_atomic_dir_onto_the_working_folder_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = tmp_path / "here"
-    here.mkdir()
-    monkeypatch.chdir(here)
-    with atomic_dir(Path()) as aside:
-        (aside / "new").write_text("new")
-    assert [file.name for file in tmp_path.iterdir()] == ["here"]
-    assert [file.name for file in here.iterdir()] == ["new"]
+def hold(folder: Path, held: Event, release: Event) -> None:
+    with directory_lock(folder, "training"):
+        held.set()
+        release.wait()
 
 
-def test_atomic_dir_where_nothing_can_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UnmaskError, match="could not be written"), atomic_dir(tmp_path / "file" / "out"):
-        pass
+def test_one_process_at_a_time_writes_to_a_folder(folder: Path) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    held, release = spawn.Event(), spawn.Event()
+    other = spawn.Process(target=hold, args=(folder, held, release))
+    other.start()
+    assert held.wait(60)
+    with pytest.raises(UnmaskError, match=f"process {other.pid} on .* is training here"):
+        hold(folder, held, release)
+    release.set()
+    with directory_lock(folder, "training", wait=True):
+        assert names(folder) == [".lock.partial", "old"]
+    other.join()
+    assert names(folder) == ["old"]
