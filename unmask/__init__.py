@@ -43,33 +43,23 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULE_OF = {
-    "SFTDataCollator": "data.collate",
-    "Encoder": "data.encode",
-    "Example": "data.encode",
-    "byte_tokenizer": "data.tokenizer",
-    "load_tokenizer": "data.tokenizer",
-    "Likelihood": "diffusion.likelihood",
-    "likelihood": "diffusion.likelihood",
-    "Noised": "diffusion.corrupt",
-    "corrupt": "diffusion.corrupt",
-    "transition": "diffusion.corrupt",
-    "Curriculum": "diffusion.objective",
-    "Objective": "diffusion.objective",
-    "UnmaskError": "errors",
-    "DiffusionGenerationConfig": "generation.config",
-    "load_model": "model.checkpoint",
-    "LlamaDiffusionConfig": "model.config",
-    "Qwen2DiffusionConfig": "model.config",
-    "Qwen3DiffusionConfig": "model.config",
-    "convert": "model.checkpoint",
-    "LlamaForCausalLM": "model.denoiser",
-    "Qwen2ForCausalLM": "model.denoiser",
-    "Qwen3ForCausalLM": "model.denoiser",
-    "Recipe": "config",
-    "load_recipe": "config",
-    "train": "training.train",
+# Module -> its public names.
+_NAMES = {
+    "config": "Recipe load_recipe",
+    "data.collate": "SFTDataCollator",
+    "data.encode": "Encoder Example",
+    "data.tokenizer": "byte_tokenizer load_tokenizer",
+    "diffusion.corrupt": "Noised corrupt transition",
+    "diffusion.likelihood": "Likelihood likelihood",
+    "diffusion.objective": "Curriculum Objective",
+    "errors": "UnmaskError",
+    "generation.config": "DiffusionGenerationConfig",
+    "model.checkpoint": "convert load_model",
+    "model.config": "LlamaDiffusionConfig Qwen2DiffusionConfig Qwen3DiffusionConfig",
+    "model.denoiser": "LlamaForCausalLM Qwen2ForCausalLM Qwen3ForCausalLM",
+    "training.train": "train",
 }
+_MODULE_OF = {name: f"unmask.{module}" for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = ["__version__", *_MODULE_OF]  # pyright: ignore[reportUnsupportedDunderAll]
 
@@ -77,7 +67,7 @@ __all__ = ["__version__", *_MODULE_OF]  # pyright: ignore[reportUnsupportedDunde
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'unmask' has no attribute {name!r}")
-    return getattr(import_module(f"unmask.{_MODULE_OF[name]}"), name)
+    return getattr(import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:

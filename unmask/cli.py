@@ -6,16 +6,18 @@ import errno
 import os
 import sys
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from unmask import __version__, cli_generate
 from unmask.cli_generate import hide_progress_bars
-from unmask.cli_warnings import warnings_in_lines
-from unmask.errors import UnmaskError
+from unmask.errors import UnmaskError, UnmaskNote
 
 app = typer.Typer(
     name="unmask",
@@ -25,7 +27,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+RANK = os.environ.get("RANK", "0")
+OF_PROCESS = "" if RANK == "0" else f" (process {RANK})"
 RANK_SECONDS = 3.0  # that a process of several waits before it prints its error
+# Beginnings of warnings, as regular expressions, and why nobody needs to read them.
+SILENT: tuple[tuple[str, type[Warning]], ...] = (
+    # peft asks transformers for a property that has another name since 5.24; both answer the same until v6.
+    (r"`is_gradient_checkpointing` is deprecated", FutureWarning),
+)
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file with the recipe.")]
 Overrides = Annotated[
@@ -96,10 +105,7 @@ def data(
     With --html the same as a page for a browser, with --curriculum how masking
     and attention change over the run.
     """
-    from unmask.config import load_recipe
-
-    settings = load_recipe(recipe, overrides or [])  # before the imports that take seconds
-    hide_progress_bars()
+    settings = _settings(recipe, overrides)
     from unmask.data.dataset import first_shares, load_data, run_tokenizer
     from unmask.data.inspect import show_examples, show_report, survey, write_page
     from unmask.io import check_output_file
@@ -115,30 +121,27 @@ def data(
     loaded = load_data(settings, tokenizer)
     check_block_sizes(settings, loaded.train)
     console = Console()
-    title = f"unmask data {recipe}"
-    if settings.data.streaming:
-        title += ", the beginning of each source"
-        console.print("a stream: what follows is of the beginning of each source", highlight=False)
     show_examples(loaded, tokenizer, limit=show, console=console)
     found = survey(loaded)
     show_report(found, console=console)
+    lines, beginning = [], ", the beginning of each source" if settings.data.streaming else ""
     if settings.data.streaming:
-        console.print("stream: the figures are of the beginning of each source", highlight=False)
+        lines.append("stream: the figures are of the beginning of each source")
     if settings.data.sources is not None:
-        console.print(first_shares(loaded), highlight=False, markup=False)
+        lines.append(first_shares(loaded))
     if loaded.held_out:
-        console.print(f"held out: {len(loaded.held_out):,} sequences", highlight=False)
-    for line in loaded.left_out(trained=[]):
-        console.print(line, highlight=False, markup=False)
-    for note in schedule_notes(settings, len(loaded.rows), settings.model.block_length):
-        console.print(note, highlight=False)
+        lines.append(f"held out: {len(loaded.held_out):,} sequences")
+    lines += loaded.left_out(trained=[])
+    lines += schedule_notes(settings, len(loaded.rows), settings.model.block_length)
     if curriculum is not None:
         epoch = -(-len(loaded.rows) // loaded.step_rows)
         draw_curriculum(make_curriculum(settings), settings.max_steps, epoch, curriculum)
-        console.print(f"curriculum: {curriculum}", highlight=False)
+        lines.append(f"curriculum: {curriculum}")
     if html is not None:
-        which = write_page(html, loaded, found, tokenizer, title=title)
-        console.print(f"page: {html} ({which})", highlight=False)
+        which = write_page(html, loaded, found, tokenizer, title=f"unmask data {recipe}{beginning}")
+        lines.append(f"page: {html} ({which})")
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
 
 
 @app.command()
@@ -155,15 +158,12 @@ def prepare(
     Train from it with data.dataset_name=OUT. The same command resumes an
     interrupted one.
     """
-    from unmask.config import load_recipe
-
-    settings = load_recipe(recipe, overrides or [])  # before the imports that take seconds
-    hide_progress_bars()
+    settings = _settings(recipe, overrides)
     from unmask.data.dataset import prepare as run
     from unmask.training.build import check_base
 
+    check_base(settings)
     try:
-        check_base(settings)
         manifest = run(settings, out, workers=workers)
     except KeyboardInterrupt:
         print(f"interrupted; the same command resumes {out}", file=sys.stderr)
@@ -196,10 +196,7 @@ def train(
     """
     if devices is not None and not dry_run:
         raise UnmaskError("--devices has no effect without --dry-run; torchrun --nproc_per_node=N starts N.")
-    from unmask.config import load_recipe
-
-    settings = load_recipe(recipe, overrides or [])  # before the imports that take seconds
-    hide_progress_bars()
+    settings = _settings(recipe, overrides)
     if dry_run:
         from unmask.training.memory import dry_run as show
 
@@ -292,6 +289,15 @@ def score(
     show_total(scored, console)
 
 
+def _settings(recipe: Path, overrides: list[str] | None) -> Any:
+    """Read a recipe, before the imports that take seconds."""
+    from unmask.config import load_recipe
+
+    settings = load_recipe(recipe, overrides or [])
+    hide_progress_bars()
+    return settings
+
+
 def main() -> None:
     """Run the command; bad input ends in one line on the standard error and exit code 2."""
     debug = "--debug" in sys.argv
@@ -314,12 +320,28 @@ def main() -> None:
 def _fail(error: Exception, message: str, debug: bool) -> None:
     if debug:
         raise error
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        print(f"error: {message}", file=sys.stderr)
-    else:
-        # Most often process 0 says the same, and torchrun ends this one meanwhile.
-        time.sleep(RANK_SECONDS)
-        print(f"error (process {rank}): {message}", file=sys.stderr)
-    sys.stderr.flush()
+    if RANK != "0":
+        time.sleep(RANK_SECONDS)  # most often process 0 says the same, and torchrun ends this one meanwhile
+    print(f"error{OF_PROCESS}: {message}", file=sys.stderr, flush=True)
     os._exit(2) if "RANK" in os.environ else sys.exit(2)
+
+
+@contextmanager
+def warnings_in_lines() -> Iterator[None]:
+    """Print each warning once, in one line, except the silent ones; Python's own -W options come first."""
+    said: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        text = " ".join(str(message).split())
+        if text not in said:
+            said.add(text)
+            kind = "note" if issubclass(category, UnmaskNote) else "warning"
+            print(f"{kind}{OF_PROCESS}: {text}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("default")
+            for message, category in SILENT:
+                warnings.filterwarnings("ignore", message, category)
+        warnings.showwarning = show
+        yield

@@ -6,18 +6,20 @@ import copy
 import sys
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from typer import Option
 
-from unmask.cli_options import DECODING, BatchSize, EndFill, Model, System, decoding_options
+from unmask.cli_options import DECODING, BatchSize, EndFill, Model, System, decoding_options, refuse_unused
 from unmask.errors import UnmaskError
 
-IN_TERMINAL = "-"  # what --trace alone stands for
+IN_TERMINAL = "-"  # what --trace alone means
+PICTURES = (".html", ".png")
 STDIN = "- reads standard input, without its last line end"
 
 
@@ -64,23 +66,17 @@ def generate(
         raise UnmaskError("--prompts needs --out FILE.jsonl for the answers.")
     generating = {"prefix": prefix, "stop": stop, "trace": trace, "samples": samples > 1}
     generating |= {name: True for name in decoding if name != "seed"}
-    for options, has_effect, message in (
-        ({"trace": trace}, prompts is None, "has no effect with --prompts"),
-        ({"out": out, "resume": resume}, prompts is not None, "has an effect with --prompts alone"),
-        ({"system": system}, not raw, "has no effect with --raw; write it into the prompt"),
-        ({"end_fill": end_fill}, bool(choice), "has an effect with --choice alone"),
-        (generating, not choice, "has no effect with --choice: nothing is generated"),
-    ):
-        for name, value in options.items():
-            if not has_effect and value:
-                raise UnmaskError(f"--{name.replace('_', '-')} {message}.")
-    _check_texts(prompt=prompt, system=system, prefix=prefix, stop=stop, choice=choice)
+    refuse_unused(prompts is not None, "with --prompts", trace=trace)
+    refuse_unused(prompts is None, "without --prompts", out=out, resume=resume)
+    refuse_unused(raw, "with --raw; write it into the prompt", system=system)
+    refuse_unused(not choice, "without --choice", end_fill=end_fill)
+    refuse_unused(bool(choice), "with --choice: nothing is generated", **generating)
     from unmask.evaluation.choose import choose_answers
     from unmask.generation.text import complete, generate_answers, prompt_example, read_prompts
     from unmask.io import check_output_file
 
     if trace not in (None, IN_TERMINAL):
-        if not trace.lower().endswith((".html", ".png")):
+        if not trace.lower().endswith(PICTURES):
             raise UnmaskError(f"--trace: expected a file .html or .png, or nothing; got {trace!r}.")
         check_output_file(Path(trace), "--trace")
     if out is not None:
@@ -92,15 +88,14 @@ def generate(
     if samples > 1 and not config.is_random:
         raise UnmaskError("--samples: without randomness all are the same; set --temperature above 0.")
     generation: dict[str, Any] = {"stop": stop or [], "batch_size": batch_size, **decoding}
+    answer = partial(generate_answers, denoiser, tokenizer, prefix=prefix, **generation)
     if choice:
         sizes = {"end_fill": end_fill or 1, "batch_size": batch_size}
         answer = partial(choose_answers, denoiser, tokenizer, choice, **sizes)
-    else:
-        answer = partial(generate_answers, denoiser, tokenizer, prefix=prefix, **generation)
-    asked: dict[str, Any] = {"raw": raw, "system": system, "to_answer": bool(choice)}
+    asked: dict[str, Any] = {"raw": raw, "system": system, "prefix": prefix, "to_answer": bool(choice)}
     if prompts is not None and out is not None:
         longest = None if choice else denoiser.config.max_position_embeddings - config.max_new_tokens
-        listed = read_prompts(prompts, tokenizer, prefix=prefix, longest=longest, **asked)
+        listed = read_prompts(prompts, tokenizer, longest=longest, **asked)
         told = {"model": model, "raw": raw, "system": system, "prefix": prefix, "choice": choice}
         told |= {"end_fill": end_fill, "stop": stop}
         settings = {name: value for name, value in told.items() if value} | decoding
@@ -108,7 +103,7 @@ def generate(
         _answer_file(answer, listed, out, settings=settings, **how)
         return
     text = read_stdin() if prompt == "-" else prompt or ""
-    example = prompt_example(tokenizer, text, prefix=prefix, **asked)
+    example = prompt_example(tokenizer, text, **asked)
     if choice:
         [line] = answer([example], [seed])
         for name, figures in line["choices"].items():
@@ -119,8 +114,8 @@ def generate(
     keep = trace not in (None, IN_TERMINAL)
     answers = complete(denoiser, tokenizer, [example] * samples, keep_states=keep, seed=seeds, **generation)
     if trace is not None:
-        shown = text + ("\n" if prefix and not raw else "") + prefix
         names = [f"seed {number}" for number in seeds]
+        shown = text + ("\n" if prefix and not raw else "") + prefix
         _show_trace(trace, answers, tokenizer, f"unmask generate {model}", shown, names)
     for number, completion in zip(seeds, answers, strict=True):
         if samples > 1:
@@ -134,7 +129,6 @@ def chat(model: Model, system: System = None, *, decoding: dict[str, Any]) -> No
 
     /reset forgets the conversation, /quit ends it, Ctrl-C stops an answer.
     """
-    _check_texts(system=system)
     from unmask.generation.chat import chat as run
 
     denoiser, tokenizer, _ = _load(model, decoding)
@@ -167,24 +161,20 @@ def infill(
     wins. A backslash before it makes it plain text. Needs a bidirectional
     model.
     """
-    around = prefix is not None or suffix is not None
-    if (text is None) == (not around):
+    if (text is None) == (prefix is None and suffix is None):
         raise UnmaskError("give --text with gaps in it, or --prefix and --suffix with --length.")
-    if around and length is None:
+    if text is None and length is None:
         raise UnmaskError("--prefix and --suffix need --length, the tokens between them: 5, or 2-8.")
-    if text is not None and length is not None:
-        raise UnmaskError("--length has no effect with --text; write [[gap:5]] into it.")
-    if end_fill is not None and prompt is None:
-        raise UnmaskError("--end-fill has an effect with --prompt alone.")
-    _check_texts(text=text, prefix=prefix, suffix=suffix, prompt=prompt)
+    refuse_unused(text is not None, "with --text; write [[gap:5]] into it", length=length)
+    refuse_unused(prompt is None, "without --prompt", end_fill=end_fill)
     from unmask.generation.infill import infill_text, parse_gaps
     from unmask.generation.text import chat_encoder, prompt_example
 
     if text is not None:
         parts = parse_gaps(read_stdin() if text == "-" else text)
     else:
-        pieces = [prefix or "", *parse_gaps(f"[[gap:{length}]]"), suffix or ""]
-        parts = [piece for piece in pieces if piece != ""]
+        pieces = (prefix, *parse_gaps(f"[[gap:{length}]]"), suffix)
+        parts = [piece for piece in pieces if piece]
     denoiser, tokenizer, _ = _load(model, decoding)
     answer_to: dict[str, Any] = {}
     if prompt is not None:
@@ -202,14 +192,11 @@ def infill(
 
 
 def insert_trace_value(arguments: Sequence[str]) -> list[str]:
-    """Let --trace have no value: a file may follow it, and Typer has no option whose value is optional."""
+    """Let --trace have no value, which Typer does not: a page or a picture may follow it."""
     inserted: list[str] = []
-    for index, argument in enumerate(arguments):
+    for argument, following in pairwise([*arguments, ""]):
         inserted.append(argument)
-        following = Path("".join(arguments[index + 1 : index + 2]))
-        # Any other file is left to be refused by name; what follows may also be the model.
-        is_file = following.suffix[1:].isalpha() and not str(following).startswith("-")
-        if argument == "--trace" and (not is_file or following.is_dir()):
+        if argument == "--trace" and not following.lower().endswith(PICTURES):
             inserted.append(IN_TERMINAL)
     return inserted
 
@@ -235,25 +222,15 @@ def _load(name: str, decoding: dict[str, Any]) -> tuple[Any, Any, Any]:
     return model, load_tokenizer(name), config
 
 
-def _check_texts(**options: str | list[str] | None) -> None:
-    """Refuse option values whose bytes are not UTF-8 text."""
-    for name, value in options.items():
-        for text in [value] if isinstance(value, str) else value or []:
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise UnmaskError(f"--{name}: not UTF-8 text (character {error.start + 1}).") from error
-
-
 def read_stdin() -> str:
     """Standard input as text, without its last line end."""
+    data = sys.stdin.buffer.read()  # in some locales the text layer passes on bytes that are not text
     try:
-        # From the bytes: in some locales Python passes on bytes that are not text.
-        text = sys.stdin.buffer.read().decode() if hasattr(sys.stdin, "buffer") else sys.stdin.read()
-        return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
+        text = data.decode()
     except UnicodeDecodeError as error:
-        line = bytes(error.object).count(b"\n", 0, error.start) + 1
+        line = data.count(b"\n", 0, error.start) + 1
         raise UnmaskError(f"standard input: not UTF-8 text (line {line}); save it as UTF-8.") from error
+    return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
 
 
 def _show_trace(
@@ -265,12 +242,11 @@ def _show_trace(
     if trace.lower().endswith(".html"):
         write_trace_page(Path(trace), answers, tokenizer, title=title, prompt=prompt, names=names)
     elif trace != IN_TERMINAL:
-        draw_trace(Path(trace), answers, tokenizer, title=title, names=names)
+        draw_trace(Path(trace), answers, title=title, names=names)
     else:
-        console = Console(stderr=True)
         for answer in answers:
             for line in trace_lines(answer.ids, answer.commit_step, tokenizer):
-                console.print(line)
+                Console(stderr=True).print(line)
 
 
 def _answer_file(answer: Any, prompts: list[Any], out: Path, *, samples: int, **options: Any) -> None:
@@ -278,9 +254,8 @@ def _answer_file(answer: Any, prompts: list[Any], out: Path, *, samples: int, **
     from unmask.generation.text import answer_file
 
     console = Console(stderr=True)
-    columns = (TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        advance = partial(progress.advance, progress.add_task("", total=len(prompts) * samples))
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        advance = partial(progress.advance, progress.add_task("answering", total=len(prompts) * samples))
         try:
             totals = answer_file(answer, prompts, out, samples=samples, advance=advance, **options)
         except KeyboardInterrupt:
@@ -288,8 +263,7 @@ def _answer_file(answer: Any, prompts: list[Any], out: Path, *, samples: int, **
             print(f"interrupted; --resume continues {out}", file=sys.stderr)
             raise typer.Exit(130) from None
     line = f"{out}: {totals['answers']:,} answers to {len(prompts):,} prompts"
-    if totals["forwards"]:
-        share = totals["tokens"] / totals["forwards"]
-        steps = f"{totals['forwards']:,} denoising steps ({share:.2f} per step)"
-        line += f", {totals['tokens']:,} tokens in {steps}"
+    if steps := totals["forwards"]:
+        per_step = f"{steps:,} denoising steps ({totals['tokens'] / steps:.2f} per step)"
+        line += f", {totals['tokens']:,} tokens in {per_step}"
     print(line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
@@ -17,6 +17,8 @@ BatchSize = Annotated[int, Option(min=1, help="Batch size of a forward pass; doe
 EndFill = Annotated[
     int | None, Option(min=1, help="End tokens fill a response to a multiple of N, as in training.")
 ]
+
+TEXTS = {"prompt", "system", "prefix", "suffix", "text", "stop", "choice"}  # options that a tokenizer reads
 
 # Settings of `DiffusionGenerationConfig`: name -> type, smallest value, help.
 DECODING: dict[str, tuple[type, int | None, str]] = {
@@ -54,34 +56,40 @@ DECODING: dict[str, tuple[type, int | None, str]] = {
 
 
 def decoding_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add an option for each named setting to a command.
-
-    The command takes the settings that were given as its keyword `decoding`.
-    """
+    """Add an option for each named setting to a command, which takes those given as its keyword `decoding`."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def run(**values: Any) -> None:
             settings = {name: values.pop(name) for name in names}
-            for name, value in settings.items():
-                if value != value:  # NaN, that not every version of click refuses
-                    raise UnmaskError(f"--{name.replace('_', '-')}: expected a number; got nan.")
+            for name in TEXTS.intersection(values):
+                _check_text(name, values[name] or "")
             command(**values, decoding={name: x for name, x in settings.items() if x is not None})
 
-        hints = get_type_hints(command, include_extras=True)
-        parameters = [
-            parameter.replace(annotation=hints[parameter.name])
-            for parameter in inspect.signature(command).parameters.values()
-            if parameter.name != "decoding"
-        ]
+        signature = inspect.signature(command, eval_str=True)
+        parameters = [one for one in signature.parameters.values() if one.name != "decoding"]
         for name in names:
             kind, smallest, text = DECODING[name]
-            option = Option(min=smallest, help=text, rich_help_panel="Decoding")
-            annotation = Annotated[kind | None, option]
+            annotation = Annotated[kind | None, Option(min=smallest, help=text, rich_help_panel="Decoding")]
             keyword = inspect.Parameter.KEYWORD_ONLY
             parameters.append(inspect.Parameter(name, keyword, default=None, annotation=annotation))
-        vars(run)["__signature__"] = inspect.Signature(parameters)
+        vars(run)["__signature__"] = signature.replace(parameters=parameters)
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return run
 
     return decorate
+
+
+def _check_text(name: str, value: str | list[str]) -> None:
+    """Refuse a value whose bytes are not UTF-8 text."""
+    try:
+        "".join(value).encode()
+    except UnicodeEncodeError as error:
+        raise UnmaskError(f"--{name}: not UTF-8 text (character {error.start + 1}).") from error
+
+
+def refuse_unused(unused: bool, when: str, **options: Any) -> None:
+    """Refuse options that were given and have no effect."""
+    for name, value in options.items():
+        if unused and value:
+            raise UnmaskError(f"--{name.replace('_', '-')} has no effect {when}.")

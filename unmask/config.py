@@ -395,8 +395,6 @@ CONTRADICTIONS: tuple[tuple[str, Any, str, Any, str], ...] = (
     ("model.attention_annealing_steps", ..., "model.attention", "block_causal", "it stays causal"),
     ("model.loss", "cart", "model.attention", "block_causal", "a part of the context is hidden"),
     ("model.loss", "cart", "model.attention_annealing_steps", ..., "a part of the context is hidden"),
-    ("model.noise_schedule", "cosine", "model.complementary_masks", ..., "t and 1 - t must be as likely"),
-    ("model.loss", "diffullama", "model.complementary_masks", ..., "the two masks cover every token"),
     *(
         (f"model.{name}", list, other, ..., "the sources of streams and mixtures each have their own epochs")
         for name in ("noise_eps", *PROBABILITIES)
@@ -460,21 +458,12 @@ def _rules(recipe: Recipe) -> Iterator[tuple[Any, str]]:
     unsaved = recipe.early_stopping_patience and not (every and every == recipe.save_steps)
     yield unsaved, "early_stopping_patience: needs eval_steps = save_steps"
 
-    prefix, truncate, spans = (by_epoch(getattr(model, name)) for name in PROBABILITIES)
-    for epoch in range(max(len(prefix), len(truncate))):
-        total = prefix[min(epoch, len(prefix) - 1)] + truncate[min(epoch, len(truncate) - 1)]
-        both = "model.prefix_probability + model.truncate_probability"
-        yield total > 1, f"{both} must be at most 1; got {total:g} in epoch {epoch + 1}"
-    largest = [max(sizes) for sizes in by_phase(model.mask_block_sizes)]
-    yield largest != sorted(largest), "model.mask_block_sizes: phases must go from small sizes to large ones"
-    empty = model.complementary_masks and max(by_epoch(model.noise_eps)) >= 0.5
-    yield empty, "model.noise_eps: with model.complementary_masks t is in [eps, 1 - eps]: give less than 0.5"
     scheduler, key = model.masking_scheduler, "model.masking_scheduler"
     if scheduler.schedule_type == "linear":
-        none = not any((*prefix, *truncate, *spans))
+        none = not any(value for name in PROBABILITIES for value in by_epoch(getattr(model, name)))
         yield none, f"{key}.schedule_type: linear has no effect with {', '.join(PROBABILITIES)} 0"
     else:
-        idle = scheduler.max_schedule_steps and len(largest) == 1
+        idle = scheduler.max_schedule_steps and len(by_phase(model.mask_block_sizes)) == 1
         yield idle, f"{key}.max_schedule_steps has no effect with constant and a single phase of span sizes"
 
     sources = data.sources or []

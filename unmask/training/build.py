@@ -33,7 +33,8 @@ from unmask.training.optim import warmup_steps
 
 
 def check_base(recipe: Recipe) -> None:
-    """Find out whether the recipe starts from a checkpoint; otherwise its missing tokenizer would be named."""
+    """Check the curriculum, and that the recipe starts from a checkpoint: else its tokenizer would be missing."""
+    make_curriculum(recipe)
     name = recipe.model.name_or_path
     if name is not None and is_adapter(name):
         raise UnmaskError(
