@@ -6,8 +6,7 @@ Symbols: S a set of masked positions of the L supervised ones, nll[S][i] = -log 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import chain, combinations, groupby, permutations, product
 from pathlib import Path
@@ -20,15 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import random_ids, tiny_model
 from torch import Tensor
-from training_step import logits_of, loss_of, noise_of, prepared
+from training_step import loss_of, noise_of, prepared
 
-from unmask.diffusion import corrupt as module
 from unmask.diffusion.attention import row_layout
 from unmask.diffusion.corrupt import ForwardInputs, corrupt, low_discrepancy, masking_rate
-from unmask.diffusion.loss import PRESETS, context_weight, loss_divisor, time_weight, token_nll
+from unmask.diffusion.loss import PRESETS, context_weight, loss_divisor, token_nll
 from unmask.diffusion.objective import Objective
-from unmask.diffusion.rng import STREAM_MASK, STREAM_TIME
 
+MATH_PAGE = (Path(__file__).parents[1] / "docs" / "math.md").read_text(encoding="utf-8")
 VOCAB, MASK = 5, 4  # four tokens and the mask
 TEXT = torch.tensor([[2, 0, 3, 1]])
 CASES = {  # name: (source positions, logit_shift)
@@ -37,6 +35,7 @@ CASES = {  # name: (source positions, logit_shift)
     "source in the middle": ((1,), False),
     "shifted": ((0,), True),
 }
+ELBO = Objective()
 every_case = pytest.mark.parametrize(("source", "shift"), CASES.values(), ids=CASES)
 
 
@@ -51,7 +50,6 @@ class Oracle:
         self.model.eval()
         self.where = [i for i in range(text.shape[1]) if i not in source]
         self.src_mask = torch.tensor([[i in source for i in range(text.shape[1])]])
-        self.given: dict[str, Any] = {"src_mask": self.src_mask, "training_mode": "sft"}
         self.nll = {masked: self.conditionals(masked) for masked in subsets(self.where)}
 
     def conditionals(self, masked: tuple[int, ...]) -> dict[int, Tensor]:
@@ -89,66 +87,45 @@ class Oracle:
         likelihood = -(nll.neg().logsumexp(0) - math.log(len(nll)))
         return likelihood / len(self.where), nll.mean() / len(self.where)
 
-    def steered(
-        self, objective: Objective, nodes: int, cells: list[tuple[int, ...]] | None = None, phase: int = 0
+    def expected_loss(
+        self, t: float, objective: Objective = ELBO, cells: Sequence[tuple[int, ...]] | None = None
     ) -> Tensor:
-        """The expected loss with the noise that `corrupt` draws, over all masks and the rate."""
-        cells = [(i,) for i in self.where] if cells is None else cells
-        terms = []
-        for (s, w), on in product(gauss(0, 1, nodes), product([False, True], repeat=len(cells))):
-            rate = masking_rate(torch.tensor(s, dtype=torch.float64), objective)
-            p = rate ** sum(on) * (1 - rate) ** (len(cells) - sum(on))
-            masked = [i for cell, yes in zip(cells, on, strict=True) if yes for i in cell]
-            with steering([s], [masked], self.text.shape[1], objective.mask_block_sizes, phase):
-                seed = torch.zeros(1, dtype=torch.int64)
-                loss = loss_of(self.model, self.text, noise_seed=seed, objective=objective, **self.given)
-            terms.append(w * p * loss)
+        """The model's loss at a rate, over all masks of its cells (its tokens)."""
+        cells, terms = [(i,) for i in self.where] if cells is None else cells, []
+        for on in product([False, True], repeat=len(cells)):
+            masked = tuple(i for cell, yes in zip(cells, on, strict=True) if yes for i in cell)
+            loss = loss_under(self.model, self.text, self.src_mask, [masked], [t], objective)
+            terms.append(t ** sum(on) * (1 - t) ** (len(on) - sum(on)) * loss)
         return total(terms)
 
-    def loss_at(self, t: float, masked: tuple[int, ...]) -> Tensor:
-        """The loss at this time and this mask: noise is data."""
-        inputs, noised, objective = prepared(self.model, self.text, **self.given)
-        is_masked = torch.zeros_like(noised.is_masked)
-        is_masked[0, list(masked)] = True
-        assert not (is_masked & ~noised.maskable).any()
-        noised = noised._replace(
-            x_t=torch.where(is_masked, MASK, self.text),
-            is_masked=is_masked,
-            t=torch.full(self.text.shape, t, dtype=torch.float64),
-        )
-        return self.model.diffusion_loss(inputs, noised, objective)
-
-    def expected_loss(self, t: float) -> Tensor:
-        length = len(self.where)
-        return total(
-            t ** len(masked) * (1 - t) ** (length - len(masked)) * self.loss_at(t, masked)
-            for masked in self.nll
-        )
+    def mean_loss(
+        self, objective: Objective, nodes: int, cells: Sequence[tuple[int, ...]] | None = None
+    ) -> Tensor:
+        """The model's loss over all masks and rates."""
+        s, weight = zip(*gauss(0, 1, nodes), strict=True)
+        rates = masking_rate(torch.tensor(s, dtype=torch.float64), objective).tolist()
+        losses = [self.expected_loss(t, objective, cells) for t in rates]
+        return total(w * loss for w, loss in zip(weight, losses, strict=True))
 
 
-@contextmanager
-def steering(
-    times: list[float], masked: list[list[int]], length: int, sizes: tuple[int, ...] = (), phase: int = 0
-) -> Iterator[None]:
-    """Choose the uniforms of the draw itself: s of each row, and which of its columns fall below t."""
-    size = sizes[0] if sizes else 1
-    below_t = torch.zeros(len(masked), length, dtype=torch.bool)  # by unit of masking: token or cell
-    for row, columns in enumerate(masked):
-        below_t[row, [(i + phase) // size for i in columns]] = True
-
-    def uniform(seed: Tensor, stream: int, *keys: Any) -> Tensor:
-        if stream == STREAM_TIME:
-            return torch.tensor(times, dtype=torch.float64)[:, None].expand(seed.shape)
-        if stream == STREAM_MASK:
-            return torch.where(below_t.gather(1, keys[0]), -1.0, 2.0)
-        return torch.zeros(seed.shape)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "keyed_uniform", uniform)
-        patch.setattr(
-            module, "keyed_below", lambda _, seed, __, key: torch.full_like(seed, {1: 0, 2: phase}[key])
-        )
-        yield
+def loss_under(
+    model: Any,
+    text: Tensor,
+    src_mask: Tensor,
+    masks: Sequence[tuple[int, ...]],
+    times: Sequence[float],
+    objective: Objective,
+    mask: int = MASK,
+) -> Tensor:
+    """The loss under one mask and one rate a row: noise is data."""
+    inputs, noised, _ = prepared(model, text, src_mask=src_mask, training_mode="sft", objective=objective)
+    is_masked = torch.zeros_like(noised.is_masked)
+    for row, columns in enumerate(masks):
+        is_masked[row, list(columns)] = True
+    assert not (is_masked & ~noised.maskable).any()
+    t = torch.tensor(times, dtype=torch.float64)[:, None].expand(text.shape)
+    noised = noised._replace(x_t=torch.where(is_masked, mask, text), is_masked=is_masked, t=t)
+    return model.diffusion_loss(inputs, noised, objective)
 
 
 def total(terms: Iterable[Tensor]) -> Tensor:
@@ -180,23 +157,23 @@ def test_token_nll_is_minus_log_softmax_at_the_target_in_float32_or_wider(shape:
 # The whole, enumerated
 
 
+def assert_same_gradient(oracle: Oracle, found: Tensor, expected: Tensor, rtol: float, atol: float) -> None:
+    parameters = list(oracle.model.parameters())
+    wanted = torch.autograd.grad(expected, parameters, retain_graph=True)
+    assert sum(g.abs().sum() for g in wanted) > 1
+    torch.testing.assert_close(torch.autograd.grad(found, parameters), wanted, rtol=rtol, atol=atol)
+
+
 @every_case
 def test_expected_loss_and_gradient_are_those_of_the_enumerated_bound(
     source: tuple[int, ...], shift: bool
 ) -> None:
     oracle = Oracle(source, shift)
     for t in (0.001, 0.3, 0.8, 1.0):
-        expected, found = oracle.bound_at(t), oracle.expected_loss(t)
+        expected = oracle.bound_at(t)
         assert 0.5 < expected < 50
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(oracle.expected_loss(t), expected, rtol=1e-12, atol=0)
     assert_same_gradient(oracle, oracle.expected_loss(0.4), oracle.bound_at(0.4), 1e-9, 1e-12)
-
-
-def assert_same_gradient(oracle: Oracle, found: Tensor, expected: Tensor, rtol: float, atol: float) -> None:
-    parameters = list(oracle.model.parameters())
-    wanted = torch.autograd.grad(expected, parameters, retain_graph=True)
-    assert sum(g.abs().sum() for g in wanted) > 1
-    torch.testing.assert_close(torch.autograd.grad(found, parameters), wanted, rtol=rtol, atol=atol)
 
 
 @every_case
@@ -244,31 +221,34 @@ def test_the_mean_over_draws_is_the_bound(source: tuple[int, ...], shift: bool) 
     assert abs(loss.item() - first) < 5 * error
 
 
-# Schedules and the smallest rate
+# Schedules, complementary masks and the smallest rate
+
+KINDS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "cosine": {"schedule": "cosine"},
+    "complementary": {"complementary": True},
+}
+
+
+def bound_drawn(oracle: Oracle, kind: str, eps: float) -> Tensor:
+    """The integral of the bound over the rates that are drawn, over the share of s that is drawn."""
+    if kind == "complementary":
+        return oracle.bound(eps, 1 - eps)
+    bound = oracle.bound(eps, 1)
+    return bound if kind == "linear" else bound * (1 - eps) / (1 - math.asin(eps) / (math.pi / 2))
 
 
 @every_case
-@torch.no_grad()
-def test_linear_and_cosine_schedules_give_the_same_bound(source: tuple[int, ...], shift: bool) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_mean_loss_and_gradient_over_all_masks_and_rates(
+    kind: str, source: tuple[int, ...], shift: bool
+) -> None:
     oracle = Oracle(source, shift)
-    nodes = gauss(0, 1, 60)
-    s = torch.tensor([node for node, _ in nodes], dtype=torch.float64)
-    w = torch.tensor([weight for _, weight in nodes], dtype=torch.float64)
-
-    def mean(eps: float, schedule: Any) -> Tensor:
-        t = masking_rate(s, Objective(eps=eps, schedule=schedule))
-        # bound_at has the weight 1/t in it.
-        return (w * time_weight(t, schedule) * torch.stack([x * oracle.bound_at(x.item()) for x in t])).sum()
-
-    bound = oracle.bound()
-    for schedule in ("linear", "cosine"):
-        torch.testing.assert_close(mean(1e-12, schedule), bound, rtol=1e-10, atol=0)
-    # At any eps they are the same integral over [eps, 1], over the share of s that is drawn.
-    eps = 0.05
-    first = math.asin(eps) / (math.pi / 2)
-    kept = oracle.bound(eps, 1) * (1 - eps)
-    torch.testing.assert_close(mean(eps, "linear") * (1 - eps), kept, rtol=1e-10, atol=0)
-    torch.testing.assert_close(mean(eps, "cosine") * (1 - first), kept, rtol=1e-10, atol=0)
+    found = oracle.mean_loss(Objective(eps=0.1, **KINDS[kind]), 12 if kind == "cosine" else 4)
+    expected = bound_drawn(oracle, kind, 0.1)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+    # Stock RMSNorm computes in float32 whatever the model's dtype.
+    assert_same_gradient(oracle, found, expected, 1e-5, 1e-6)
 
 
 @every_case
@@ -278,12 +258,10 @@ def test_bias_of_the_smallest_rate_is_of_its_size(source: tuple[int, ...], shift
     # f(0) is the mean nll of each token given all others; under cosine eps (2 bound / pi - f(0)).
     oracle, eps = Oracle(source, shift), 1e-3
     bound, at_zero = oracle.bound(), total(oracle.nll[(i,)][i] for i in oracle.where) / len(oracle.where)
-    schedules: list[tuple[Any, float, float]] = [("linear", 1.0, 4e-4), ("cosine", 2 / math.pi, 8e-4)]
-    for schedule, share, most in schedules:
-        found = oracle.steered(Objective(eps=eps, schedule=schedule), 12 if schedule == "cosine" else 3)
+    for kind, share, most in (("linear", 1.0, 4e-4), ("cosine", 2 / math.pi, 8e-4)):
         bias = eps * (share * bound - at_zero)
         assert abs(bias) < most * bound  # as docs/math.md says
-        torch.testing.assert_close(found - bound, bias, rtol=0, atol=20 * eps**2)
+        torch.testing.assert_close(bound_drawn(oracle, kind, eps) - bound, bias, rtol=0, atol=20 * eps**2)
 
 
 @torch.no_grad()
@@ -298,54 +276,15 @@ def test_the_bound_is_tight_where_the_order_does_not_matter() -> None:
     oracle = Oracle((0,), model=cut)
     assert oracle.exact()[0] > 0.5
     torch.testing.assert_close(oracle.bound(), oracle.exact()[0], rtol=1e-12, atol=0)
-    torch.testing.assert_close(oracle.steered(Objective(eps=1e-12), 3), oracle.exact()[0])
-    # One cell over the whole response.
-    whole = Oracle((0,))
-    objective, grid = Objective(eps=1e-12, **cells(8)), [tuple(whole.where)]
-    found = whole.steered(objective, 2, grid)
-    torch.testing.assert_close(found, whole.exact(grid)[0], rtol=1e-9, atol=0)
-
-
-# Complementary masks
-
-
-@every_case
-@torch.no_grad()
-def test_complementary_masks_give_the_bound_between_eps_and_one_minus_eps(
-    source: tuple[int, ...], shift: bool
-) -> None:
-    oracle = Oracle(source, shift)
-    for eps in (1e-3, 0.2):
-        found = oracle.steered(Objective(eps=eps, complementary=True), 4)
-        torch.testing.assert_close(found, oracle.bound(eps, 1 - eps), rtol=1e-9, atol=0)
-
-
-@pytest.mark.parametrize("other", [{"complementary": True, "eps": 0.1}, {"schedule": "cosine", "eps": 0.1}])
-def test_expected_gradient_of_other_draws_is_that_of_the_enumerated_bound(other: dict[str, Any]) -> None:
-    oracle, objective = Oracle((1,), True), Objective(**other)
-    if objective.complementary:
-        bound = oracle.bound(0.1, 0.9)
-    else:
-        bound = oracle.bound(0.1, 1) * 0.9 / (1 - math.asin(0.1) / (math.pi / 2))
-    # Stock RMSNorm computes in float32 whatever the model's dtype.
-    assert_same_gradient(oracle, oracle.steered(objective, 12), bound, 1e-5, 1e-6)
-
-
-# Cells (S3)
-
-
-def cells(size: int) -> dict[str, Any]:
-    return {"block_masking_probability": 1, "mask_block_sizes": (size,)}
 
 
 @torch.no_grad()
 def test_masks_in_cells_bound_the_likelihood_of_revealing_whole_cells() -> None:
-    oracle = Oracle((0,), text=torch.tensor([[2, 0, 3, 1, 0]]))
+    oracle, objective = Oracle((0,), text=torch.tensor([[2, 0, 3, 1, 0]])), Objective(eps=1e-12)
     likelihoods, bounds = [], []
     for size, phase in ((2, 0), (2, 1), (3, 0), (3, 1), (3, 2)):
-        grid = [tuple(cell) for _, cell in groupby(oracle.where, key=lambda i: (i + phase) // size)]
-        found = oracle.steered(Objective(eps=1e-12, **cells(size)), 3, grid, phase)
-        exact, mean = oracle.exact(grid)
+        cells = [tuple(cell) for _, cell in groupby(oracle.where, key=lambda i: (i + phase) // size)]
+        found, (exact, mean) = oracle.mean_loss(objective, 3, cells), oracle.exact(cells)
         # The mean over orders of the cells, all tokens of a cell at once and each by itself.
         torch.testing.assert_close(found, mean, rtol=1e-9, atol=0)
         assert found > exact + 1e-6
@@ -357,44 +296,40 @@ def test_masks_in_cells_bound_the_likelihood_of_revealing_whole_cells() -> None:
     assert torch.stack(bounds).mean() > mixture + 1e-3
     # Another process than that of single tokens, with another likelihood.
     assert abs(mixture - oracle.exact()[0]) > 1e-3
+    # One cell over the whole response is exact.
+    whole = [tuple(oracle.where)]
+    torch.testing.assert_close(
+        oracle.mean_loss(objective, 3, whole), oracle.exact(whole)[0], rtol=1e-9, atol=0
+    )
 
 
 # CART
 
 
-@given(data=st.data())
-def test_context_weight_told_pair_by_pair(data: st.DataObject) -> None:
-    length = data.draw(st.integers(1, 14))
-    # What stands in each column: -1 padding, else one more document from time to time.
-    steps = data.draw(st.lists(st.sampled_from(["token", "token", "padding", "next"]), min_size=length,
-                               max_size=length))  # fmt: skip
-    documents = np.cumsum([step == "next" for step in steps])
-    is_token = torch.tensor([[step != "padding" for step in steps]])
-    is_masked = torch.tensor([data.draw(st.lists(st.booleans(), min_size=length, max_size=length))])
-    is_masked = is_masked & is_token
-    layout = row_layout(is_token, torch.tensor(documents)[None])
-    # Beside another row, which must not matter.
-    both = [torch.cat([x, torch.ones_like(x)]) for x in (is_masked, is_token)]
-    double = row_layout(both[1], torch.tensor(documents).expand(2, -1))
-    for p in (0.1, 0.6):
-        found = context_weight(is_masked, layout, p)[0]
-        assert torch.equal(context_weight(both[0], double, p)[0], found)
-        place = is_token[0].cumsum(0)  # distance counts tokens: padding is left out
-        for n in is_token[0].nonzero()[:, 0].tolist():
-            expected = 0.0
-            for i in is_token[0].nonzero()[:, 0].tolist():
-                if i != n and not is_masked[0, i] and documents[i] == documents[n]:
-                    expected += 0.5 * p * (1 - p) ** (abs(int(place[n] - place[i])) - 1)
-            assert abs(found[n].item() - expected) < 1e-6
+COLUMN = st.tuples(st.sampled_from(["token", "token", "padding", "next"]), st.booleans())
+
+
+@given(columns=st.lists(COLUMN, min_size=1, max_size=14), p=st.sampled_from([0.1, 0.6]))
+def test_context_weight_told_pair_by_pair(columns: list[tuple[str, bool]], p: float) -> None:
+    kinds, masks = zip(*columns, strict=True)
+    documents = torch.tensor([kind == "next" for kind in kinds]).cumsum(0)
+    is_token = torch.tensor([kind != "padding" for kind in kinds])
+    is_masked = torch.tensor(masks) & is_token
+    # Next to another row, which must not matter.
+    both = row_layout(torch.stack([is_token, torch.ones_like(is_token)]), documents.expand(2, -1))
+    found = context_weight(torch.stack([is_masked, is_token]), both, p)[0]
+    place = is_token.cumsum(0)  # distance counts tokens: padding is left out
+    for n in is_token.nonzero()[:, 0].tolist():
+        seen = is_token & ~is_masked & (documents == documents[n]) & (torch.arange(len(columns)) != n)
+        distance = (place - place[n]).abs()[seen].double()
+        assert found[n].item() == pytest.approx((0.5 * p * (1 - p) ** (distance - 1)).sum().item(), abs=1e-6)
 
 
 def test_context_weight_sums_over_a_long_row() -> None:
     # Far beyond the reach at which terms are left out; in the middle the two sides make 1/2 each.
-    is_masked = torch.zeros(1, 1001, dtype=torch.bool)
-    is_masked[0, 500] = True
+    is_masked = (torch.arange(1001) == 500)[None]
     weight = context_weight(is_masked, row_layout(torch.ones_like(is_masked)))
-    assert weight[0, 500].item() == pytest.approx(1.0, abs=1e-6)
-    assert weight[0, 0].item() == pytest.approx(0.5, abs=1e-6)
+    assert weight[0, [0, 500]].tolist() == pytest.approx([0.5, 1.0], abs=1e-6)
 
 
 # Two routes: a document alone, and in any batch
@@ -417,16 +352,10 @@ def batch_of(rows: list[list[int]], before: int, inside: int, width: int, packed
     """Samples laid out in rows with `before` columns of padding before each and `inside` after its first."""
     shape, most = (len(rows), width), max(len(row) for row in rows)
     garbage = torch.Generator().manual_seed(before + 10 * inside + 100 * width)
-    given: dict[str, Any] = {
-        "input_ids": torch.randint(32, shape, generator=garbage),
-        "labels": torch.randint(32, shape, generator=garbage),
-        "attention_mask": torch.zeros(shape),
-        "src_mask": torch.rand(shape, generator=garbage) < 0.5,
-        "segment_ids": torch.randint(9, shape, generator=garbage),
-        "noise_seed": torch.randint(2**60, (len(rows), most), generator=garbage),
-        "strata": torch.rand((len(rows), most), generator=garbage),
-        "training_mode": "sft",
-    }
+    ids, labels, segments = torch.randint(32, (3, *shape), generator=garbage)
+    is_token, source = torch.zeros(shape), torch.rand(shape, generator=garbage) < 0.5
+    seeds = torch.randint(2**60, (len(rows), most), generator=garbage)
+    strata = torch.rand((len(rows), most), generator=garbage)
     for row, samples in enumerate(rows):
         column = 0
         for place, sample in enumerate(samples):
@@ -434,19 +363,17 @@ def batch_of(rows: list[list[int]], before: int, inside: int, width: int, packed
             column += before
             where = [column + i + (inside if i else 0) for i in range(len(word))]
             column = where[-1] + 1
-            ids = random_ids(len(word), seed=sample)
-            given["input_ids"][row, where] = ids
-            ignored = torch.tensor([letter == "i" for letter in word])
-            given["labels"][row, where] = ids.masked_fill(ignored, -100)
-            given["attention_mask"][row, where] = 1
-            given["src_mask"][row, where] = torch.tensor([letter == "s" for letter in word])
-            given["segment_ids"][row, where] = 20 + place
-            given["noise_seed"][row, place] = SAMPLE_SEEDS[sample]
-            given["strata"][row, place] = SAMPLE_STRATA[sample]
-    if not packed:
-        del given["segment_ids"]
-        given["noise_seed"], given["strata"] = given["noise_seed"][:, 0], given["strata"][:, 0]
-    return given
+            ids[row, where] = labels[row, where] = random_ids(len(word), seed=sample)
+            labels[row, [where[i] for i, letter in enumerate(word) if letter == "i"]] = -100
+            is_token[row, where] = 1
+            source[row, where] = torch.tensor([letter == "s" for letter in word])
+            segments[row, where] = 20 + place
+            seeds[row, place], strata[row, place] = SAMPLE_SEEDS[sample], SAMPLE_STRATA[sample]
+    keys: dict[str, Any] = {"noise_seed": seeds[:, 0], "strata": strata[:, 0]}
+    if packed:
+        keys = {"noise_seed": seeds, "strata": strata, "segment_ids": segments}
+    masks = {"attention_mask": is_token, "src_mask": source, "training_mode": "sft"}
+    return {"input_ids": ids, "labels": labels, **masks, **keys}
 
 
 ONE_BY_ONE = [[n] for n in range(6)]
@@ -465,15 +392,10 @@ def test_the_samples_have_every_corruption() -> None:
     model, batch = tiny_model(), batch_of(ONE_BY_ONE, 0, 0, 9, False)
     single = noise_of(model, **batch, objective=Objective(**{**EVERYTHING, "block_masking_probability": 0}))
     drawn = noise_of(model, **batch, objective=Objective(**EVERYTHING))
-    is_token, source = batch["attention_mask"] == 1, batch["src_mask"]
-    response = drawn.layout.is_token & ~source & (batch["labels"] != -100)
-    changed = (single.is_masked != drawn.is_masked).any(dim=1)  # by S3, in some
-    for some in (
-        drawn.maskable & source,
-        response & ~drawn.maskable,
-        is_token & ~drawn.layout.is_token,
-        changed,
-    ):
+    is_token, source, left = batch["attention_mask"] == 1, batch["src_mask"], drawn.layout.is_token
+    response = left & ~source & (batch["labels"] != -100)
+    in_cells = (single.is_masked != drawn.is_masked).any(dim=1)
+    for some in (drawn.maskable & source, response & ~drawn.maskable, is_token & ~left, in_cells):
         assert some.any() and not some.all()
 
 
@@ -484,24 +406,19 @@ def test_loss_and_gradient_do_not_depend_on_the_batch(preset: Any, shift: bool, 
     model = tiny_model(logit_shift=shift)
     model.set_attn_implementation(attention)
     # Complementary masks where t is linear, and the other schedule; strata, or keyed rates: by turns.
-    other: dict[str, Any] = (
-        {"complementary": True} if shift and preset != "diffullama" else {"schedule": "cosine"}
-    )
-    objective = Objective(**EVERYTHING, loss=preset, **other)
-    keys = {"strata": None} if shift else {}
+    by_turns = {"complementary": True} if shift and preset != "diffullama" else {"schedule": "cosine"}
+    objective = Objective(**{**EVERYTHING, "loss": preset, **by_turns})
 
     def step(batches: list[dict[str, Any]]) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-        drawn = [noise_of(model, **{**batch, **keys}, objective=objective) for batch in batches]
+        given = [{**batch, "strata": None if shift else batch["strata"]} for batch in batches]
+        drawn = [noise_of(model, **batch, objective=objective) for batch in given]
         divisor = torch.stack([loss_divisor(noised, objective) for noised in drawn]).sum()
-        losses = [
-            loss_of(model, **{**batch, **keys}, objective=objective, divisor=divisor) for batch in batches
-        ]
+        losses = [loss_of(model, **batch, objective=objective, divisor=divisor) for batch in given]
         loss = torch.stack(losses).sum()
         return loss.detach(), torch.autograd.grad(loss, list(model.parameters())), divisor
 
     loss, gradient, divisor = step([batch_of([[n]], 0, 0, len(SAMPLES[n]), False) for n in range(6)])
-    assert loss > 0.05
-    assert divisor > 1
+    assert loss > 0.05 and divisor > 1
     for name, batches in ARRANGEMENTS.items():
         found = step(batches)
         assert found[2] == divisor, name
@@ -521,15 +438,11 @@ def test_what_is_cut_off_is_not_attended(packed: bool, share: float, shift: bool
         batch = {"noise_seed": batch["noise_seed"][None], "segment_ids": torch.arange(16)[None] // 8}
     objective = Objective(eps=0.3, truncate_probability=1, future_share=share)
     drawn = noise_of(model, ids, objective=objective, **batch)
-    cut, shown = ~drawn.layout.is_token, drawn.maskable & ~drawn.is_masked
-    assert (cut.view(2, 8).any(dim=1)).all()
-    assert drawn.is_masked.any()
-    assert shown.any()
+    cut = ~drawn.layout.is_token
+    assert cut.view(2, 8).any(dim=1).all() and drawn.is_masked.any()
     expected = loss_of(model, ids, objective=objective, **batch)
-    for where, matters in ((cut, False), (shown, True)):
-        other = torch.where(where, (ids + 7) % 31, ids)
-        found = loss_of(model, other, objective=objective, **batch)
-        assert torch.equal(found, expected) != matters
+    other = torch.where(cut, (ids + 7) % 31, ids)
+    assert torch.equal(loss_of(model, other, objective=objective, **batch), expected)
     # As if it had been padding from the start, and the rest had been drawn as it was.
     whole = Objective(eps=0.3, future_share=share)
     padded = loss_of(model, ids, attention_mask=~cut, objective=whole, **batch)
@@ -578,15 +491,11 @@ def expected_preset(preset: str, eps: float = 1e-3) -> float:
 @pytest.mark.parametrize("preset", PRESETS)
 @torch.no_grad()
 def test_each_preset_is_computed_under_every_mask(preset: Any) -> None:
-    oracles, s = preset_oracles(), (0.3, 0.8)
-    objective = Objective(loss=preset)
-    times = tuple(masking_rate(torch.tensor(s, dtype=torch.float64), objective).tolist())
+    oracles, times = preset_oracles(), (0.3, 0.8)
     text = torch.cat([oracle.text for oracle in oracles])
     src_mask = torch.cat([oracle.src_mask for oracle in oracles])
     for masks in product(*(oracle.nll for oracle in oracles)):
-        with steering(list(s), [list(masked) for masked in masks], 5):
-            given = {"src_mask": src_mask, "training_mode": "sft", "objective": objective}
-            found = loss_of(oracles[0].model, text, noise_seed=torch.zeros(2, dtype=torch.int64), **given)
+        found = loss_under(oracles[0].model, text, src_mask, masks, times, Objective(loss=preset))
         tolerance = 1e-6 if preset == "cart" else 1e-9  # its weights are float32
         assert found.item() == pytest.approx(plain_loss(preset, masks, times), rel=tolerance)
 
@@ -623,9 +532,8 @@ def preset_table() -> list[str]:
 
 
 def test_the_table_of_presets_is_what_the_oracle_finds() -> None:
-    documented = (Path(__file__).parents[1] / "docs" / "math.md").read_text()
     for row in preset_table():
-        assert row in documented, f"docs/math.md should say: {row}"
+        assert row in MATH_PAGE
 
 
 def test_presets_are_what_they_say_they_estimate() -> None:
@@ -649,16 +557,13 @@ def test_presets_are_what_they_say_they_estimate() -> None:
 
 
 def test_a_sample_with_one_supervised_token_counts_like_any_other_under_llada() -> None:
-    # And one with none not at all. All are masked, so that the loss is the mean of their mean nll / t.
-    model, ids = tiny_model(), random_ids(3, 4)
+    # And one with none not at all: with all masked, the loss is the mean of their mean nll / t.
+    model, ids, t = tiny_model(), random_ids(3, 4), 0.5
     src_mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]).bool()
-    objective = Objective(eps=0.5, loss="llada")
-    given: dict[str, Any] = {"src_mask": src_mask, "training_mode": "sft", "noise_seed": torch.arange(3)}
-    given |= {"strata": torch.full((3,), 1 - 2**-20), "objective": objective}
-    logits, loss = logits_of(model, ids, **given), loss_of(model, ids, **given)
-    nll = -logits.log_softmax(dim=-1).gather(-1, ids[..., None])[..., 0]
-    expected = (nll[0, 3] + nll[1, 1:].mean()) / 2
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    loss = loss_under(model, ids, src_mask, [(3,), (1, 2, 3), ()], [t] * 3, Objective(loss="llada"), mask=31)
+    log_p = model.eval()(ids.masked_fill(~src_mask, 31)).logits.log_softmax(dim=-1)
+    nll = -log_p.gather(-1, ids[..., None])[..., 0]
+    torch.testing.assert_close(loss, (nll[0, 3] + nll[1, 1:].mean()) / 2 / t, rtol=1e-9, atol=0)
 
 
 def test_masked_tokens_as_the_divisor_double_the_bound_as_samples_grow() -> None:
@@ -681,8 +586,11 @@ CHAIN_TEXT, CHAIN_WORDS, CHAIN_DECAY = (0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2), 8, 
 def chain_nll() -> Tensor:
     """Sum of the nll of the masked tokens under every mask, by the chain's own posterior; bit i = token i."""
 
-    def p(distance: int, same: bool) -> float:
-        return 1 / CHAIN_WORDS + (same - 1 / CHAIN_WORDS) * CHAIN_DECAY**distance
+    def p(i: int | None, j: int | None) -> float:
+        """Probability of token j given token i, of what is known."""
+        if i is None or j is None:
+            return 1 / CHAIN_WORDS if j is not None else 1.0
+        return 1 / CHAIN_WORDS + ((CHAIN_TEXT[i] == CHAIN_TEXT[j]) - 1 / CHAIN_WORDS) * CHAIN_DECAY ** (j - i)
 
     length = len(CHAIN_TEXT)
     sums = torch.zeros(2**length, dtype=torch.float64)
@@ -691,15 +599,7 @@ def chain_nll() -> Tensor:
         for i in (i for i in range(length) if mask >> i & 1):
             left = max((j for j in seen if j < i), default=None)
             right = min((j for j in seen if j > i), default=None)
-            word = CHAIN_TEXT[i]
-            q = 1 / CHAIN_WORDS if left is None else p(i - left, word == CHAIN_TEXT[left])
-            if right is not None:
-                q *= p(right - i, word == CHAIN_TEXT[right])
-                either = 1 / CHAIN_WORDS
-                if left is not None:
-                    either = p(right - left, CHAIN_TEXT[left] == CHAIN_TEXT[right])
-                q /= either
-            sums[mask] -= math.log(q)
+            sums[mask] -= math.log(p(left, i) * p(i, right) / p(left, right))
     return sums
 
 
@@ -712,35 +612,32 @@ def test_even_rates_lower_the_variance_of_the_loss() -> None:
 
     def moments(s: Tensor) -> tuple[Tensor, Tensor]:
         t = (eps + (1 - eps) * s)[:, None]
-        p = t**size * (1 - t) ** (length - size)
-        loss = sums / t / length
+        p, loss = t**size * (1 - t) ** (length - size), sums / t / length
         return (p * loss).sum(dim=1), (p * loss**2).sum(dim=1)
 
-    s, w = (torch.tensor(x, dtype=torch.float64) for x in zip(*gauss(0, 1, 60), strict=True))
+    s, w = torch.tensor(gauss(0, 1, 60), dtype=torch.float64).T
     mean, square = moments(s)
     bound = (w * mean).sum()
     independent = ((w * square).sum() - bound**2) / samples
-    shifts, v = (torch.tensor(x, dtype=torch.float64) for x in zip(*gauss(0, 1, 12), strict=True))
+    shifts, v = torch.tensor(gauss(0, 1, 12), dtype=torch.float64).T
     means = torch.stack([moments((torch.arange(samples) + u) / samples)[0].mean() for u in shifts])
     even = (w * (square - mean**2)).sum() / samples + (v * (means - bound) ** 2).sum()
     ratio = (even / independent).item()
 
     # The same from the draws themselves.
     steps, rows = 2000, 2000 * samples
-    place = torch.arange(samples)
-    strata = torch.cat([low_discrepancy(5, step, place, samples) for step in range(steps)])
+    strata = torch.cat([low_discrepancy(5, step, torch.arange(samples), samples) for step in range(steps)])
     layout = row_layout(torch.ones(rows, length, dtype=torch.bool))
     ids = torch.tensor([CHAIN_TEXT]).expand(rows, -1)
-    variance = {}
-    for name, uniforms in (("even", strata), ("independent", None)):
-        inputs = ForwardInputs(ids, ids, layout, layout.is_token, None, MASK, None, False, False)
+    inputs = ForwardInputs(ids, ids, layout, layout.is_token, None, MASK, None, False, False)
+    variances = []
+    for uniforms in (strata, None):
         drawn = corrupt(inputs, Objective(eps=eps), torch.arange(rows), uniforms)
         mask = (drawn.is_masked.long() << torch.arange(length)).sum(dim=1)
         losses = (sums[mask] / drawn.t[:, 0] / length).view(steps, samples).mean(dim=1)
-        variance[name] = losses.var()
         assert abs(losses.mean() - bound) < 5 * losses.std() / steps**0.5
-    found = (variance["even"] / variance["independent"]).item()
+        variances.append(losses.var().item())
+    found = variances[0] / variances[1]
     assert found < 0.85
     assert found == pytest.approx(ratio, rel=0.25)
-    documented = (Path(__file__).parents[1] / "docs" / "math.md").read_text()
-    assert f"{ratio:.2f} times the variance" in documented, ratio
+    assert f"{ratio:.2f} times the variance" in MATH_PAGE
