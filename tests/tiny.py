@@ -142,13 +142,10 @@ def assert_uniform(cells: torch.Tensor, count: int) -> None:
 
     On keyed draws, or with a seeded generator, the outcome is the same at every run.
     """
-    observed = torch.bincount(cells.flatten(), minlength=count).double()
+    observed = torch.bincount(cells.flatten(), minlength=count)
     assert len(observed) == count
-    expected = cells.numel() / count
-    statistic = ((observed - expected) ** 2 / expected).sum().item()
-    free, z = count - 1, 4.753  # z: one-sided 1e-6
-    limit = free * (1 - 2 / (9 * free) + z * (2 / (9 * free)) ** 0.5) ** 3  # Wilson and Hilferty, 1931
-    assert statistic < limit, f"chi-square {statistic:.1f} of {free} degrees of freedom"
+    p = chi_square_p(observed, torch.full((count,), 1 / count, dtype=torch.float64))
+    assert p > 1e-6, f"chi-square test: p = {p:.1e}"
 
 
 def assert_rate(hits: torch.Tensor, probability: float | torch.Tensor) -> None:

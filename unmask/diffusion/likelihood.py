@@ -198,7 +198,9 @@ def sampled_sets(is_masked: Bool[Tensor, "S N"], weight: Float[Tensor, "S N"]) -
     drawn = is_masked.any(dim=1).nonzero()[:, 0]
 
     def finish(values: Tensor) -> tuple[Tensor, float, float]:
-        return values.mean(dim=0), paired_stderr(values.sum(dim=1)), math.nan
+        # (a - b)^2 / 4 estimates the variance of a pair's mean without bias, whatever its stratum's mean is.
+        a, b = values.sum(dim=1).reshape(-1, 2).T
+        return values.mean(dim=0), ((a - b).square().sum().sqrt() / 2 / len(a)).item(), math.nan
 
     return Plan(drawn, len(weight), zip(is_masked[drawn], weight[drawn], strict=True), finish)
 
@@ -277,15 +279,6 @@ def plan_passes(
         return sampled_chains(block, rank_in_group(of_token, group)[0])
     masks = exactly_k(of_token, group, of_block, stratum, strata)
     return sampled_sets(masks.is_masked, masks.size / masks.k.double())
-
-
-def paired_stderr(draws: Float[Tensor, "S"]) -> float:
-    """Standard error of the mean of draws of which 2h and 2h + 1 are independent and of one stratum.
-
-    (a - b)^2 / 4 estimates the variance of a pair's mean without bias, whatever the stratum's mean is.
-    """
-    pairs = draws.reshape(-1, 2)
-    return ((pairs[:, 0] - pairs[:, 1]).square().sum().sqrt() / 2 / len(pairs)).item()
 
 
 def _uniform(hashed: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

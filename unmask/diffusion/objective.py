@@ -102,7 +102,7 @@ class Curriculum:
         attention_annealing_steps: the same for `future_share`: from causal to bidirectional attention.
 
     Raises:
-        UnmaskError: a value out of its range, or an empty table.
+        UnmaskError: a value out of its range, in whatever step.
 
     >>> curriculum = Curriculum(prefix_probability=(0.2,), schedule_type="linear", schedule_steps=10)
     >>> [curriculum.at(step, epoch=0).prefix_probability for step in (0, 5, 10, 99)]
@@ -121,12 +121,6 @@ class Curriculum:
     attention_annealing_steps: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("schedule_steps", 1), ("source_steps", 0), ("attention_annealing_steps", 0)):
-            if getattr(self, name) < least:
-                raise UnmaskError(f"{name} must be {least} or more; got {getattr(self, name)}.")
-        for name, table in self.tables.items():
-            if not table:
-                raise UnmaskError(f"{name} must have a value for at least one epoch; got none.")
         # Every objective is checked now: before `schedule_steps` probabilities are only smaller.
         for epoch in range(max(map(len, self.tables.values()))):
             full = self.at(self.schedule_steps, epoch)
