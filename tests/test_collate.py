@@ -20,56 +20,40 @@ SHORT = Example([1, 2, 3], [T, T, F])
 LONG = Example([4, 5, 6, 7, 8], [T, F, T, F, F])
 
 
-@pytest.mark.parametrize(
-    ("side", "ids", "attention", "src"),
-    [
-        ("right", [1, 2, 3, 9, 9, 9], [1, 1, 1, 0, 0, 0], [T, T, F, T, T, T]),
-        ("left", [9, 9, 9, 1, 2, 3], [0, 0, 0, 1, 1, 1], [T, T, T, T, T, F]),
-    ],
-)
-def test_padding(
-    side: Literal["right", "left"], ids: list[int], attention: list[int], src: list[bool]
-) -> None:
-    batch = collate([SHORT, LONG], pad_token_id=9, padding_side=side, pad_to_multiple_of=3)
-    assert batch["input_ids"][0].tolist() == ids
-    assert batch["attention_mask"][0].tolist() == attention
-    assert batch["src_mask"][0].tolist() == src
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_rows_are_padded_and_packed_ones_have_segments(side: Literal["right", "left"]) -> None:
+    padding: Any = {"pad_token_id": 9, "padding_side": side, "pad_to_multiple_of": 3}
+    batch = collate([SHORT, LONG], **padding)
+    own, rest = (slice(0, 3), slice(3, 6)) if side == "right" else (slice(3, 6), slice(0, 3))
+    for name, values, fill in (
+        ("input_ids", [1, 2, 3], 9),
+        ("attention_mask", [1, 1, 1], 0),
+        ("src_mask", SHORT.src_mask, T),
+    ):
+        assert batch[name].shape == (2, 6)
+        assert batch[name][0, own].tolist() == values and batch[name][0, rest].tolist() == [fill] * 3
     types = {"input_ids": torch.int64, "attention_mask": torch.int64, "src_mask": torch.bool}
     assert {name: value.dtype for name, value in batch.items()} == types
-
-
-def test_sample_ids_only_where_there_are_any() -> None:
-    assert "sample_ids" not in collate([SHORT, LONG], pad_token_id=0)
-    batch = collate([SHORT, Example([1], [F], sample_id=7)], pad_token_id=0)
-    assert batch["sample_ids"].tolist() == [-1, 7]
-
-
-# Rows of packed examples.
-
-
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_packed_rows(side: Literal["right", "left"]) -> None:
     first, second = replace(SHORT, sample_id=4), replace(LONG, sample_id=5)
-    batch = collate(
-        [Row([first, second]), Row([second])], pad_token_id=9, padding_side=side, pad_to_multiple_of=5
-    )
-    packed = slice(0, 8) if side == "right" else slice(2, 10)
+    batch = collate([Row([first, second]), Row([second])], **padding)
+    packed = slice(0, 8) if side == "right" else slice(1, 9)
     assert batch["input_ids"][0, packed].tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
     assert batch["src_mask"][0, packed].tolist() == [T, T, F, T, F, T, F, F]
     assert batch["segment_ids"][0, packed].tolist() == [1, 1, 1, 2, 2, 2, 2, 2]
-    assert batch["segment_ids"].sum(dim=1).tolist() == [13, 5]  # 0 = padding
     assert torch.equal(batch["segment_ids"] > 0, batch["attention_mask"].bool())
-    assert batch["input_ids"][batch["attention_mask"] == 0].tolist() == [9] * 7
+    assert batch["input_ids"][batch["attention_mask"] == 0].tolist() == [9] * 5
     assert batch["sample_ids"].tolist() == [[4, 5], [5, -1]]
     assert {batch[name].dtype for name in ("segment_ids", "sample_ids")} == {torch.int64}
 
 
-def test_rows_of_one_example_are_not_packed() -> None:
-    """The model then need not keep documents apart."""
-    batch = collate([Row([replace(SHORT, sample_id=3)]), Row([replace(LONG, sample_id=8)])], pad_token_id=0)
-    assert "segment_ids" not in batch
-    assert batch["sample_ids"].tolist() == [[3], [8]]
+def test_sample_ids_and_segments_only_where_there_are_any() -> None:
     plain = collate([SHORT, LONG], pad_token_id=0)
+    assert "sample_ids" not in plain
+    batch = collate([SHORT, replace(LONG, sample_id=7)], pad_token_id=0)
+    assert batch["sample_ids"].tolist() == [-1, 7]
+    # Rows of one example are not packed: the model need not keep documents apart.
+    batch = collate([Row([replace(SHORT, sample_id=3)]), Row([replace(LONG, sample_id=8)])], pad_token_id=0)
+    assert "segment_ids" not in batch and batch["sample_ids"].tolist() == [[3], [8]]
     assert all(torch.equal(batch[name], value) for name, value in plain.items())
 
 
@@ -90,16 +74,16 @@ def test_every_example_can_be_read_back_from_its_segment(sizes: list[list[int]])
 
 
 @pytest.mark.parametrize(
-    ("rows", "settings", "error"),
+    ("rows", "settings", "named"),
     [
         ([], {}, "at least one example"),
-        ([Example([1, 2], [T])], {}, "example 0 of the batch: .* one length; got 2 and 1"),
-        ([SHORT], {"padding_side": "top"}, "padding_side must be right or left; got 'top'"),
-        ([SHORT], {"pad_to_multiple_of": 0}, "pad_to_multiple_of must be at least 1; got 0"),
+        ([Example([1, 2], [T])], {}, "src_mask"),
+        ([SHORT], {"padding_side": "top"}, "padding_side"),
+        ([SHORT], {"pad_to_multiple_of": 0}, "pad_to_multiple_of"),
     ],
 )
-def test_bad_batches(rows: list[Example], settings: dict[str, Any], error: str) -> None:
-    with pytest.raises(UnmaskError, match=error):
+def test_bad_batches(rows: list[Example], settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(UnmaskError, match=named):
         collate(rows, pad_token_id=0, **settings)
 
 
@@ -108,24 +92,12 @@ def test_collator_takes_every_kind_of_record() -> None:
     turns = (Turn("user", "q"), Turn("assistant", "a"))
     conversation = Conversation(turns, "here")
     example = collator.encoder.encode(conversation)
-    batch = collator(
-        [
-            {"instruction": "q", "output": "a"},
-            {"messages": [{"role": turn.role, "content": turn.content} for turn in turns]},
-            conversation,
-            example,
-            {"input_ids": example.input_ids, "src_mask": example.src_mask},
-            {
-                "input_ids": torch.tensor(example.input_ids),
-                "src_mask": torch.tensor(example.src_mask),
-            },
-        ]
-    )
-    for name in ("input_ids", "src_mask", "attention_mask"):
-        assert (batch[name] == batch[name][0]).all()
-    assert batch["input_ids"][0].tolist() == example.input_ids
-    assert batch["src_mask"][0].tolist() == example.src_mask
-    assert "sample_ids" not in batch
+    lists = {"input_ids": example.input_ids, "src_mask": example.src_mask}
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    records = [{"instruction": "q", "output": "a"}, {"messages": messages}, conversation, example, lists]
+    batch = collator([*records, {name: torch.tensor(value) for name, value in lists.items()}])
+    assert batch["input_ids"].tolist() == [example.input_ids] * 6
+    assert batch["src_mask"].tolist() == [example.src_mask] * 6 and "sample_ids" not in batch
 
 
 def test_collator_passes_its_settings_on() -> None:
@@ -146,47 +118,41 @@ def test_collator_passes_its_settings_on() -> None:
     assert decoded == [pad * 8 + "q -> a" + end * 2, pad * 3 + "rs -> abcd" + end * 3]
 
 
-def test_docstring_example() -> None:
+def test_instruction_lengths_are_the_leading_source_tokens() -> None:
     batch = SFTDataCollator(byte_tokenizer())([{"instruction": "Say hi.", "output": "hi"}])
-    assert batch["input_ids"].shape == torch.Size([1, 30])
-    assert batch["instruction_lengths"].tolist() == [26]
-    rows = [Example([1, 2], [F, F]), Example([1, 2], [T, T]), LONG]  # leading source tokens alone count
+    assert batch["input_ids"].shape == torch.Size([1, 30]) and batch["instruction_lengths"].tolist() == [26]
+    rows = [Example([1, 2], [F, F]), Example([1, 2], [T, T]), LONG]
     assert SFTDataCollator(byte_tokenizer())(rows)["instruction_lengths"].tolist() == [0, 2, 1]
 
 
 def test_padding_may_be_the_end_token() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    batch = SFTDataCollator(tokenizer, layout="separator")(
-        [{"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": "abc"}]
-    )
-    end = tokenizer.eos_token_id
-    assert batch["input_ids"][0].tolist()[-3:] == [end] * 3
+    records = [{"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": "abc"}]
+    batch = SFTDataCollator(tokenizer, layout="separator")(records)
+    assert batch["input_ids"][0].tolist()[-3:] == [tokenizer.eos_token_id] * 3
     assert batch["src_mask"][0].tolist()[-3:] == [F, T, T]
     assert batch["attention_mask"][0].tolist()[-3:] == [1, 0, 0]
 
 
 def test_tokenizers_that_lack_something() -> None:
     tokenizer = byte_tokenizer()
-    tokenizer.pad_token = None
-    with pytest.raises(UnmaskError, match=r"pad_token.*tokenizer\.pad_token = tokenizer\.eos_token"):
-        SFTDataCollator(tokenizer)
-    tokenizer.eos_token = None
-    with pytest.raises(UnmaskError, match="no end token"):
-        SFTDataCollator(tokenizer)
+    for token in ("pad_token", "eos_token"):
+        setattr(tokenizer, token, None)
+        with pytest.raises(UnmaskError, match=token):
+            SFTDataCollator(tokenizer)
 
 
 @pytest.mark.parametrize(
-    ("record", "error"),
+    ("record", "named"),
     [
-        ({"instruction": "q"}, "record 1 of the batch: no known format"),
-        ({"instruction": "q", "output": ""}, "record 1 of the batch: field 'output' is empty"),
-        ({"input_ids": [1]}, "record 1 of the batch: input_ids come without src_mask"),
-        ("text", "record 1 of the batch: expected a record, a Conversation or an Example; got str"),
-        ({"instruction": "q" * 99, "output": "a"}, "record 1 of the batch: response would vanish"),
+        ({"instruction": "q"}, "no known format"),
+        ({"instruction": "q", "output": ""}, "'output'"),
+        ({"input_ids": [1]}, "src_mask"),
+        ("text", "got str"),
+        ({"instruction": "q" * 99, "output": "a"}, "block_size"),
     ],
 )
-def test_bad_records(record: Any, error: str) -> None:
-    collator = SFTDataCollator(byte_tokenizer(), block_size=64)
-    with pytest.raises(UnmaskError, match=error):
-        collator([{"instruction": "q", "output": "a"}, record])
+def test_bad_records(record: Any, named: str) -> None:
+    with pytest.raises(UnmaskError, match=f"record 1 of the batch: .*{named}"):
+        SFTDataCollator(byte_tokenizer(), block_size=64)([{"instruction": "q", "output": "a"}, record])

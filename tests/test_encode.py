@@ -39,6 +39,7 @@ def encoder_of(**settings: Any) -> Encoder:
 
 CHATML = encoder_of()
 END = CHATML.end_token_id
+NOTE = "held strings like special tokens, read as plain text"
 
 
 def talk(*contents: str, system: str | None = None) -> Conversation:
@@ -47,23 +48,10 @@ def talk(*contents: str, system: str | None = None) -> Conversation:
     return Conversation(tuple([Turn("system", system)] if system else []) + tuple(turns), "here")
 
 
-def runs(encoder: Encoder, row: Example) -> list[tuple[bool, str]]:
-    """(is source, decoded text) of each run of equal src_mask."""
+def learnt(encoder: Encoder, row: Example) -> list[str]:
+    """The text of each supervised run."""
     grouped = groupby(zip(row.src_mask, row.input_ids, strict=True), key=lambda pair: pair[0])
-    return [(src, str(encoder.tokenizer.decode([i for _, i in run]))) for src, run in grouped]
-
-
-def responses(encoder: Encoder, row: Example) -> list[str]:
-    """The supervised texts, each checked to end in the end token and stripped of it."""
-    texts = []
-    grouped = groupby(zip(row.src_mask, row.input_ids, strict=True), key=lambda pair: pair[0])
-    for src, run in grouped:
-        if not src:
-            ids = [i for _, i in run]
-            assert ids[-1] == END
-            assert END not in ids[:-1]
-            texts.append(encoder.tokenizer.decode(ids[:-1]))
-    return texts
+    return [str(encoder.tokenizer.decode([i for _, i in run])) for source, run in grouped if not source]
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +108,14 @@ def sentencepiece() -> PreTrainedTokenizerFast:
 
 # The tokenizer's own ids
 
-TALKS = [
-    talk("What is 12 + 34?", "The answer is 46.", "And this?\n", "Of course:\n\n7"),
-    talk("say it", "I pray you", "as I", "as I said it"),
-]
 
-
-@pytest.mark.parametrize("conversation", TALKS)
+@pytest.mark.parametrize(
+    "conversation",
+    [
+        talk("What is 12 + 34?", "The answer is 46.", "And this?\n", "Of course:\n\n7"),
+        talk("say it", "I pray you", "as I", "as I said it"),
+    ],
+)
 @pytest.mark.parametrize(
     ("name", "template"),
     [("bpe", CHATML_TEMPLATE), ("bpe", None), ("sentencepiece", None), ("sentencepiece", INST)],
@@ -147,13 +136,9 @@ def test_ids_are_those_of_the_whole_rendering(
         asked = encoder.encode_prompt(conversation.turns[:place])
         row = encoder.encode(Conversation(conversation.turns[: place + 1], "here"))
         assert row.input_ids[: len(asked)] == asked and not row.src_mask[len(asked)]
-        answer = [
-            i
-            for i, source in zip(row.input_ids[len(asked) :], row.src_mask[len(asked) :], strict=True)
-            if not source
-        ]
-        assert answer[-1] == encoder.end_token_id
-        assert str(tokenizer.decode(answer[:-1])).strip() == conversation.turns[place].content.strip()
+        answer, end = learnt(encoder, row)[-1], str(tokenizer.decode([encoder.end_token_id]))
+        assert answer.endswith(end)
+        assert answer.removesuffix(end).strip() == conversation.turns[place].content.strip()
 
 
 @pytest.mark.parametrize("name", ["bpe", "sentencepiece"])
@@ -180,177 +165,128 @@ def test_a_token_of_prompt_and_response_is_cut_between_them(bpe: PreTrainedToken
 # Settings
 
 
-def test_turns_not_to_be_trained_on_are_source() -> None:
-    encoder = CHATML
+def test_what_is_left_out_or_source() -> None:
     last = encoder_of(train_on="last")
-    assert responses(last, last.encode(talk("q", "a", "r", "b"))) == ["b"]
+    assert learnt(last, last.encode(talk("q", "a", "r", "b"))) == ["b<|im_end|>"]
     turns = (Turn("user", "q"), Turn("assistant", "a", train=False), Turn("user", "r"))
-    row = encoder.encode(Conversation((*turns, Turn("assistant", "b")), "here"))
-    assert responses(encoder, row) == ["b"]
+    row = CHATML.encode(Conversation((*turns, Turn("assistant", "b")), "here"))
+    assert learnt(CHATML, row) == ["b<|im_end|>"]
     with pytest.raises(DropRecord, match="no turn is to be trained on"):
-        encoder.encode(Conversation(turns, "here"))
-
-
-def test_turns_after_the_last_response_are_left_out() -> None:
-    encoder = CHATML
-    assert encoder.encode(talk("q", "a", "r")) == encoder.encode(talk("q", "a"))
-
-
-def test_system_prompt_can_be_left_out() -> None:
-    encoder = encoder_of(include_system_prompt=False)
-    with_system, without = talk("q", "a", system="s"), talk("q", "a")
-    assert encoder.encode(with_system) == CHATML.encode(without)
-    prompt = encoder.encode_prompt(with_system.turns[:-1])
-    assert prompt == CHATML.encode_prompt(without.turns[:-1])
+        CHATML.encode(Conversation(turns, "here"))
+    assert CHATML.encode(talk("q", "a", "r")) == CHATML.encode(talk("q", "a"))
+    bare, with_system, without = (
+        encoder_of(include_system_prompt=False),
+        talk("q", "a", system="s"),
+        talk("q", "a"),
+    )
+    assert bare.encode(with_system) == CHATML.encode(without)
+    assert bare.encode_prompt(with_system.turns[:-1]) == CHATML.encode_prompt(without.turns[:-1])
 
 
 @pytest.mark.parametrize(("reply", "ends"), [("abc", 1), ("abcd", 4), ("abcdefg", 1), ("abcde", 3)])
 def test_end_fill(reply: str, ends: int) -> None:
     encoder = encoder_of(end_fill=4)
     row = encoder.encode(talk("q", "a", "r", reply))
-    last = runs(encoder, row)[-1]
-    assert last == (False, reply + "<|im_end|>" * ends)
-    assert runs(encoder, row)[1] == (False, "a<|im_end|>")
+    assert learnt(encoder, row) == ["a<|im_end|>", reply + "<|im_end|>" * ends] and not row.src_mask[-1]
 
 
 def test_too_long() -> None:
     whole = CHATML.encode(talk("q", "abcdefgh"))
     size = len(whole.input_ids) - 4  # "h", the end token and the line break, and one more
     row = encoder_of(block_size=size).encode(talk("q", "abcdefgh"))
-    assert row.input_ids == whole.input_ids[:size]
-    assert row.src_mask == whole.src_mask[:size]
+    assert (row.input_ids, row.src_mask) == (whole.input_ids[:size], whole.src_mask[:size])
     with pytest.raises(DropRecord, match="longer than block_size"):
         encoder_of(block_size=size, too_long="drop").encode(talk("q", "abcdefgh"))
     with pytest.raises(DropRecord, match="the prompt alone fills block_size"):
         encoder_of(block_size=10).encode(talk("q", "abcdefgh"))
-
-
-def test_only_the_line_break_after_the_response_does_not_fit() -> None:
-    whole = CHATML.encode(talk("q", "a"))
+    # The line break after the response may be cut.
     encoder = encoder_of(block_size=len(whole.input_ids) - 1, too_long="drop")
-    examples, report = encode_records([({"instruction": "q", "output": "a"}, "here")], encoder)
+    records = [({"instruction": "q", "output": "abcdefgh"}, "here")]
+    [example], report = encode_records(records, encoder)
     assert (report.kept, report.truncated, report.dropped) == (1, 0, {})
-    assert examples[0].input_ids == whole.input_ids[:-1]
+    assert example.input_ids == whole.input_ids[:-1]
 
 
 @pytest.mark.parametrize(
-    ("settings", "error"),
-    [
-        ({"layout": "plain"}, "layout must be one of auto, chat, separator; got 'plain'"),
-        ({"train_on": "first"}, "train_on must be one of all, last; got 'first'"),
-        ({"too_long": "keep"}, "too_long must be one of truncate, drop; got 'keep'"),
-        ({"end_fill": 0}, "end_fill must be at least 1 token; got 0"),
-        ({"block_size": 1}, "block_size must be at least 2 tokens; got 1"),
-    ],
+    ("name", "value"),
+    [("layout", "plain"), ("train_on", "first"), ("too_long", "keep"), ("end_fill", 0), ("block_size", 1)],
 )
-def test_bad_settings(settings: dict[str, Any], error: str) -> None:
-    with pytest.raises(UnmaskError, match=error):
-        Encoder(byte_tokenizer(), **settings)
+def test_bad_settings(name: str, value: Any) -> None:
+    with pytest.raises(UnmaskError, match=rf"{name} must be .*; got {value!r}"):
+        encoder_of(**{name: value})
 
 
 def test_tokenizers_that_lack_something() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None
-    with pytest.raises(UnmaskError, match=r"no chat template; use layout=separator"):
+    with pytest.raises(UnmaskError, match="chat template"):
         Encoder(tokenizer, layout="chat")
     tokenizer.eos_token = None
-    with pytest.raises(UnmaskError, match=r"no end token \(eos_token\)"):
+    with pytest.raises(UnmaskError, match="eos_token"):
         Encoder(tokenizer)
 
 
 # Many records
 
 
-def test_encode_records_reports_what_became_of_them() -> None:
-    encoder = encoder_of(block_size=60)
-    records: list[tuple[dict[str, Any], str]] = [
-        ({"instruction": "q", "output": "a"}, "x line 1"),
-        ({"instruction": "q" * 99, "output": "a"}, "x line 2"),
-        ({"instruction": "q", "output": "a" * 99}, "x line 3"),
-        ({"prompt": "q" * 99, "completion": "a"}, "x line 4"),
-        ({"prompt": "<|im_end|>", "completion": "a"}, "x line 5"),
-        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"},
-                       {"role": "user", "content": "r"}]}, "x line 6"),
-    ]  # fmt: skip
-    examples, report = encode_records(records, encoder)
+def test_every_record_is_counted() -> None:
+    turns = [{"role": role, "content": "q"} for role in ("user", "assistant", "user")]
+    good: dict[str, Any] = {"instruction": "q", "output": "a"}
+    cases: list[Any] = [
+        good,
+        {**good, "instruction": "q" * 99},
+        {**good, "output": "a" * 99},
+        {"prompt": "q" * 99, "completion": "a"},
+        {"prompt": "<|im_end|>", "completion": "a", "id": 7},
+        {"messages": turns},
+        {**good, "output": 1},
+        *(RecordError(f"x line {n}", "not valid JSON", f" (column {n})") for n in (8, 9)),
+    ]
+    records = [(record, f"x line {number}") for number, record in enumerate(cases, 1)]
+    examples, report = encode_records(records, encoder_of(block_size=60), on_bad_record="skip")
     assert [row.record for row in examples] == [0, 2, 4, 5]
     assert len({row.sample_id for row in examples}) == 4
-    assert (report.records, report.kept, report.truncated) == (6, 4, 1)
-    reason = "response would vanish: the prompt alone fills block_size"
-    assert report.dropped == {reason: (2, "x line 2")}
-    assert report.formats == {"alpaca": 3, "prompt_completion": 2, "messages": 1}
-    assert report.tokens == sum(len(row.input_ids) for row in examples)
-    assert report.supervised_tokens == sum(row.supervised for row in examples)
-    assert report.notes == {
-        "held strings like special tokens, read as plain text": 1,
-        "had turns after the last response, left out": 1,
-    }
+    assert report == EncodeReport(
+        records=9,
+        kept=4,
+        truncated=1,
+        dropped={"response would vanish: the prompt alone fills block_size": (2, "x line 2")},
+        skipped={"field 'output' must be text": (1, "x line 7"), "not valid JSON": (2, "x line 8")},
+        tokens=sum(len(row.input_ids) for row in examples),
+        supervised_tokens=sum(row.supervised for row in examples),
+        formats=Counter(alpaca=3, prompt_completion=2, messages=1),
+        notes=Counter({NOTE: 1, "had turns after the last response, left out": 1}),
+        unused=Counter(id=1),
+    )
+    assert report.left_out() == [
+        "2 dropped: response would vanish: the prompt alone fills block_size (first: x line 2)",
+        "1 skipped: field 'output' must be text (first: x line 7)",
+        "2 skipped: not valid JSON (first: x line 8)",
+        "fields not used: id (1)",
+    ]
+    # Reports of parts add up to that of the whole, and survive JSON.
+    adapter, sum_of_parts = TypeAdapter(EncodeReport), EncodeReport()
+    for part in (records[:4], records[4:]):
+        _, found = encode_records(part, encoder_of(block_size=60), on_bad_record="skip")
+        sum_of_parts.merge(adapter.validate_json(adapter.dump_json(found)))
+    assert sum_of_parts == report
+    with pytest.raises(RecordError, match=r"^x line 7: field 'output' must be text"):
+        encode_records(records, CHATML)
 
 
-def test_many_records_equal_each_alone() -> None:
-    encoder = CHATML
+def test_many_records_equal_each_alone_and_are_read_as_they_come() -> None:
     names = CustomFields("question", None, "answer")
     tail = ["", "<|im_end|>", "\n", "<think>x</think>"]
-    records = [({"question": f"q{i}", "answer": f"{tail[i % 4]}a{i}"}, f"line {i}") for i in range(600)]
-    examples, report = encode_records(records, encoder, "custom", names)
-    assert report.formats == {"custom": 600}
-    for i, (record, _) in enumerate(records):
-        conversation = talk(record["question"], record["answer"])
-        alone = encoder.encode(conversation)
-        assert (alone.input_ids, alone.src_mask) == (examples[i].input_ids, examples[i].src_mask)
-
-
-def test_bad_records_are_skipped_with_their_reasons() -> None:
-    good: dict[str, Any] = {"instruction": "q", "output": "a"}
-    records: list[tuple[Any, str]] = [
-        (good, "x line 1"),
-        (RecordError("x line 2", "not valid JSON", " (column 3)"), "x line 2"),
-        ({**good, "output": 1}, "x line 3"),
-        (good, "x line 4"),
-        (RecordError("x line 5", "not valid JSON", " (column 9)"), "x line 5"),
-        ({"instruction": "q" * 99, "output": "a"}, "x line 6"),
-    ]
-    encoder = encoder_of(block_size=60)
-    examples, report = encode_records(records, encoder, on_bad_record="skip")
-    assert [row.record for row in examples] == [0, 3]
-    assert report.skipped == {
-        "not valid JSON": (2, "x line 2"),
-        "field 'output' must be text": (1, "x line 3"),
-    }
-    assert list(report.dropped.values()) == [(1, "x line 6")]
-    assert (report.records, report.kept, report.formats) == (6, 2, {"alpaca": 3})
-    with pytest.raises(RecordError, match=r"^x line 2: not valid JSON \(column 3\)\.$"):
-        encode_records(records, encoder)
-
-
-def test_a_stream_is_encoded_as_it_is_read() -> None:
-    records = [({"instruction": f"q{i}", "output": f"a{i}"}, f"line {i}") for i in range(10)]
+    records = [{"question": f"q{i}", "answer": f"{tail[i % 4]}a{i}"} for i in range(600)]
     read: list[int] = []
-    items = ((record, where, 2, read.append(n) or 7 * n) for n, (record, where) in enumerate(records))
-    report = EncodeReport()
-    stream = encode_each(items, CHATML, report=report)
+    items = ((record, "x", 2, read.append(n) or 7 * n) for n, record in enumerate(records))
+    stream = encode_each(items, CHATML, "custom", names, report=EncodeReport())
     first = next(stream)
-    rows = [first, *stream]
-    assert [row.input_ids for row in rows] == [row.input_ids for row in encode_records(records, CHATML)[0]]
-    assert [row.record for row in rows] == list(range(0, 70, 7))
-    assert (report.records, report.kept) == (10, 10)
-
-
-def test_reports_add_up_and_survive_json() -> None:
-    one = EncodeReport(
-        2, 1, skipped={"bad": (1, "x line 2")}, formats=Counter(alpaca=1), unused=Counter(id=1)
-    )
-    two = EncodeReport(
-        3, 1, skipped={"bad": (2, "x line 4")}, formats=Counter(messages=1), unused=Counter(id=2)
-    )
-    adapter = TypeAdapter(EncodeReport)
-    whole = adapter.validate_json(adapter.dump_json(one))
-    assert whole == one
-    whole.merge(two)
-    assert whole == EncodeReport(
-        5, 2, skipped={"bad": (3, "x line 2")}, formats=Counter(alpaca=1, messages=1), unused=Counter(id=3)
-    )
-    assert whole.left_out() == ["3 skipped: bad (first: x line 2)", "fields not used: id (3)"]
+    assert len(read) < 600
+    for number, (row, record) in enumerate(zip([first, *stream], records, strict=True)):
+        alone = CHATML.encode(talk(record["question"], record["answer"]))
+        assert (alone.input_ids, alone.src_mask) == (row.input_ids, row.src_mask)
+        assert (row.file, row.record) == (2, 7 * number)
 
 
 # Documents
@@ -409,6 +345,6 @@ def test_bad_documents_are_skipped_with_their_reasons() -> None:
         "field 'text' is missing": (1, "x line 2"),
         "field 'text' has an unpaired surrogate": (1, "x line 4"),
     }
-    assert report.notes == {"held strings like special tokens, read as plain text": 1}
+    assert report.notes == {NOTE: 1}
     with pytest.raises(RecordError, match=r"^x line 2: field 'text' is missing; fields here: a\.$"):
         blocks_of(documents, 99, join=False)

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import io
 import random
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,13 +12,11 @@ import pytest
 from rich.console import Console
 
 from unmask.config import recipe_from_dict
-from unmask.data import inspect
 from unmask.data.collate import collate, pack
 from unmask.data.dataset import RunData
 from unmask.data.encode import Encoder, EncodeReport, Example, encode_records
 from unmask.data.inspect import (
     location,
-    record_lines,
     show_examples,
     show_report,
     survey,
@@ -55,15 +52,21 @@ def run_data(
     return RunData(recipe, None, [], [*parts], [held_out] if held_out else [], files=files, report=report)
 
 
-def console(*, terminal: bool = False, encoding: str = "utf-8") -> tuple[Console, io.BytesIO]:
+def printed(show: Callable[[Console], None], encoding: str = "utf-8", colour: bool = False) -> str:
+    """What is printed on a terminal of 80 columns."""
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding=encoding, write_through=True)
-    colour = "truecolor" if terminal else None
-    return Console(file=file, force_terminal=terminal, width=80, color_system=colour), raw
+    show(Console(file=file, force_terminal=colour, width=80, color_system="truecolor" if colour else None))
+    return raw.getvalue().decode(encoding)
 
 
-def lines(raw: io.BytesIO, encoding: str = "utf-8") -> list[str]:
-    return [line.rstrip() for line in raw.getvalue().decode(encoding).splitlines()]
+def examples_shown(data: RunData, limit: int = 1, **terminal: Any) -> str:
+    return printed(lambda out: show_examples(data, TOKENIZER, console=out, limit=limit), **terminal)
+
+
+def report_shown(data: RunData, **terminal: Any) -> list[str]:
+    said = printed(lambda out: show_report(survey(data), console=out), **terminal)
+    return [line.rstrip() for line in said.splitlines()]
 
 
 def encoded(**settings: Any) -> tuple[list[Example], EncodeReport]:
@@ -75,10 +78,9 @@ def encoded(**settings: Any) -> tuple[list[Example], EncodeReport]:
     return encode_records(records, Encoder(TOKENIZER, block_size=100, **settings))
 
 
-def test_examples_without_colour() -> None:
-    out, raw = console()
-    show_examples(run_data(encoded(end_fill=16)[0]), TOKENIZER, console=out, limit=1)
-    assert lines(raw) == [
+def test_examples() -> None:
+    shown = examples_shown(run_data(encoded(end_fill=16)[0]))
+    assert [line.rstrip() for line in shown.splitlines()] == [
         "example 1 of 2, record 1: 65 tokens, 32 supervised",
         "source    33  <|im_start|>user⏎",
         "              Say⏎",
@@ -89,37 +91,22 @@ def test_examples_without_colour() -> None:
         "",
         "source: never masked | response: supervised | end: end token, supervised",
     ]
-
-
-def test_kinds_have_colours_in_a_terminal() -> None:
-    out, raw = console(terminal=True)
-    show_examples(run_data(encoded()[0]), TOKENIZER, console=out, limit=1)
-    text = raw.getvalue().decode()
-    assert "\x1b[2msource" in text
-    assert "\x1b[32mresponse" in text
-    assert "\x1b[30;43mend" in text
-    assert "\x1b[31m" not in text  # the record's own escape sequence is defused
-
-
-def test_ascii_terminals() -> None:
-    out, raw = console(encoding="ascii")
-    show_examples(run_data([Example(list("é\n".encode()), [False] * 3)]), TOKENIZER, console=out)
-    examples, report = encoded()
-    report.skip(RecordError("ü.jsonl line 1", "no field 'é'"))
-    show_report(survey(run_data(examples, report)), console=out)
-    text = raw.getvalue().decode("ascii")
-    assert "\\xe9\\n" in text and "no field '\\xe9'; first: \\xfc.jsonl line 1" in text
-    assert "#" * 40 in text
+    coloured = examples_shown(run_data(encoded()[0]), colour=True)
+    for kind in ("\x1b[2msource", "\x1b[32mresponse", "\x1b[30;43mend"):
+        assert kind in coloured
+    assert "\x1b[31m" not in coloured  # the record's own escape sequence is defused
+    long = examples_shown(run_data([Example([97] * 5000, [False] * 5000)]))
+    assert "[... 4600 characters ...]" in " ".join(long.split("\n")) and long.count("\n") < 20
+    text = examples_shown(run_data([Example([*b"abcdefab"], [False] * 8)]))
+    assert "text  8  abcdefab" in text and "text: supervised" in text
+    assert "\\xe9\\n" in examples_shown(run_data([Example([*"é\n".encode()], [False] * 3)]), encoding="ascii")
 
 
 def test_report() -> None:
     examples, report = encoded()
-    out, raw = console()
-    show_report(survey(run_data(examples, report, block_size=100)), console=out)
-    found = lines(raw)
+    found = report_shown(run_data(examples, report, block_size=100))
     assert found[0] == ("length in tokens (block_size 100): shortest 53, median 100, longest 100")
-    assert found[1] == "   53 to  57  " + "█" * 40 + " 1"
-    assert found[2] == "   58 to  62  0"
+    assert found[1:3] == ["   53 to  57  " + "█" * 40 + " 1", "   58 to  62  0"]
     assert found[10] == "   98 to 100  " + "█" * 40 + " 1"
     assert found[12:] == [
         "supervised: 99 of 153 tokens (64.7%) in 2 sequences",
@@ -141,36 +128,15 @@ def test_report() -> None:
         "  skipped    0",
         "  noted      1  held strings like special tokens, read as plain text",
     ]
-
-
-def test_pretraining() -> None:
-    text = list(b"abcdef" * 5)
-    examples = [Example(text[at : at + 8], [False] * len(text[at : at + 8])) for at in range(0, 30, 8)]
-    out, raw = console()
-    show_examples(run_data(examples), TOKENIZER, console=out, limit=1)
-    show_report(survey(run_data(examples)), console=out)
-    found = lines(raw)
-    assert found[1] == "text  8  abcdefab"
-    assert found[3] == "text: supervised"
-    assert "supervised: 30 of 30 tokens (100.0%) in 4 sequences" in found
-    assert "  whole sequence  0" in found  # and no prompts
-
-
-def test_nothing_kept() -> None:
-    out, raw = console()
+    report.skip(RecordError("ü.jsonl line 1", "no field 'é'"))
+    ascii = "\n".join(report_shown(run_data(examples, report), encoding="ascii"))
+    assert "no field '\\xe9'; first: \\xfc.jsonl line 1" in ascii and "#" * 40 in ascii
     report = EncodeReport(records=1)
     report.drop("too [long]", "x line 1")
-    show_examples(run_data([]), TOKENIZER, console=out)
-    show_report(survey(run_data([], report)), console=out)
-    assert "supervised: 0 of 0 tokens (0.0%) in 0 sequences" in lines(raw)
-    assert any("too [long]; first: x line 1" in line for line in lines(raw))
-
-
-def test_long_pieces_lose_their_middle() -> None:
-    out, raw = console()
-    show_examples(run_data([Example([97] * 5000, [False] * 5000)]), TOKENIZER, console=out)
-    assert "[... 4600 characters ...]" in " ".join(lines(raw))
-    assert len(lines(raw)) < 20
+    nothing = "\n".join(report_shown(run_data([], report)))
+    assert "supervised: 0 of 0 tokens (0.0%) in 0 sequences" in nothing
+    assert "too [long]; first: x line 1" in nothing
+    assert examples_shown(run_data([])) == "\n"
 
 
 def test_visible() -> None:
@@ -180,27 +146,28 @@ def test_visible() -> None:
     assert visible("é␛", plain=True) == "\\xe9\\u241b"
 
 
-VOID = {"meta"}
 ODD = "<script>alert(1)</script> & </pre><b onclick='x'> \x00\x1b[31m\u202e é \"q\" 👩‍👩‍👧 שלום <|im_end|>"
 
 
 class Page(HTMLParser):
     """A page as a tree walked once: every element closed in order, and the texts by class."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, file: Path, data: RunData, title: str = "t") -> None:
         super().__init__(convert_charrefs=True)
+        write_page(file, data, survey(data), TOKENIZER, title=title)
+        self.text = file.read_text(encoding="utf-8")
         self.open: list[tuple[str, dict[str, str | None]]] = []
         self.tags: list[str] = []
         self.attributes: list[tuple[str, str | None]] = []
         self.texts: list[tuple[str, str]] = []  # (class of the element, text)
-        self.feed(text)
+        self.feed(self.text)
         self.close()
         assert not self.open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.attributes += attrs
-        if tag not in VOID:
+        if tag != "meta":
             self.open.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag: str) -> None:
@@ -215,104 +182,91 @@ class Page(HTMLParser):
         return [text for name, text in self.texts if name == kind and text != kind]
 
 
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "page.html"
+
+
 def encoded_page(records: list[dict[str, Any]], **settings: Any) -> list[Example]:
     return encode_records([(r, "x") for r in records], Encoder(TOKENIZER, **settings))[0]
 
 
-def written(tmp_path: Path, data: RunData, title: str = "t") -> tuple[Page, str]:
-    file = tmp_path / "page.html"
-    write_page(file, data, survey(data), TOKENIZER, title=title)
-    text = file.read_text(encoding="utf-8")
-    return Page(text), text
-
-
-def test_what_stands_in_the_data_is_text(tmp_path: Path) -> None:
+def test_what_stands_in_the_data_is_text_and_nothing_comes_from_elsewhere(file: Path) -> None:
     rows = encoded_page([{"instruction": ODD, "output": ODD}, {"instruction": "q", "output": "a"}])
-    data = run_data(rows, names=["<i>1</i>", "b"])
-    shown, text = written(tmp_path, data, title="<u>t</u>")
-    assert {"script", "u", "i", "b onclick"}.isdisjoint(shown.tags)
-    assert shown.of("response") == [visible(ODD), "a"]
-    assert visible(ODD) in shown.of("source")[0]
-    assert "<u>t</u>" in shown.of("h1") and "<i>1</i> record 1" in shown.of("p")
-    assert "\x00" not in text and "\x1b" not in text and "\u202e" not in text
-
-
-def test_nothing_comes_from_elsewhere(tmp_path: Path) -> None:
-    shown, text = written(tmp_path, run_data(encoded_page([{"instruction": "q", "output": "a"}])))
-    assert {"script", "link", "img", "iframe", "object"}.isdisjoint(shown.tags)
-    names = {name for name, _ in shown.attributes}
+    page = Page(file, run_data(rows, names=["<i>1</i>", "b"]), title="<u>t</u>")
+    outside = {"script", "u", "i", "b onclick", "link", "img", "iframe", "object"}
+    assert outside.isdisjoint(page.tags)
+    assert page.of("response") == [visible(ODD), "a"] and visible(ODD) in page.of("source")[0]
+    assert "<u>t</u>" in page.of("h1") and "<i>1</i> record 1" in page.of("p")
+    assert "\x00" not in page.text and "\x1b" not in page.text and "\u202e" not in page.text
+    names = {name for name, _ in page.attributes}
     assert names <= {"lang", "charset", "name", "content", "class", "style", "title"}
-    for outside in ("http:", "https:", "//", "url(", "@import", "src=", "href="):
-        assert outside not in text
+    page = Page(file, run_data(rows[1:]))
+    for address in ("http:", "https:", "//", "url(", "@import", "src=", "href="):
+        assert address not in page.text
 
 
-def test_the_pieces_are_the_example_with_its_padding(tmp_path: Path) -> None:
+def test_the_pieces_are_the_example_with_its_padding(file: Path) -> None:
     records = [{"instruction": "q" * n, "output": "a" * (3 * n)} for n in range(1, 6)]
     rows = encoded_page(records, end_fill=8)
-    shown, _ = written(tmp_path, run_data(rows, micro_batch=2))
-    assert shown.of("response") == ["a" * (3 * n) for n in range(1, 6)]
-    assert shown.of("end") == [
+    page = Page(file, run_data(rows, micro_batch=2))
+    assert page.of("response") == ["a" * (3 * n) for n in range(1, 6)]
+    assert page.of("end") == [
         f"<|im_end|> ×{8 - 3 * n % 8}" if 3 * n % 8 < 7 else "<|im_end|>" for n in range(1, 6)
     ]
     batches = [collate(rows[start : start + 2], pad_token_id=0)["attention_mask"] for start in (0, 2, 4)]
     padding = [int((1 - row).sum()) for batch in batches for row in batch]
-    assert shown.of("pad") == [f"padding ×{count}" for count in padding if count]
-    said = "".join(text for _, text in shown.texts)
+    assert page.of("pad") == [f"padding ×{count}" for count in padding if count]
+    said = "".join(text for _, text in page.texts)
     ends = sum(row.input_ids.count(258) for row in rows) - len(rows)  # one of them closes the question
     for words in (f"end {ends} (end token", f"pad {sum(padding)} (padding", "response 45 (supervised)"):
         assert words in said
 
 
-def test_packed_rows_show_their_documents_apart(tmp_path: Path) -> None:
+def test_packed_rows_show_their_documents_apart(file: Path) -> None:
     examples = encoded_page([{"instruction": f"q{n}", "output": "a" * (5 + 7 * n)} for n in range(7)])
     rows = pack(examples, 128)
-    shown, text = written(tmp_path, run_data(examples, block_size=128, packing=True))
-    assert shown.tags.count("article") == len(rows) < len(examples)
-    assert shown.tags.count("section") == len(examples)
-    colours = [value for name, value in shown.attributes if name == "style" and "--document" in str(value)]
-    sizes = [len(row) for row in rows]
-    assert max(sizes) > 1 and len(colours) == len(examples)
-    start = 0
-    for size in sizes:  # neighbours differ
-        assert len(set(colours[start : start + size])) == min(size, 6)
-        start += size
+    page = Page(file, run_data(examples, block_size=128, packing=True))
+    assert page.tags.count("article") == len(rows) < len(examples)
+    assert page.tags.count("section") == len(examples)
+    colours = iter(
+        [value for name, value in page.attributes if name == "style" and "--document" in str(value)]
+    )
+    assert max(map(len, rows)) > 1
+    for row in rows:  # neighbours differ
+        assert len({next(colours) for _ in row}) == min(len(row), 6)
     padding = [128 - sum(len(example.input_ids) for example in row) for row in rows]
-    assert shown.of("pad") == [f"padding ×{count}" for count in padding if count]
-    assert "packed into rows of 128 tokens" in text and "7 documents that share rows" in text
+    assert page.of("pad") == [f"padding ×{count}" for count in padding if count]
+    assert "packed into rows of 128 tokens" in page.text and "7 documents that share rows" in page.text
+    page = Page(file, run_data([Example([*b"ab\n\ncd", 258], [False] * 7)]))
+    assert page.of("text")[-1] == "ab⏎⏎\ncd" and page.of("end")[-1] == "<|im_end|>"
+    assert "documents that share rows" not in page.text
 
 
-def test_blocks_of_plain_text(tmp_path: Path) -> None:
-    shown, text = written(tmp_path, run_data([Example([*b"ab\n\ncd", 258], [False] * 7)]))
-    assert shown.of("text")[-1] == "ab⏎⏎\ncd" and shown.of("end")[-1] == "<|im_end|>"
-    assert "documents that share rows" not in text
+@pytest.mark.parametrize(
+    ("rows", "length", "shown", "said"),
+    [
+        (1203, 10, 1000, "the first 1,000 of 1,203 rows"),
+        (40, 20_000, 25, "the first 25 of 40 rows"),
+        (1, 500_001, 1, "all 1 rows"),  # one always is
+    ],
+)
+def test_of_many_rows_the_first_are_shown(file: Path, rows: int, length: int, shown: int, said: str) -> None:
+    page = Page(
+        file, run_data([Example([97] * length, [False] * length, n) for n in range(rows)], block_size=length)
+    )
+    assert page.tags.count("article") == shown and said in page.text and "the order of the data" in page.text
 
 
-def test_of_thousands_the_first_are_shown_and_that_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = run_data([Example([97] * 10, [False] * 10, n) for n in range(1203)])
-    shown, text = written(tmp_path, data)
-    assert shown.tags.count("article") == 1000
-    assert "the first 1,000 of 1,203 rows" in text and "the order of the data" in text
-    monkeypatch.setattr(inspect, "TOKENS", 95)
-    shown, text = written(tmp_path, data)
-    assert shown.tags.count("article") == 9 and "the first 9 of 1,203 rows" in text
-    shown, text = written(tmp_path, run_data([Example([97] * 500, [False] * 500)]))  # one always is
-    assert shown.tags.count("article") == 1 and "all 1 rows" in text
-
-
-def test_the_report_stands_above(tmp_path: Path) -> None:
+def test_the_report_is_above(file: Path) -> None:
     records = [({"instruction": "q", "output": "a"}, "x line 1")] * 3 + [({"instruction": "q"}, "x|<line> 4")]
     rows, report = encode_records(records, Encoder(TOKENIZER), on_bad_record="skip")
-    _, text = written(tmp_path, run_data(rows, report, names=["a.jsonl"], block_size=64, micro_batch=2))
+    text = Page(file, run_data(rows, report, names=["a.jsonl"], block_size=64, micro_batch=2)).text
     assert "no known format has these fields; first: x|&lt;line&gt; 4" in text
     assert "packed into rows of 64" in text and "record 2 = record 1; record 3 = record 1" in text
     assert text.index("a.jsonl") < text.index("<article>")
-
-
-def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(UnmaskError, match=r"could not be written: Is a directory"):
-        write_page(tmp_path, run_data([]), survey(run_data([])), TOKENIZER, title="t")
+    with pytest.raises(UnmaskError, match="Is a directory"):
+        Page(file.parent, run_data([]))
 
 
 def example(ids: list[int], sources: int = 0, source: int = 0, number: int = 0, file: int = 0) -> Example:
@@ -381,23 +335,3 @@ def test_filled_positions_are_those_of_real_batches() -> None:
     # Of few, fewer are much shorter; and the last batch may be small.
     _, (_, share, _), _ = survey(run_data(examples, micro_batch=3)).tables["positions that hold a token"]
     assert mask.float().mean().item() < float(share[:-1]) / 100 < 1
-
-
-def test_every_reason_has_a_row_with_its_first_location() -> None:
-    report = EncodeReport(records=5, kept=1, formats=Counter(alpaca=4))
-    for line in (3, 4):
-        report.skip(RecordError(f"x line {line}", "not valid JSON", f" (column {line})"))
-    report.skip(RecordError("x line 7", "field 'output' is empty"))
-    report.drop("longer than block_size", "x line 5")
-    assert list(record_lines(report)) == [
-        ("read", "5", "format: alpaca (4)"),
-        ("kept", "1", ""),
-        ("dropped", "1", "longer than block_size; first: x line 5"),
-        ("skipped", "2", "not valid JSON; first: x line 3"),
-        ("skipped", "1", "field 'output' is empty; first: x line 7"),
-    ]
-    assert report.left_out() == [
-        "1 dropped: longer than block_size (first: x line 5)",
-        "2 skipped: not valid JSON (first: x line 3)",
-        "1 skipped: field 'output' is empty (first: x line 7)",
-    ]

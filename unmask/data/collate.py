@@ -117,7 +117,7 @@ def collate(
             )
     sizes = [sum(len(example.input_ids) for example in row) for row in rows]
     shape = (len(rows), max(sizes) + -max(sizes) % pad_to_multiple_of)
-    input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
+    input_ids = torch.full(shape, pad_token_id)
     src_mask = torch.ones(shape, dtype=torch.bool)
     segment_ids = torch.zeros(shape, dtype=torch.int64)
     for number, (row, size) in enumerate(zip(rows, sizes, strict=True)):
@@ -173,20 +173,17 @@ class SFTDataCollator:
     ) -> None:
         check_tokenizer(tokenizer, mask=False)
         self.tokenizer, self.encoder = tokenizer, Encoder(tokenizer, **encoding)
-        self.format, self.custom_format = format, custom_format
-        self.padding_side: Literal["right", "left"] = padding_side
-        self.pad_to_multiple_of = pad_to_multiple_of
+        self.reading: dict[str, Any] = {"format": format, "custom_format": custom_format}
+        self.padding: dict[str, Any] = {
+            "padding_side": padding_side,
+            "pad_to_multiple_of": pad_to_multiple_of,
+        }
 
     def __call__(
         self, records: Sequence[Mapping[str, Any] | Conversation | Example]
     ) -> dict[str, torch.Tensor]:
         examples = [self._example(record, f"record {n} of the batch") for n, record in enumerate(records)]
-        batch = collate(
-            examples,
-            cast(int, self.tokenizer.pad_token_id),
-            padding_side=self.padding_side,
-            pad_to_multiple_of=self.pad_to_multiple_of,
-        )
+        batch = collate(examples, cast(int, self.tokenizer.pad_token_id), **self.padding)
         lengths = [sum(1 for _ in takewhile(bool, example.src_mask)) for example in examples]
         return {**batch, "instruction_lengths": torch.tensor(lengths)}
 
@@ -195,13 +192,11 @@ class SFTDataCollator:
             return record
         if isinstance(record, Mapping) and "input_ids" in record:
             if "src_mask" not in record:
-                raise UnmaskError(
-                    f"{where}: input_ids come without src_mask (True = instruction, never masked)."
-                )
+                raise UnmaskError(f"{where}: input_ids without src_mask (True = instruction, never masked).")
             ids, src = list(map(int, record["input_ids"])), list(map(bool, record["src_mask"]))
             return Example(ids, src, int(record.get("sample_id", -1)))
         if isinstance(record, Mapping):
-            record = to_conversation(record, self.format, where=where, custom_format=self.custom_format)
+            record = to_conversation(record, where=where, **self.reading)
         elif not isinstance(record, Conversation):
             raise UnmaskError(
                 f"{where}: expected a record, a Conversation or an Example; got {type(record).__name__}."

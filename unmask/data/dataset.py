@@ -38,10 +38,7 @@ if TYPE_CHECKING:
 
 
 class Unit(NamedTuple):
-    """One row of an optimizer step.
-
-    `epoch` is the pass over its source, `place` its index among the rows of the step.
-    """
+    """One row of an optimizer step: the pass over its source, and its index among the rows of the step."""
 
     row: Example | Row
     epoch: int

@@ -7,6 +7,7 @@ import warnings
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import count, islice
@@ -51,9 +52,8 @@ Item = tuple[Any, str, int, int]
 class Example:
     """Token ids of one sequence; `src_mask` True = instruction or context, never masked.
 
-    `sample_id` is a hash of where the record is (see `sample_id`), -1 where it comes from nowhere. `source`
-    is the number of the source in the recipe, `file` that of the file in its source, `record` that of the
-    record in its file, all from 0.
+    `sample_id` is a hash of the record's location, -1 where it has none: the numbers of its `source` in the
+    recipe, of its `file` in the source and of the `record` in the file, all from 0.
     """
 
     input_ids: list[int]
@@ -114,6 +114,18 @@ class EncodeReport:
         """Count one record as skipped."""
         _add(self.skipped, {error.counted: (1, error.where)})
 
+    @contextmanager
+    def sorting_out(self, where: str, on_bad_record: Literal["stop", "skip"]) -> Iterator[None]:
+        """Count the record as dropped or skipped if what is done in here says so."""
+        try:
+            yield
+        except DropRecord as reason:
+            self.drop(str(reason), where)
+        except RecordError as error:
+            if on_bad_record == "stop":
+                raise
+            self.skip(error)
+
     def keep(self, example: Example) -> Example:
         """Count the tokens of an example."""
         self.tokens += len(example.input_ids)
@@ -151,24 +163,22 @@ def named(counts: Mapping[str, int]) -> str:
 
 
 class Encoder:
-    """Lays conversations out as text and encodes them.
+    """Lays conversations out as text and encodes them: rendered once, tokenized once.
 
-    Every layout is a chat template. "chat" takes the tokenizer's own, "separator" the plain one of
-    `separator_template(separator)`, "auto" the tokenizer's own if it has one. `train_on` "all"
-    supervises every assistant turn, "last" only the last one. The end token that the template
-    writes after a response belongs to the response. `thinking` says where a response starts, see
-    `ChatLayout`; None = what the tokenizer was trained with, else "template".
+    A token belongs to the response that it starts in, and so does the end token that the template writes after
+    a response. Turns after the last response are left out: a bidirectional model would see an answer's sequel.
+    Add the mask token to the tokenizer first, so that its string in a text is read as plain text.
 
-    The text is rendered once and tokenized once; a token belongs to the response that it starts in.
-
-    With `end_fill` N > 1 the end token is repeated, all supervised, until the last response has a
-    multiple of N tokens, and what the template writes after the end token is left out; 1 renders
-    the template as it is. A sequence longer than `block_size` tokens is cut at its end (the
-    response loses its end token) or, with `too_long="drop"`, dropped. Turns after the last
-    response are left out: a bidirectional model would see an answer's sequel.
-
-    Add the mask token to the tokenizer before making an Encoder, so that its string in a text is
-    known to be one to read as plain text.
+    Args:
+        layout: "chat" = the tokenizer's chat template; "separator" = that of `separator_template(separator)`;
+            "auto" = the tokenizer's if it has one.
+        train_on: "all" supervises every assistant turn, "last" only the last one.
+        end_fill: N > 1 repeats the end token, all supervised, until the last response has a multiple of N
+            tokens, and leaves out what the template writes after it; 1 = as the template is.
+        block_size: most tokens; a longer sequence is cut at its end (the response loses its end token) or, with
+            `too_long="drop"`, dropped.
+        thinking: where a response starts, see `ChatLayout`; None = what the tokenizer was trained with, else
+            "template".
 
     Attributes:
         chat_template: The Jinja template in force; save it with the tokenizer.
@@ -218,7 +228,7 @@ class Encoder:
             raise UnmaskError("the tokenizer has no character offsets; use one with a tokenizer.json.")
         self._backend: Tokenizer = cast(Any, tokenizer).backend_tokenizer
 
-    def encode(self, conversation: Conversation, sample_id: int = -1) -> Example:
+    def encode(self, conversation: Conversation) -> Example:
         """Encode one conversation.
 
         Raises:
@@ -226,9 +236,7 @@ class Encoder:
             UnmaskError: The chat template refuses it.
         """
         [(ids, src)] = self.tokenize([self.render(conversation)])
-        example, _ = self.fit(ids, src)
-        example.sample_id = sample_id
-        return example
+        return self.fit(ids, src)[0]
 
     def encode_prompt(self, turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Encode `turns` up to where the next response would start: the ids that training shows."""
@@ -249,12 +257,7 @@ class Encoder:
         return Example(ids, src)
 
     def render(self, conversation: Conversation) -> Rendered:
-        """Render a conversation up to its last response, and find the responses to learn.
-
-        Raises:
-            DropRecord: It cannot be used; the message is the reason.
-            UnmaskError: The chat template refuses it.
-        """
+        """Render a conversation up to its last response, and find the responses to learn; raises as `encode`."""
         turns = self._filter(conversation.turns)
         while turns and turns[-1].role != "assistant":
             turns.pop()
@@ -327,11 +330,7 @@ class Encoder:
         return Tokenizer.from_str(json.dumps(tree))
 
     def fit(self, ids: list[int], src: list[bool]) -> tuple[Example, bool]:
-        """Fill with end tokens and cut to `block_size`; also says whether a response was cut.
-
-        Raises:
-            DropRecord: It is too long, or its response would vanish.
-        """
+        """Fill with end tokens and cut to `block_size`; also says whether a response was cut."""
         if self.end_fill > 1 and not src[-1]:
             length = src[::-1].index(True) if True in src else len(src)
             missing = -length % self.end_fill
@@ -389,36 +388,29 @@ def encode_each(
     """
     items = iter(items)
     while records := list(islice(items, BATCH)):
-        rows: list[tuple[int, int, str, Rendered]] = []
+        rows: list[tuple[str, int, int, Rendered]] = []
         for record, where, file, number in records:
             report.records += 1
-            try:
+            with report.sorting_out(where, on_bad_record):
                 if isinstance(record, RecordError):
                     raise record
                 name = detect_format(record, where, custom_format) if format == "auto" else format
                 conversation = to_conversation(record, name, where=where, custom_format=custom_format)
                 report.formats[name] += 1
                 report.unused.update(conversation.unused)
-                rows.append((file, number, where, encoder.render(conversation)))
+                rows.append((where, file, number, encoder.render(conversation)))
                 if conversation.turns[-1].role != "assistant":
                     report.notes["had turns after the last response, left out"] += 1
-            except DropRecord as reason:
-                report.drop(str(reason), where)
-            except RecordError as error:
-                if on_bad_record == "stop":
-                    raise
-                report.skip(error)
         encoded = encoder.tokenize([rendered for *_, rendered in rows])
-        for (file, number, where, rendered), (ids, src) in zip(rows, encoded, strict=True):
+        for (where, file, number, rendered), (ids, src) in zip(rows, encoded, strict=True):
             report.notes.update([*[LITERALS] * rendered.aliased, *rendered.lost])
-            try:
+            with report.sorting_out(where, on_bad_record):
                 example, cut = encoder.fit(ids, src)
-            except DropRecord as reason:
-                report.drop(str(reason), where)
-                continue
-            report.kept += 1
-            report.truncated += cut
-            yield report.keep(replace(example, sample_id=sample_id(file, number), file=file, record=number))
+                report.kept += 1
+                report.truncated += cut
+                yield report.keep(
+                    replace(example, sample_id=sample_id(file, number), file=file, record=number)
+                )
 
 
 def encode_documents(
@@ -458,32 +450,27 @@ def encode_documents(
         if isinstance(document, str) and not document.strip():
             continue
         report.records += 1
-        try:
+        with report.sorting_out(where, on_bad_record):
             if isinstance(document, RecordError):
                 raise document
             check_text(document, "text", where)
-        except RecordError as error:
-            if on_bad_record == "stop":
-                raise
-            report.skip(error)
-            continue
-        report.kept += 1
-        report.formats["text"] += 1
-        report.notes.update([LITERALS] * bool(special.search(document)))
-        ids = document_ids(document, tokenizer)
-        if join:
-            left = ids if left is None else [*left, end, *ids]
-            while len(left) >= block_size:
-                yield block(left[:block_size])
-                left = left[block_size:]
-        elif ids:  # a lone end token would teach nothing but where documents are empty
-            ids.append(end)
-            if long_documents == "cut" and len(ids) > block_size:
-                ids = ids[:block_size]
-                report.truncated += 1
-            for part, start in enumerate(range(0, len(ids), block_size)):
-                piece, name = ids[start : start + block_size], sample_id(file, number, part)
-                yield report.keep(Example(piece, [False] * len(piece), name, file=file, record=number))
+            report.kept += 1
+            report.formats["text"] += 1
+            report.notes.update([LITERALS] * bool(special.search(document)))
+            ids = document_ids(document, tokenizer)
+            if join:
+                left = ids if left is None else [*left, end, *ids]
+                while len(left) >= block_size:
+                    yield block(left[:block_size])
+                    left = left[block_size:]
+            elif ids:  # a lone end token would teach nothing but where documents are empty
+                ids.append(end)
+                if long_documents == "cut" and len(ids) > block_size:
+                    ids = ids[:block_size]
+                    report.truncated += 1
+                for part, start in enumerate(range(0, len(ids), block_size)):
+                    piece, name = ids[start : start + block_size], sample_id(file, number, part)
+                    yield report.keep(Example(piece, [False] * len(piece), name, file=file, record=number))
     if left:
         yield block(left)
 

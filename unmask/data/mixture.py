@@ -21,13 +21,12 @@ class Draws:
     """Which source draw n of a run is from, and how many draws it has had before: a pure function of n.
 
     Draws come in rounds in which each source has its quota, in a shuffled order. A round ends early where a
-    source has had its epochs, or is through and makes all begin anew (`stop`).
+    source has had its epochs, or is through and makes all without a limit begin anew (`stop`).
 
     Args:
         sizes: rows of each source.
         weights: in proportion to which sources are drawn.
         epochs: passes over each, after which it leaves; None = no limit.
-        stop: where a source without limit is through, all of them begin anew; else that one goes on.
     """
 
     def __init__(
@@ -70,11 +69,12 @@ class Draws:
         quotas = draw_quotas({source: self.weights[source] for source in left})
         self.stretches.append((start, counts, quotas))
         whole = min(((left[source] - 1) // quota for source, quota in quotas.items()), default=inf)
+        if whole == inf:
+            self.ends.append(inf)
+            return
         if whole:
-            self.ends.append(start + whole * sum(quotas.values()) if whole < inf else inf)
-            self.after = [
-                n + int(whole) * quotas.get(s, 0) if whole < inf else n for s, n in enumerate(counts)
-            ]
+            self.ends.append(start + int(whole) * sum(quotas.values()))
+            self.after = [n + int(whole) * quotas.get(source, 0) for source, n in enumerate(counts)]
             return
         order = shuffled_round(self.seed, start, 0, tuple(quotas.items()))
         ends = {s: np.flatnonzero(order == s)[int(left[s]) - 1] + 1 for s in quotas if left[s] <= quotas[s]}

@@ -30,7 +30,7 @@ from unmask.data.files import Record, Source, document_text, find_files
 from unmask.data.hub import first_line
 from unmask.data.records import CustomFields
 from unmask.errors import UnmaskError
-from unmask.io import ASIDE, atomic_write, directory_lock, sha256, sync
+from unmask.io import ASIDE, atomic_write, directory_lock, reason, sha256, sync
 
 if TYPE_CHECKING:
     from unmask.config import Recipe
@@ -75,11 +75,7 @@ class DataSource:
     def examples(
         self, records: Iterable[tuple[int, Record]], report: EncodeReport, shard: int
     ) -> Iterator[Example]:
-        """Encode (number of the file, record) pairs; documents that are not packed are joined.
-
-        Raises:
-            UnmaskError: A record cannot be used, and `data.on_bad_record` is "stop".
-        """
+        """Encode (number of the file, record) pairs; documents that are not packed are joined."""
         data = self.recipe.data
         way: Any = {"on_bad_record": data.on_bad_record, "report": report}
         if self.encoder is not None:
@@ -93,11 +89,7 @@ class DataSource:
         return encode_documents(texts, self.tokenizer, data.block_size, **way)
 
     def identity(self, limit: int | None) -> dict[str, Any]:
-        """What decides the examples, by name, as JSON: settings, template, tokenizer, and which records.
-
-        Args:
-            limit: records wanted; None = all.
-        """
+        """What decides the examples of the first `limit` records, by name, as JSON."""
         data, tokenizer, encoder = self.recipe.data, self.tokenizer, self.encoder
         origin = (self.names, self.config_name, self.split, self.text_field, limit)
         found: dict[str, Any] = dict(zip((f"data.{name}" for name in ORIGIN), origin, strict=True))
@@ -116,17 +108,13 @@ class DataSource:
 
 @dataclass
 class Manifest:
-    """What a folder of encoded data has, or one shard of it.
-
-    Attributes:
-        identity: what decided it, by name.
-        report: what became of the records.
-        shards: file, rows, tokens, supervised_tokens, bytes and sha256 of each; [] = not finished.
-    """
+    """What a folder of encoded data has, or one shard of it."""
 
     identity: dict[str, Any] = field(default_factory=dict)
+    """what decided it, by name"""
     report: EncodeReport = field(default_factory=EncodeReport)
     shards: list[dict[str, Any]] = field(default_factory=list)
+    """file, rows, tokens, supervised_tokens, bytes and sha256 of each; [] = not finished"""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -142,11 +130,7 @@ class Manifest:
 
     @classmethod
     def read(cls, file: Path) -> Manifest:
-        """Read what `write` has written.
-
-        Raises:
-            UnmaskError: It is damaged, or of another version.
-        """
+        """Read what `write` has written; an `UnmaskError` if it is damaged or of another version."""
         try:
             tree = json.loads(file.read_text(encoding="utf-8"))
             if tree["version"] != VERSION:
@@ -159,12 +143,7 @@ class Manifest:
 
 
 class EncodedExamples(Sequence[Example]):
-    """The rows of encoded data, memory-mapped.
-
-    Args:
-        dataset: a `datasets.Dataset` of the shards.
-        source: number of the source in the recipe that they are of.
-    """
+    """The rows of encoded data, a memory-mapped `datasets.Dataset`, of source number `source` of a recipe."""
 
     def __init__(self, dataset: Any, manifest: Manifest, source: int) -> None:
         self.dataset = dataset.with_format("arrow")  # a row costs a tenth of one with_format("numpy")
@@ -196,13 +175,9 @@ def encode_folder(
     shard_records: int = SHARD,
     wait: bool = False,
 ) -> Manifest:
-    """Encode the records of `source` into `folder`, or resume where an interrupted call stopped.
+    """Encode the first `limit` records of `source` into `folder`, or resume where an interrupted call stopped.
 
-    Args:
-        limit: records wanted; None = all.
-        processes: that encode.
-        shard_records: records, or documents, of a shard.
-        wait: wait for another process that is at work on the folder.
+    Another process at work on the folder is an error, or waited for.
 
     Raises:
         UnmaskError: The folder has other things or another preparation; a record is bad input, none can
@@ -235,9 +210,8 @@ def encode_folder(
                 finished.unlink()
             return manifest
     except OSError as error:
-        reason = error.strerror or first_line(error)
         raise UnmaskError(
-            f"{folder}: cannot be written: {reason}; the finished shards stay, and the same command resumes."
+            f"{folder}: cannot be written: {reason(error)}; the finished shards stay, and the same command resumes."
         ) from error
 
 
@@ -292,12 +266,11 @@ def _write_shard(
     file, finished = (folder / f"shard-{number:05d}.{suffix}" for suffix in ("arrow", "json"))
     if finished.exists() and _fault(folder, Manifest.read(finished).shards[0]) is None:
         return
-    part = Manifest()
+    part, rows = Manifest(), 0
     examples = source.examples(records, part.report, number)
     types = {"input_ids": pa.list_(pa.int32()), "src_mask": pa.list_(pa.bool_()), "sample_id": pa.int64()}
     types |= {"file": pa.int32(), "record": pa.int64(), "supervised": pa.int32()}
     schema = pa.schema({**types, "tokens": pa.int32()})
-    rows = 0
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         while batch := list(islice(examples, BATCH)):
             columns = {name: [getattr(example, name) for example in batch] for name in types}
@@ -305,9 +278,8 @@ def _write_shard(
             writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
             rows += len(batch)
     sync(file)
-    shard = {"file": file.name, "rows": rows, "tokens": part.report.tokens}
-    shard |= {"supervised_tokens": part.report.supervised_tokens, "bytes": file.stat().st_size}
-    part.shards.append({**shard, "sha256": sha256(file)})
+    counts = {"rows": rows, "tokens": part.report.tokens, "supervised_tokens": part.report.supervised_tokens}
+    part.shards.append({"file": file.name, **counts, "bytes": file.stat().st_size, "sha256": sha256(file)})
     part.write(finished)
 
 
@@ -316,8 +288,8 @@ def _fault(folder: Path, shard: Mapping[str, Any], contents: bool = True) -> str
     file = folder / shard["file"]
     if not file.is_file():
         return "missing"
-    whole = file.stat().st_size == shard["bytes"] and (not contents or sha256(file) == shard["sha256"])
-    return None if whole else "damaged"
+    same = file.stat().st_size == shard["bytes"] and (not contents or sha256(file) == shard["sha256"])
+    return None if same else "damaged"
 
 
 def is_prepared(name: str | Path) -> bool:
@@ -330,15 +302,10 @@ def is_prepared(name: str | Path) -> bool:
 
 
 def open_examples(source: DataSource, limit: int | None, processes: int, number: int) -> EncodedExamples:
-    """Open the examples of a source: prepared ones, or those in the cache, encoded first if need be.
+    """Open the examples of source `number`: prepared ones, or those in the cache, encoded first if need be.
 
     The cache is the folder "unmask" in that of `datasets` (the environment variable HF_DATASETS_CACHE says
     where that is); it may be removed at any time.
-
-    Args:
-        limit: records wanted; None = all.
-        processes: that encode.
-        number: of the source in the recipe.
 
     Raises:
         UnmaskError: As for `encode_folder`; or prepared data do not fit the recipe or its tokenizer, are

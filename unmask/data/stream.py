@@ -65,11 +65,7 @@ class Stream(NamedTuple):
     def encode(
         self, records: Sequence[Taken], report: EncodeReport, row_length: int | None = None
     ) -> list[tuple[Example | Row, int]]:
-        """Encode records to rows with their epochs, in the records' order.
-
-        Raises:
-            UnmaskError: A record cannot be used.
-        """
+        """Encode records to rows with their epochs, in the records' order."""
         groups: dict[tuple[int, int], dict[tuple[int, int], tuple[int, Record]]] = {}
         for place, (source, epoch, file, record) in enumerate(records):
             groups.setdefault((source, epoch), {})[file, record.index] = place, record
@@ -219,11 +215,7 @@ class StreamSteps(Steps):
 
 def open_stream(run: RunData) -> None:
     """Let `run` stream its sources; its examples are those of their beginning, and held out are those of the
-    first `data.eval_size` records of the first source.
-
-    Raises:
-        UnmaskError: A source is missing, cannot be read, or has no record that can be used.
-    """
+    first `data.eval_size` records of the first source."""
     for name in filter(is_prepared, (name for source in run.sources for name in source.names)):
         raise UnmaskError(
             f"data.streaming: {name} is prepared data, which is read row by row anyway; set it to false."
