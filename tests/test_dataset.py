@@ -63,13 +63,8 @@ def texts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> li
 def test_sft_data_is_what_the_encoder_makes_of_the_records(tokenizer: PreTrainedTokenizerBase) -> None:
     loaded = load_data(recipe(), tokenizer)
     assert list(loaded.train) == encode_records(read_records("a.jsonl"), Encoder(tokenizer, block_size=64))[0]
-    assert len(loaded.held_out) == 0
-    assert loaded.report.formats == {"prompt_completion": 10}
-    assert texts(loaded.train, tokenizer) == [f"{n}!<|im_end|>" for n in range(10)]
-
-
-def test_several_names_follow_one_another_with_ids_of_their_own(tokenizer: PreTrainedTokenizerBase) -> None:
-    loaded = load_data(recipe(dataset_name=["a.jsonl", "b.jsonl"]), tokenizer)
+    assert len(loaded.held_out) == 0 and loaded.report.formats == {"prompt_completion": 10}
+    loaded = load_data(recipe(dataset_name=["a.jsonl", "b.jsonl"]), tokenizer)  # one after the other
     assert texts(loaded.train, tokenizer) == [f"{n}!<|im_end|>" for n in range(20)]
     assert [example.record for example in loaded.train] == [*range(10), *range(10)]
     assert len({example.sample_id for example in loaded.train}) == 20
@@ -112,15 +107,24 @@ def test_if_nothing_can_be_used_the_reason_is_given(tokenizer: PreTrainedTokeniz
             load_data(recipe(block_size=8, streaming=streaming), tokenizer)
 
 
-def test_the_recipe_reaches_the_encoder(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_recipe_reaches_encoder_and_records(tokenizer: PreTrainedTokenizerBase) -> None:
     same = {"layout": "separator", "train_on": "last", "include_system_prompt": False, "end_fill": 4}
-    encoder = make_encoder(
-        recipe(sft={**same, "instruction_response_separator": " => ", "too_long": "drop"}, block_size=40),
-        tokenizer,
-    )
+    sft = {**same, "instruction_response_separator": " => ", "too_long": "drop"}
+    encoder = make_encoder(recipe(sft=sft, block_size=40), tokenizer)
     expected = Encoder(tokenizer, **same, separator=" => ", too_long="drop", block_size=40)  # pyright: ignore
     for name in ("chat_template", "train_on", "include_system_prompt", "end_fill", "too_long", "block_size"):
         assert getattr(encoder, name) == getattr(expected, name)
+    names = {"instruction_field": "q", "response_field": "a", "system_field": "s", "input_field": "i"}
+    Path("a.jsonl").write_text(json.dumps({"q": "Why", "a": "Because", "s": "Be kind", "i": "?"}))
+    custom = {"format": "custom", "custom_format": names}
+    for data in (
+        recipe(sft=custom),
+        recipe(sources=[{"dataset_name": "a.jsonl", **custom}]),
+        recipe(sources=[{"dataset_name": "a.jsonl"}], sft=custom),
+    ):
+        [example] = load_data(data, tokenizer).train
+        assert texts([example], tokenizer) == ["Because<|im_end|>"]
+        assert "Be kind" in str(tokenizer.decode(example.input_ids))
 
 
 def test_a_step_has_no_record_twice_where_there_are_few(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -143,16 +147,6 @@ def test_fill_beyond_the_block_is_no_truncation(tokenizer: PreTrainedTokenizerBa
         )
         assert len(data.train[0].input_ids) == block_size and data.report.truncated == truncated
         assert (tokenizer.eos_token_id in data.train[0].input_ids) == (not truncated)
-
-
-def test_custom_fields_reach_the_records(tokenizer: PreTrainedTokenizerBase) -> None:
-    names = {"instruction_field": "q", "response_field": "a", "system_field": "s", "input_field": "i"}
-    Path("a.jsonl").write_text(json.dumps({"q": "Why", "a": "Because", "s": "Be kind", "i": "?"}))
-    custom = {"format": "custom", "custom_format": names}
-    for data in (recipe(sft=custom), recipe(sources=[{"dataset_name": "a.jsonl", **custom}])):
-        [example] = load_data(data, tokenizer).train
-        assert texts([example], tokenizer) == ["Because<|im_end|>"]
-        assert "Be kind" in str(tokenizer.decode(example.input_ids))
 
 
 def test_the_runs_tokenizer_has_a_mask_token(place: Path) -> None:
@@ -179,16 +173,20 @@ def test_the_folder_is_the_same_for_any_number_of_processes(
         lines = [json.dumps({"text": "x" * (n % 7) + str(n) * 5}) for n in range(20)]
         Path("t.jsonl").write_text("\n".join(lines))
         plan = recipe("pretrain", dataset_name="t.jsonl", block_size=16, packing=mode == "packed")
-    for number in (1, 3):
-        manifest = prepare(plan, f"out{number}", workers=number, shard_records=6)
+    first, manifest = (prepare(plan, f"out{n}", workers=n, shard_records=6) for n in (1, 3))
     assert contents(place / "out1") == contents(place / "out3") and len(manifest.shards) == 4
     assert manifest.report.kept == 20
+    stamps = {file.name: file.stat().st_mtime_ns for file in (place / "out1").iterdir()}
+    assert prepare(plan, "out1", shard_records=6) == first  # nothing is encoded again
+    assert {file.name: file.stat().st_mtime_ns for file in (place / "out1").iterdir()} == stamps
     if mode != "pretrain":  # where documents are joined within a shard
-        rows = load_data(
+        ready = load_data(
             recipe(plan.training_mode, **{**plan.data.model_dump(), "dataset_name": "out3"}), tokenizer
         )
-        assert list(rows.train) == list(load_data(plan, tokenizer).train)
-        assert rows.totals() == (manifest.counts["tokens"], manifest.counts["supervised_tokens"])
+        direct = load_data(plan, tokenizer)
+        assert list(ready.train) == list(direct.train)
+        assert [direct.steps().at(step) for step in range(9)] == [ready.steps().at(step) for step in range(9)]
+        assert ready.totals() == (manifest.counts["tokens"], manifest.counts["supervised_tokens"])
 
 
 @pytest.mark.slow
@@ -243,31 +241,28 @@ def test_a_full_disk_loses_nothing_that_is_finished(place: Path) -> None:
 def test_what_does_not_fit_prepared_data_is_refused_by_name(tokenizer: PreTrainedTokenizerBase) -> None:
     prepare(recipe(max_records=8), "out", shard_records=5)
     assert len(load_data(recipe(dataset_name="out"), tokenizer).train) == 8
-    for changes, words in (
-        ({"block_size": 32}, r"data.block_size: prepared 64, now 32"),
-        ({"max_records": 5}, r"data.max_records: prepared 8, now 5"),
-        ({"sft": {"end_fill": 2}}, r"data.sft.end_fill: prepared 1, now 2"),
-        ({"dataset_name": ["out", "a.jsonl"]}, r"data.dataset_name: out is prepared data, which comes alone"),
-        ({"streaming": True}, r"data.streaming: out is prepared data"),
-    ):
+
+    def refused(words: str, **data: Any) -> None:
         with pytest.raises(UnmaskError, match=words):
-            load_data(recipe(**{"dataset_name": "out", **changes}), tokenizer)
-    with pytest.raises(UnmaskError, match=r"out: has data prepared otherwise \(data.block_size: prepared 64"):
-        prepare(recipe(max_records=8, block_size=32), "out", shard_records=5)
+            load_data(recipe(**{"dataset_name": "out", **data}), tokenizer)
+
+    refused(r"data.block_size: prepared 64, now 32", block_size=32)
+    refused(r"data.max_records: prepared 8, now 5", max_records=5)
+    refused(r"data.sft.end_fill: prepared 1, now 2", sft={"end_fill": 2})
+    refused(r"data.dataset_name: out .* comes alone", dataset_name=["out", "a.jsonl"])
+    refused(r"data.streaming: out", streaming=True)
     Path("other").mkdir()
     Path("other/notes.md").write_text("")
-    with pytest.raises(UnmaskError, match=r"other: has other things \(notes.md\)"):
-        prepare(recipe(), "other")
+    for out, words in (("out", r"\(data.block_size: prepared 64"), ("other", r"\(notes.md\)")):
+        with pytest.raises(UnmaskError, match=f"^{out}: has .*{words}"):
+            prepare(recipe(max_records=8, block_size=32), out, shard_records=5)
     shard = Path("out/shard-00001.arrow")
     shard.write_bytes(shard.read_bytes()[::-1])
-    with pytest.raises(UnmaskError, match=r"shard-00001.arrow: this shard is damaged"):
-        load_data(recipe(dataset_name="out"), tokenizer)
+    refused(r"shard-00001.arrow: this shard is damaged")
     shard.unlink()
-    with pytest.raises(UnmaskError, match=r"shard-00001.arrow: this shard is missing"):
-        load_data(recipe(dataset_name="out"), tokenizer)
+    refused(r"shard-00001.arrow: this shard is missing")
     Path("out/manifest.json").write_text('{"kind": "unmask encoded data"}')
-    with pytest.raises(UnmaskError, match=r"out/manifest.json: cannot be used"):
-        load_data(recipe(dataset_name="out"), tokenizer)
+    refused(r"out/manifest.json: cannot be used")
 
 
 # Streams
@@ -326,18 +321,16 @@ def test_every_record_of_a_stream_comes_once_a_pass(tokenizer: PreTrainedTokeniz
         parts = [rows_of(plan, range(10), rank, ranks)[0] for rank in range(ranks)]
         seen = [(sample, epoch) for part in parts for step in part for _, sample, epoch, _ in step]
         assert len(seen) == len(set(seen)) == 40 and {epoch for _, epoch in seen} == {0, 1}
-    held_out = load_data(recipe(streaming=True, **STREAMS["held out"]), tokenizer).held_out
-    assert [example.record for example in held_out] == [0, 1, 2]
-    steps, _ = rows_of(recipe(streaming=True, **STREAMS["held out"]), range(20))
-    assert not {e.sample_id for e in held_out} & {sample for step in steps for _, sample, _, _ in step}
-    Dataset.from_list([json.loads(line) for line in Path("a.jsonl").read_text().splitlines()]).save_to_disk(
-        "t"
-    )
-    table = recipe(streaming=True, dataset_name="t", shuffle_buffer=4, eval_size=2)
-    held_out = {example.sample_id for example in load_data(table, tokenizer).held_out}
-    seen = {sample for step in rows_of(table, range(2))[0] for _, sample, _, _ in step}
-    whole = {example.sample_id for example in load_data(recipe(dataset_name="t"), tokenizer).train}
-    assert held_out | seen == whole and not held_out & seen and len(whole) == 10
+    records = [json.loads(line) for line in Path("a.jsonl").read_text().splitlines()]
+    Dataset.from_list(records).save_to_disk("t")
+    for name in ("t", "a.jsonl"):  # sample ids are those of a table
+        plan = recipe(streaming=True, dataset_name=name, shuffle_buffer=4, eval_size=2)
+        held_out = load_data(plan, tokenizer).held_out
+        assert [example.record for example in held_out] == [0, 1]
+        seen = {sample for step in rows_of(plan, range(2))[0] for _, sample, _, _ in step}
+        whole = {example.sample_id for example in load_data(recipe(dataset_name=name), tokenizer).train}
+        kept = {example.sample_id for example in held_out}
+        assert kept | seen == whole and not kept & seen and len(whole) == 10
     ended, _ = rows_of(recipe(streaming=True, **STREAMS["epochs"]), range(20))
     assert len(ended) == 7  # 30 records: the last step would not be whole
     Path("array.json").write_text('[{"prompt": "q", "completion": "a"}]')

@@ -68,7 +68,8 @@ class Draws:
         left = {source: limit - counts[source] for source, limit in limits.items() if counts[source] < limit}
         quotas = draw_quotas({source: self.weights[source] for source in left})
         self.stretches.append((start, counts, quotas))
-        whole = min(((left[source] - 1) // quota for source, quota in quotas.items()), default=inf)
+        ends = {source: int(n) for source, n in left.items() if n < inf}
+        whole = min(((n - 1) // quotas[source] for source, n in ends.items()), default=inf)
         if whole == inf:
             self.ends.append(inf)
             return
@@ -77,8 +78,8 @@ class Draws:
             self.after = [n + int(whole) * quotas.get(source, 0) for source, n in enumerate(counts)]
             return
         order = shuffled_round(self.seed, start, 0, tuple(quotas.items()))
-        ends = {s: np.flatnonzero(order == s)[int(left[s]) - 1] + 1 for s in quotas if left[s] <= quotas[s]}
-        end = int(min(ends.values()))
+        ends = {s: int(np.flatnonzero(order == s)[n - 1]) + 1 for s, n in ends.items() if n <= quotas[s]}
+        end = min(ends.values())
         self.after = (np.array(counts) + np.bincount(order[:end], minlength=len(counts))).tolist()
         if self.stop and self.epochs[min(ends, key=lambda source: ends[source])] is None:
             for source, size in enumerate(self.sizes):
