@@ -17,6 +17,7 @@ from rich.console import Console
 
 from unmask import __version__, cli_generate
 from unmask.cli_generate import hide_progress_bars
+from unmask.cli_options import Model
 from unmask.errors import UnmaskError, UnmaskNote
 
 app = typer.Typer(
@@ -83,6 +84,30 @@ def convert(
         f" mask token {tokenizer.mask_token} = id {tokenizer.mask_token_id},"
         f" embedding of {model.config.vocab_size:,} rows"
     )
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist or be empty.")],
+    format: Annotated[
+        str,
+        typer.Option("--as", help="dream, sdar, fast-dllm-v2, llada, a2d, or hub (plain transformers)."),
+    ] = "hub",
+    push: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Also upload it to the hub as NAME.")
+    ] = None,
+) -> None:
+    """Write a checkpoint in the format of another system.
+
+    hub is a folder that transformers loads with trust_remote_code=True, without
+    unmask; the others are what inference engines read.
+    """
+    hide_progress_bars()
+    from unmask.model.export import export as run
+
+    for note in run(model, out, format, push=push):
+        print(f"{out}: {note}")
 
 
 @app.command()

@@ -60,10 +60,6 @@ class Format:
     fixed: Mapping[str, Any] = field(default_factory=dict)  # what these keys must say, if there
     dropped: tuple[str, ...] = ()  # keys that mean nothing here
 
-    @property
-    def is_block_causal(self) -> bool:
-        return self.block_key is not None
-
 
 _CODA = Format(
     name="coda",
@@ -318,51 +314,85 @@ def stored_name(weight: str, format: Format | None) -> str:
 
 # The other direction
 
+EXPORTS = ("dream", "sdar", "fast-dllm-v2", "llada", "a2d")
+_EXPORTED = (
+    *_SIZES,
+    "head_dim",
+    "hidden_act",
+    "attention_bias",
+    "attention_dropout",
+    "initializer_range",
+    "tie_word_embeddings",
+    "use_sliding_window",
+    "mask_token_id",
+    *TOKEN_IDS,
+)
 
-def foreign_values(ours: Mapping[str, Any], format: Format, stock: Mapping[str, Any]) -> dict[str, Any]:
-    """Say the config of a diffusion model in a format.
+
+def foreign_format(name: str, config: Mapping[str, Any]) -> Format:
+    """Find the format of a name that a diffusion model fits.
 
     Args:
-        ours: fields of our config.
-        stock: the same config as transformers writes it for the stock decoder.
+        name: one of `EXPORTS`.
+        config: all fields of the model's config.
 
     Raises:
-        UnmaskError: the model does not fit the format, with the reason.
+        UnmaskError: no such format, or the model does not fit it, with the reason.
     """
-    causal = ours["attention"] == "block_causal"
-    reasons = [
+    if name not in EXPORTS:
+        raise UnmaskError(f"unknown format {name!r}; expected one of {', '.join((*EXPORTS, 'hub'))}.")
+    family, attention = config["model_type"].removeprefix(PREFIX), config["attention"]
+    ours = [one for one in FORMATS if one.name == name]
+    format = next((one for one in ours if one.family == family), ours[0])
+    causal = attention == "block_causal"
+    shifted = {True: "shifted", False: "not shifted"}
+    scaled = (config.get("rope_parameters") or {}).get("rope_type", "default") != "default"
+    bias = config.get("attention_bias") or config.get("mlp_bias")
+    for wrong, reason in (
+        (family != format.family, f"it is a {family} decoder, theirs is {format.family}"),
         (
-            ours["model_type"] != PREFIX + format.family,
-            f"it is a {ours['model_type'].removeprefix(PREFIX)} decoder, theirs is {format.family}",
+            bool(config["logit_shift"]) != format.logit_shift,
+            f"its output is {shifted[bool(config['logit_shift'])]}, theirs is {shifted[format.logit_shift]}",
         ),
         (
-            bool(ours["logit_shift"]) != format.logit_shift,
-            f"its output is {'' if ours['logit_shift'] else 'not '}shifted, unlike theirs",
+            name != "a2d" and causal and format.block_key is None,
+            f"its attention is {attention}, theirs is not",
         ),
         (
-            format.name != "a2d" and causal != format.is_block_causal,
-            f"its attention is {ours['attention']}, unlike theirs",
+            not causal and format.block_key is not None,
+            f"its attention is {attention}, theirs is block_causal",
         ),
         (
-            causal and format.is_block_causal and ours["block_anchor"] != "document",
-            f"its blocks are counted from the {ours['block_anchor']}, theirs from the document: train with"
+            format.block_key is not None and config["block_anchor"] != "document",
+            f"its blocks are counted from the {config['block_anchor']}, theirs from the document: train with"
             " model.block_anchor=document",
         ),
-        (ours["mask_token_id"] is None, "it has no mask token"),
-    ]
-    for wrong, reason in reasons:
+        (config["mask_token_id"] is None, "it has no mask token"),
+        (
+            bool(format.keys) and (scaled or bias),
+            "it has biases or a scaled rotary embedding, theirs has not",
+        ),
+    ):
         if wrong:
-            raise UnmaskError(f"the model does not fit the format {format.name}: {reason}.")
-    values = {key: value for key, value in stock.items() if key not in _OF_THE_CODE}
+            raise UnmaskError(f"the model does not fit the format {name}: {reason}.")
+    return format
+
+
+def foreign_values(config: Mapping[str, Any], format: Format) -> dict[str, Any]:
+    """Say the config of a model that fits a format in its keys."""
+    rope = config.get("rope_parameters") or {}
+    values = {key: config[key] for key in _EXPORTED if config.get(key) is not None}
+    values["rope_theta"] = rope.get("rope_theta", config.get("rope_theta"))
+    if rope.get("rope_type", "default") != "default":
+        values["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     if format.keys:
-        plain = dict(values)
-        values = {key: plain[name] for key, name in format.keys.items() if plain.get(name) is not None}
+        values = {key: values[name] for key, name in format.keys.items() if name in values}
         values |= {key: wanted for key, wanted in format.fixed.items() if wanted is not None}
         values["vocab_size"] = values["embedding_size"]
     if format.block_key is not None:
-        values[format.block_key] = ours["block_length"]
-    values["mask_token_id"] = ours["mask_token_id"]
-    return {"architectures": list(format.architectures[:1]), "model_type": format.model_type, **values}
+        values[format.block_key] = config["block_length"]
+    values["torch_dtype"] = str(config.get("dtype") or "float32").removeprefix("torch.")
+    return {"architectures": [format.architectures[0]], "model_type": format.model_type, **values}
 
 
 def read_format(folder: Path) -> Format | None:

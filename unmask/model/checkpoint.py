@@ -198,7 +198,7 @@ def convert(base: str, out: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
     Raises:
         UnmaskError: the base cannot be converted, or `out` is not empty.
     """
-    _check_new(out)
+    check_new(out)
     values, foreign = _read_checkpoint(base)
     if foreign is None and is_diffusion(values):
         raise UnmaskError(f"{base}: this is a diffusion checkpoint already; nothing to convert.")
@@ -215,7 +215,7 @@ def convert(base: str, out: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
     return model, tokenizer
 
 
-def _check_new(out: str | Path) -> None:
+def check_new(out: str | Path) -> None:
     if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
         raise UnmaskError(f"{out}: exists already; name a folder that does not.")
 
@@ -372,7 +372,7 @@ def merge(adapter: str, out: str | Path) -> tuple[PreTrainedModel, PreTrainedTok
     Raises:
         UnmaskError: not an adapter, one that cannot be loaded, or `out` is not empty.
     """
-    _check_new(out)
+    check_new(out)
     if not is_adapter(adapter):
         raise UnmaskError(f"{adapter}: not a folder of LoRA adapters: it has no {ADAPTER_CONFIG}.")
     saved = getattr(torch, str(read_config(adapter).get("dtype") or "float32"))
