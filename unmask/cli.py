@@ -111,6 +111,25 @@ def export(
 
 
 @app.command()
+def doctor(
+    model: Model,
+    json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Check a checkpoint: format, sizes, tokens, versions, and how it reads a text.
+
+    The last is a check by forward passes: if the text is read better with
+    another shift or attention than the config says, something is wrong. Exit
+    code 1 if anything is.
+    """
+    hide_progress_bars()
+    from unmask.evaluation.doctor import diagnose, has_faults, show
+
+    findings = diagnose(model)
+    show(findings, as_json=json)
+    raise typer.Exit(int(has_faults(findings)))
+
+
+@app.command()
 def data(
     recipe: RecipeFile,
     overrides: Overrides = None,

@@ -132,6 +132,25 @@ def check_tokenizer(
             raise UnmaskError(f"{where}the tokenizer has no {token}; {remedy}.")
 
 
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any, name: str) -> None:
+    """Check that a tokenizer is that of a model: its ids are rows of the embedding, its mask token is the model's.
+
+    Raises:
+        UnmaskError: It is not.
+    """
+    highest, mask = max(tokenizer.get_vocab().values()), tokenizer.mask_token_id
+    if highest >= config.vocab_size:
+        raise UnmaskError(
+            f"{name}: the tokenizer has ids up to {highest:,}, the model {config.vocab_size:,} rows: it is another"
+            " model's tokenizer, or tokens were added to it later (call model.resize_token_embeddings)."
+        )
+    if mask is not None and config.mask_token_id not in (None, mask):
+        raise UnmaskError(
+            f"{name}: the tokenizer's mask token is {tokenizer.mask_token} = {mask}, the model's has id"
+            f" {config.mask_token_id}: it is the tokenizer of another model."
+        )
+
+
 def ids_without_token(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:
     """List the ids below `rows`, the size of an embedding, that have no token."""
     return sorted(set(range(rows)).difference(tokenizer.get_vocab().values()))
