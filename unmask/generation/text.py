@@ -366,7 +366,7 @@ def answer_file(
         advance: called with the number of answers done, those already in the file first.
 
     Returns:
-        answers, tokens and forwards (denoising steps) of the whole file.
+        Numbers of answers, tokens and forwards (denoising steps) of the whole file.
     """
     told = dict(settings or {})
     heads: list[dict[str, Any]] = [
