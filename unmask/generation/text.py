@@ -94,12 +94,10 @@ def with_prefix(example: Example, prefix: str, tokenizer: PreTrainedTokenizerBas
     return Example(example.input_ids + ids, example.src_mask + [False] * len(ids))
 
 
-def before_answer(example: Example, asked: Conversation, encoder: Encoder) -> Example:
-    """Add to the prompt of a conversation what training shows before a plain answer: an empty think block."""
-    turns = (*asked.turns, Turn("assistant", MISSING))
-    response = encoder.encode(Conversation(turns, asked.where, asked.tools)).input_ids[
-        len(example.input_ids) :
-    ]
+def before_answer(example: Example, turns: Sequence[Turn], tools: Sequence[Any], encoder: Encoder) -> Example:
+    """Add to the prompt of these turns what training shows before a plain answer: an empty think block."""
+    asked = Conversation((*turns, Turn("assistant", MISSING)), "the prompt", tuple(tools))
+    response = encoder.encode(asked).input_ids[len(example.input_ids) :]
     size = response.index(encoder.end_token_id) - len(document_ids(MISSING, encoder.tokenizer))
     return Example(example.input_ids + response[:size], example.src_mask + [False] * size)
 
@@ -145,7 +143,7 @@ def make_prompts(
             turns.insert(0, Turn("system", system))
         example = encoder.prompt_example(turns, read.tools)
         if to_answer:
-            example = before_answer(example, Conversation(tuple(turns), where, read.tools), encoder)
+            example = before_answer(example, turns, read.tools, encoder)
         prompts.append(Prompt(with_prefix(example, prefix, encoder.tokenizer), text, where, expected))
     return prompts
 
@@ -156,10 +154,9 @@ def prompt_example(
     """Encode one prompt: what a user says, or with `raw` the beginning of a text; see `make_prompts`."""
     if raw:
         return with_prefix(raw_example(tokenizer, text), prefix, tokenizer)
-    record, encoder = {"prompt": text}, chat_encoder(tokenizer)
-    return make_prompts([(record, "the prompt")], encoder, answered=False, prefix=prefix, **options)[
-        0
-    ].example
+    asked, encoder = [({"prompt": text}, "the prompt")], chat_encoder(tokenizer)
+    [prompt] = make_prompts(asked, encoder, answered=False, prefix=prefix, **options)
+    return prompt.example
 
 
 def read_prompts(
