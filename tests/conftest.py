@@ -49,7 +49,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def _bf16_is_fast() -> Iterator[None]:
     """What tests of bf16 do and say is the same on a CPU that has none: it counts as twice as fast."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bf16, "_best_seconds", lambda dtype: float(dtype.itemsize))
+        patch.setattr(bf16, "seconds_of_product", lambda dtype: float(dtype.itemsize))
         yield
 
 
@@ -59,7 +59,7 @@ def bf16_takes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], No
 
     def takes(times: float) -> None:
         bf16.slowdown.cache_clear()
-        monkeypatch.setattr(bf16, "_best_seconds", lambda dtype: times if dtype.itemsize < 4 else 1.0)
+        monkeypatch.setattr(bf16, "seconds_of_product", lambda dtype: times if dtype.itemsize < 4 else 1.0)
 
     yield takes
     bf16.slowdown.cache_clear()

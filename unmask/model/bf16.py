@@ -6,43 +6,31 @@ that the library behind torch may not use (`ONEDNN_MAX_CPU_ISA`), and other proc
 
 from __future__ import annotations
 
-import time
 from functools import cache
 from typing import Any
 
 import torch
+from torch.utils.benchmark import Timer
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
-# A product of this size takes 0.3 ms in float32, and up to 40 ms in a type that is not computed natively.
-_SIDE = 256
 # Natively bf16 takes half the time of float32. Where it gains less than this it is not worth its rounding.
 _GAIN = 0.8
 
 
+def seconds_of_product(dtype: torch.dtype) -> float:
+    """Time a matrix product on one thread, on several of which each waits for the others.
+
+    The best of two, since other processes interrupt some. At this size one takes 0.3 ms in float32, and up to
+    40 ms in a type that is not computed natively.
+    """
+    timer = Timer("torch.mm(a, a)", globals={"torch": torch, "a": torch.ones(256, 256, dtype=dtype)})
+    return min(timer.timeit(1).mean for _ in range(2))
+
+
 @cache
 def slowdown(dtype: torch.dtype) -> float:
-    """Measure how many times as long as in float32 a matrix product in `dtype` takes on this CPU.
-
-    The best of a few products each, since other processes interrupt some; on one thread, since several wait
-    for one another then. Once a process, 5 to 150 ms.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return _best_seconds(dtype) / _best_seconds(torch.float32)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _best_seconds(dtype: torch.dtype) -> float:
-    """Of ten products, or of three where those take long."""
-    a = torch.ones(_SIDE, _SIDE, dtype=dtype)
-    seconds: list[float] = []
-    while len(seconds) < 10 and (len(seconds) < 3 or min(seconds) < 0.005):
-        start = time.perf_counter()
-        torch.mm(a, a)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    """How many times as long as in float32 a matrix product in `dtype` takes on this CPU; measured once."""
+    return seconds_of_product(dtype) / seconds_of_product(torch.float32)
 
 
 def gains_by_bf16(device: torch.device) -> bool:
@@ -55,11 +43,7 @@ def gains_by_bf16(device: torch.device) -> bool:
 
 
 def place_for_inference(model: Any) -> None:
-    """Move a model to the accelerator, if there is one.
-
-    On a CPU that is slower in its 16 bits than in float32 the weights are held in float32, with the same
-    values.
-    """
+    """Move a model to the accelerator, if there is one; a CPU that is slower in 16 bits holds it in float32."""
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     elif model.dtype.itemsize < 4 and slowdown(model.dtype) > 1:
