@@ -132,8 +132,7 @@ class MaskedDiffusionMixin(GenerateMixin):
         denoised as they are and the loss is None. A block-causal model then too needs `src_mask` and "sft"
         to know where a response, and with it a block, starts.
 
-        Args:
-            input_ids, labels, attention_mask, src_mask, training_mode: see `prepare`.
+        Args: see `prepare`.
 
         Returns:
             `(logits, loss)`: logits (B, L, V), where `logits[:, i]` predicts token i, and the negative ELBO
@@ -190,12 +189,10 @@ class MaskedDiffusionMixin(GenerateMixin):
                 "src_mask has no effect in training_mode='pretrain': any token can be masked."
             )
         masks = {"attention_mask": attention_mask, "src_mask": src_mask}
-        all_given = {"labels": labels, **masks, "segment_ids": segment_ids}
-        _check_shapes(input_ids, {name: one for name, one in all_given.items() if one is not None})
+        _check_batch(input_ids, labels, masks, segment_ids, config.vocab_size)
         is_token = torch.ones_like(input_ids, dtype=torch.bool)
         if attention_mask is not None:
             is_token = attention_mask.to(torch.bool)
-        padded = _check_values(input_ids, labels, masks, config.vocab_size, is_token)
         allowed = is_token if labels is None else is_token & (labels != IGNORED)
         source = src_mask.to(torch.bool) if src_mask is not None and training_mode == "sft" else None
         return ForwardInputs(
@@ -206,7 +203,7 @@ class MaskedDiffusionMixin(GenerateMixin):
             source=None if source is None else source & allowed,
             mask_token_id=None if config.mask_token_id is None else mask_token_of(config),
             block_length=block_length_of(config),
-            padded=padded,
+            padded=attention_mask is not None and not bool(is_token.all()),
             packed=segment_ids is not None,
             block_anchor=config.block_anchor,
         )
@@ -301,11 +298,7 @@ class MaskedDiffusionMixin(GenerateMixin):
         if attend is None and (block := inputs.block_index(layout, inputs.maskable)) is not None:
             attend = attend_block_causal(layout, block)
         hidden = run_backbone(self.model, ids, layout, attend, ragged=ragged)
-        if not self.config.logit_shift:
-            return hidden
-        if not ragged:
-            return torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
-        return _take(hidden, predicting_column(layout))
+        return _take(hidden, predicting_column(layout)) if self.config.logit_shift else hidden
 
     def block_diffusion_hidden(
         self,
@@ -344,35 +337,31 @@ def _take(hidden: Float[Tensor, "B K H"], column: Int[Tensor, "B L"]) -> Float[T
     return hidden.gather(1, column[..., None].expand(*column.shape, hidden.shape[-1]))
 
 
-def _check_shapes(input_ids: Tensor, given: dict[str, Tensor]) -> None:
-    shape = tuple(input_ids.shape)
+def _check_batch(
+    ids: Tensor,
+    labels: Tensor | None,
+    masks: dict[str, Tensor | None],
+    segment_ids: Tensor | None,
+    vocab_size: int,
+) -> None:
+    """Check shapes, then values, which are fetched from the device at once."""
+    shape = tuple(ids.shape)
     if len(shape) != 2:
         raise ValueError(f"input_ids must have shape (batch, seq); got {shape}.")
-    for name, values in given.items():
-        if tuple(values.shape) != shape:
+    for name, values in {**masks, "labels": labels, "segment_ids": segment_ids}.items():
+        if values is not None and tuple(values.shape) != shape:
             raise ValueError(f"{name} must have shape (batch, seq) = {shape}; got {tuple(values.shape)}.")
-
-
-def _check_values(
-    ids: Tensor, labels: Tensor | None, masks: dict[str, Tensor | None], vocab_size: int, is_token: Tensor
-) -> bool:
-    """Check what can only be seen in the values, fetched from the device at once; whether there is padding."""
-    bad = {"input_ids": ((ids < 0) | (ids >= vocab_size)).any()}
+    wrong = {f"input_ids must be ids in [0, {vocab_size})": (ids, (ids < 0) | (ids >= vocab_size))}
     if labels is not None:
-        bad["labels"] = ((labels != IGNORED) & ((labels < 0) | (labels >= vocab_size))).any()
+        outside = (labels != IGNORED) & ((labels < 0) | (labels >= vocab_size))
+        wrong[f"labels must be ids in [0, {vocab_size}) or {IGNORED}"] = labels, outside
     for name, mask in masks.items():
         if mask is not None and mask.dtype != torch.bool:
-            bad[name] = ((mask != 0) & (mask != 1)).any()
-    *wrong, whole = torch.stack([*bad.values(), is_token.all()]).tolist()
-    for name, is_wrong in zip(bad, wrong, strict=True):
-        if is_wrong and name in masks:
-            raise ValueError(f"{name} must have the values 0 and 1 only.")
-        if is_wrong:
-            allowed = f"[0, {vocab_size})" + (f" or {IGNORED}" if name == "labels" else "")
-            values = ids if labels is None or name == "input_ids" else labels
-            low, high = values.min().item(), values.max().item()
-            raise ValueError(f"{name} must be ids in {allowed}; got values from {low} to {high}.")
-    return not whole
+            wrong[f"{name} must have the values 0 and 1 only"] = mask, (mask != 0) & (mask != 1)
+    found = torch.stack([is_wrong.any() for _, is_wrong in wrong.values()]).tolist()
+    for (expected, (values, is_wrong)), any_wrong in zip(wrong.items(), found, strict=True):
+        if any_wrong:
+            raise ValueError(f"{expected}; got {values[is_wrong][0].item()}.")
 
 
 # The families: the mixin on each stock class.
