@@ -220,12 +220,12 @@ def quality(folder: str, prompts_file: str, limit: int, plot: Path | None) -> No
             )
         )
         tokens = sum(len(answer.ids) for answer in answers)
-        forwards = sum(max(answer.commit_step) + 1 for answer in answers if answer.commit_step)
+        passes = sum(max(answer.commit_step) + 1 for answer in answers if answer.commit_step)
         share = exact_share(answers, prompts)
-        found.append((name, tokens / forwards, share))
+        found.append((name, tokens / passes, share))
         told = ", ".join(f"{key}={value}" for key, value in settings.items() if value != name)
         print(
-            f"| {name} | {told} | {share:.1%} | {tokens / forwards:.2f} | {tokens / seconds:.0f} |",
+            f"| {name} | {told} | {share:.1%} | {tokens / passes:.2f} | {tokens / seconds:.0f} |",
             flush=True,
         )
     if plot is not None:

@@ -64,7 +64,7 @@ def recipe(out: Path, data: Path) -> dict[str, Any]:
 
 
 def start(out: Path, data: Path) -> int:
-    """Train in a process of its own; returns its id."""
+    """Train in a separate process; returns its id."""
     child = os.fork()
     if child:
         return child

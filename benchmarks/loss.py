@@ -10,7 +10,7 @@ the machine is doing meets both.
 A single round of the large size takes a quarter of a minute on two cores. With THP_MEM_ALLOC_ENABLE=1 in the
 environment torch asks Linux for huge pages, and fresh tensors of this size cost much less to touch.
 
-Seconds are medians over the rounds. Memory is that of one step in a process of its own: the highest
+Seconds are medians over the rounds. Memory is that of one step in a separate process: the highest
 resident set of the process, less that before the step (model loaded, no gradients yet), so gradients count.
 It grows with what the allocator keeps, which a user pays as well. Floor: the useful operations (two for
 each weight of a matrix and token in the forward pass, four in the backward pass, the head on masked tokens

@@ -2,7 +2,7 @@
 
 The reference is the tokenizer called on large batches of the same texts, rendered beforehand, with its own
 threads on every core: no reading, no chat template, no source mask, nothing written. Both start with loading
-the tokenizer, and take turns. The processor time of both, over all threads and processes, is printed beside:
+the tokenizer, and take turns. The processor time of both, over all threads and processes, is printed, too:
 on a machine that others use as well it is the fairer figure.
 
     python benchmarks/prepare.py gsm8k_train.jsonl TOKENIZER_FOLDER

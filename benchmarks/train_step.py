@@ -228,7 +228,7 @@ def compare(file: Path, tokenizer: Any, options: argparse.Namespace) -> None:
 
 
 def memory_of(name: str, file: Path, options: argparse.Namespace) -> int:
-    """The highest resident set of a process of its own that takes two steps of one way."""
+    """The highest resident set of a separate process that takes two steps of one way."""
     command = [sys.executable, __file__, str(file), "--tokenizer", options.tokenizer]
     command += ["--threads", str(options.threads), "--batch", str(options.batch), "--memory", name]
     done = subprocess.run(command, check=True, capture_output=True, text=True)

@@ -298,7 +298,7 @@ def test_a_killed_run_resumes(tmp_path: Path, model: Any, tokenizer: PreTrainedT
     assert totals == {
         "answers": sum(counts),
         "tokens": sum(line["tokens"] for line in lines),
-        "forwards": sum(line["forwards"] for line in lines),
+        "forward_passes": sum(line["forward_passes"] for line in lines),
     }
     data = whole.read_bytes()
     for size in (0, 10, len(data) // 2, len(data)):

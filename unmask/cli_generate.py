@@ -263,7 +263,7 @@ def _answer_file(answer: Any, prompts: list[Any], out: Path, *, samples: int, **
             print(f"interrupted; --resume continues {out}", file=sys.stderr)
             raise typer.Exit(130) from None
     line = f"{out}: {totals['answers']:,} answers to {len(prompts):,} prompts"
-    if steps := totals["forwards"]:
+    if steps := totals["forward_passes"]:
         per_step = f"{steps:,} denoising steps ({totals['tokens'] / steps:.2f} per step)"
         line += f", {totals['tokens']:,} tokens in {per_step}"
     print(line)

@@ -202,7 +202,7 @@ _A2D_BLOCKS = {"attention": "block_causal", "block_length": 32, "block_anchor": 
 
 REFUSED = {
     "llada2_moe": "its experts are not those of a stock decoder",
-    "diffusion_gemma": "transformers has a class of its own for it",
+    "diffusion_gemma": "transformers has its own class for it",
     "llada_v": "models that see pictures are not supported",
     "llava_llada": "models that see pictures are not supported",
     "mmada": "models that see pictures are not supported",
@@ -399,6 +399,6 @@ def read_format(folder: Path) -> Format | None:
     """Find the format of a folder; None for one without a config, or whose config is not of another system."""
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # whoever loads the model says so
+    except (OSError, ValueError):  # loading the model says so
         return None
     return find_format(values, str(folder)) if isinstance(values, dict) else None

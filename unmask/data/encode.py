@@ -308,7 +308,7 @@ class Encoder:
 
     @cached_property
     def _splits(self) -> bool:
-        """Whether the tokenizer adds nothing of its own to the start of a text, as SentencePiece's do."""
+        """Whether the tokenizer adds nothing to the start of a text, as SentencePiece's do."""
         rows = self._masked([[(text, False)] for text in ("x\nx", "x\n", "x")], self._backend)
         return rows[0][0] == rows[1][0] + rows[2][0]
 

@@ -366,7 +366,7 @@ def find_files(
             matches = system.find(path)
         elif re.search(r"[*?\[]", path):
             matches = [match for match in system.glob(path) if system.isfile(match)]
-    except Exception as error:  # every store has errors of its own
+    except Exception as error:  # every store has its own errors
         raise UnmaskError(f"{name}: cannot be opened ({first_line(error)}).") from error
     if matches is None:
         if kind_of(name) in (*READERS, ".txt") or not HUB_NAME.fullmatch(name):

@@ -48,7 +48,7 @@ class Stream(NamedTuple):
                 yield Taken(source, 0, number, record)
 
     def dataset(self, source: int, epoch: int, seed: int) -> Any:
-        """Make the IterableDataset of a pass over a source, with the files in an order of its own."""
+        """Make the IterableDataset of a pass over a source, with the files in its own order."""
         from datasets import IterableDataset
 
         files = self.sources[source].files

@@ -22,7 +22,7 @@ BlockAnchor = Literal["response", "document", "prompt_end"]
 
 
 class Layout(NamedTuple):
-    """Where each token of a batch stands."""
+    """Where each token of a batch is."""
 
     is_token: Bool[Tensor, "B L"]
     """True = token, False = padding."""
@@ -93,7 +93,7 @@ def block_index(
         anchor: where the tokens of a block begin to be counted. "response": every maximal run of maskable
             tokens, and of others, starts a block. "document": at the document's first token, so that a block
             may hold the end of a prompt and the start of its response (SDAR, Fast-dLLM v2). "prompt_end":
-            where the last response starts, forwards and backwards, so that the document's first block may be
+            where the last response starts, in both directions, so that the document's first block may be
             shorter (Tiny-A2D's sampler).
     """
     index, documents = token_positions(layout.is_token), _run_starts(layout.is_token, layout.document)

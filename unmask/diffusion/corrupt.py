@@ -266,7 +266,7 @@ def _position_seeds(layout: Layout, noise_seed: Int[Tensor, "..."] | None) -> In
     if noise_seed is None:
         noise_seed = torch.randint(-(2**63), 2**63 - 1, document.shape, device=document.device)
     seed = per_position(layout, noise_seed)
-    if noise_seed.dim() == 1:  # the further documents of a row get seeds of their own
+    if noise_seed.dim() == 1:  # the further documents of a row get their own seeds
         seed = torch.where(document == 0, seed, keyed_hash(seed, STREAM_SEED, document))
     return seed
 

@@ -71,7 +71,7 @@ class Score:
         return Estimate(mean.exp(), mean.exp() * stderr)
 
     def bits_per_byte(self, num_bytes: Int[Tensor, "*R"]) -> Estimate:
-        """`nll` in bits over the UTF-8 bytes that the tokens scored stand for; infinite for no bytes."""
+        """`nll` in bits over the UTF-8 bytes of the tokens scored; infinite for no bytes."""
         bits = math.log(2) * num_bytes
         return Estimate(*(torch.where(nats == 0, 0.0, nats / bits) for nats in (self.nll, self.stderr)))
 

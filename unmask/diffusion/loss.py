@@ -59,7 +59,7 @@ def time_weight(t: Float[Tensor, "..."], schedule: Schedule = "linear") -> Float
 
 
 def context_weight(is_masked: Bool[Tensor, "B L"], layout: Layout, p: float = CART_P) -> Float[Tensor, "B L"]:
-    """Compute Dream's CART weight: how much unmasked context stands near each token.
+    """Compute Dream's CART weight: how much unmasked context is near each token.
 
     w[n] = 1/2 sum_{i != n, unmasked} p (1 - p)^(|n - i| - 1), distances in tokens of one document (Ye et
     al., Dream 7B, arXiv:2508.15487, sec. 3.3). Weights do not depend on t.

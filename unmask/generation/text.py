@@ -333,7 +333,7 @@ def generate_answers(
         {
             "response": prefix + done.text,
             "tokens": len(done.ids),
-            "forwards": done.num_forwards,
+            "forward_passes": done.num_forwards,
             "tokens_per_forward": round(done.tokens_per_forward, 4),
         }
         for done in complete(model, tokenizer, examples, seed=list(seeds), advance=advance, **settings)
@@ -363,7 +363,7 @@ def answer_file(
         advance: called with the number of answers done, those already in the file first.
 
     Returns:
-        Numbers of answers, tokens and forwards (denoising steps) of the whole file.
+        Numbers of answers, tokens and forward_passes (denoising steps) of the whole file.
     """
     told = dict(settings or {})
     heads: list[dict[str, Any]] = [
@@ -387,7 +387,7 @@ def answer_file(
             file.writelines(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in new)
             file.flush()
             lines += new
-    sums = {name: sum(line.get(name, 0) for line in lines) for name in ("tokens", "forwards")}
+    sums = {name: sum(line.get(name, 0) for line in lines) for name in ("tokens", "forward_passes")}
     return {"answers": len(lines), **sums}
 
 

@@ -175,7 +175,7 @@ def _finish_foreign(model: Any, foreign: Foreign) -> None:
         ends = [known[token] for token in foreign.format.end_tokens if token in known]
         model.generation_config.eos_token_id = list(dict.fromkeys([config.eos_token_id, *ends]))
     else:
-        notes = [*notes, "special tokens as in config.json, for there is no tokenizer"]
+        notes = [*notes, "special tokens as in config.json, without a tokenizer"]
     model.generation_config.set(**PRESETS[foreign.format.preset])
     suffix = f"; assumed: {', '.join(notes)}" if notes else ""
     described = f"{config.model_type.removeprefix(PREFIX)} decoder, {describe_attention(config)}"

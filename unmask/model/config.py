@@ -139,7 +139,7 @@ def block_length_of(config: Any, name: str = "config") -> int | None:
     """Read the block length of a block-causal model from its config; None for a bidirectional one.
 
     Raises:
-        UnmaskError: another attention, or a block length that is no positive integer.
+        UnmaskError: another attention, or a block length that is not a positive integer.
     """
     attention, length = config.attention, config.block_length
     if config.is_causal:

@@ -66,7 +66,7 @@ class DenoiserOutput(NamedTuple):
 class MaskedDiffusionMixin(GenerateMixin):
     """Masked diffusion on a stock `...ForCausalLM` of transformers."""
 
-    # Provided by the stock class beside it.
+    # Provided by the stock class next to it.
     config_class: Any
     config: Any
     model: Any

@@ -132,7 +132,7 @@ def _commit(folder: Path, file: str = ".") -> str | None:
 
 
 def _contents(name: str, pattern: str = "*") -> dict[str, Any]:
-    """Checksums of the files that a name stands for."""
+    """Checksums of the files of a name."""
     path = Path(name).expanduser()
     found = path.rglob(pattern) if path.is_dir() else map(Path, glob.glob(str(path)))
     files = sorted(file for file in found if file.is_file())

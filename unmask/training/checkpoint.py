@@ -46,7 +46,7 @@ MANIFEST, STATE, RECIPE, TENSORS = "manifest.json", "state.json", "recipe.yaml",
 PREFIX, FINAL = "checkpoint-", "final"
 PARTIAL = f".{PREFIX}*.partial"  # what a killed run leaves of a checkpoint; see `atomic_dir`
 
-# What a resumed run may always change: it does not change what is trained, beyond rounding. A group stands for
+# What a resumed run may always change: it does not change what is trained, beyond rounding. A group means
 # all its keys.
 HARMLESS = (
     *("max_steps", "micro_batch_size", "gradient_checkpointing", "on_non_finite", "data.num_workers"),
@@ -340,7 +340,7 @@ def _find(recipe: Recipe, out: Path) -> tuple[Path | None, list[str]]:
     same = [folder for folder in existing if folder.samefile(start)]
     if same and same != existing[:1]:  # which `auto` would take later
         newer = ", ".join(folder.name for folder in existing if step_of(folder) > step_of(same[0]))
-        raise _refusal(f"{start} has newer ones beside it: move {newer} away, or name another folder")
+        raise _refusal(f"{start} has newer ones next to it: move {newer} away, or name another folder")
     return start, []
 
 

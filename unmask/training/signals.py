@@ -36,7 +36,7 @@ class StopSignals:
             signal.signal(number, signal.SIG_IGN if self.received and "RANK" in os.environ else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self.pid:  # a child process: while training a data worker, which goes on
+        if os.getpid() != self.pid:  # a child process: while training a data worker, which continues
             if self.at_once:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)

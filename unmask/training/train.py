@@ -299,7 +299,7 @@ class Run:
         return sum(values)
 
     def _epoch(self, step: int) -> int:
-        """Epoch of a step, for settings with one value an epoch; 0 where sources have epochs of their own."""
+        """Epoch of a step, for settings with one value an epoch; 0 where sources have their own epochs."""
         if self.recipe.data.streaming or self.recipe.data.sources is not None:
             return 0
         return step * self.data.step_rows // len(self.data.rows)
