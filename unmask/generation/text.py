@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -210,14 +211,10 @@ def _raw_text(record: Mapping[str, Any], where: str) -> str:
 
 def _lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     """The lines of a text file that are not blank, as records, with their locations."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        line = bytes(error.object).count(b"\n", 0, error.start) + 1
-        raise UnmaskError(f"{path.name} line {line}: not UTF-8 text; save the file as UTF-8.") from error
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield {"prompt": line}, f"{path.name} line {number}"
+    for text, _ in read_records(path, text=True):
+        for number, line in enumerate(re.split(r"\r\n?|\n", text), 1):
+            if line.strip():
+                yield {"prompt": line}, f"{path.name} line {number}"
 
 
 # Completions.
@@ -227,10 +224,7 @@ class StopStrings(StoppingCriteria):
     """Ends a response once one of `strings` is in it, in whatever tokens; the prompt is not searched.
 
     transformers' own criterion also finds a string that begins in the prompt, and first prepares a table of
-    the whole vocabulary.
-
-    Raises:
-        UnmaskError: an empty string, which would end every response.
+    the whole vocabulary. An empty string is an `UnmaskError`: it would end every response.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]):
