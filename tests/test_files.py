@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from unmask.config import recipe_from_dict
 from unmask.data.dataset import RunData, load_data
-from unmask.data.files import read_records
+from unmask.data.files import find_files, read_records
 from unmask.data.records import RecordError, to_conversation
 from unmask.data.tokenizer import byte_tokenizer
 from unmask.errors import UnmaskError
@@ -229,10 +229,10 @@ def test_what_cannot_be_read_is_refused_with_its_location(
 
 
 def test_bad_records_and_broken_files_are_given_in_place() -> None:
-    """With `keep_bad` what is before the broken place is read, and the rest of the file named."""
+    """What is before the broken place is read, and the rest of the file named."""
 
     def kept(name: str, data: bytes) -> list[Any]:
-        found = read(put(name, data), keep_bad=True)
+        found = [record.load() for file in find_files(put(name, data)) for record in file.read()]
         return [record.counted if isinstance(record, RecordError) else record for record in found]
 
     cut = kept("x.jsonl.gz", gzip.compress(GOOD * 1500, mtime=0)[:-20])  # less than one read of the file

@@ -69,10 +69,10 @@ def test_add_mask_token_once() -> None:
 
 def test_check_tokenizer_names_what_is_missing() -> None:
     tokenizer = bare_tokenizer()
-    with pytest.raises(UnmaskError, match=r"no end token \(eos_token\).*add_special_tokens"):
+    with pytest.raises(UnmaskError, match=r"no end token \(eos_token\).*tokenizer\.eos_token = "):
         check_tokenizer(tokenizer)
     tokenizer.add_special_tokens({"eos_token": "<e>"})
-    with pytest.raises(UnmaskError, match=r"no padding token \(pad_token\).*pad_token = "):
+    with pytest.raises(UnmaskError, match=r"no padding token \(pad_token\).*tokenizer\.pad_token = "):
         check_tokenizer(tokenizer)
     tokenizer.pad_token = tokenizer.eos_token
     check_tokenizer(tokenizer, mask=False)

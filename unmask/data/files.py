@@ -300,7 +300,6 @@ def read_records(
     split: str = "train",
     config_name: str | None = None,
     limit: int | None = None,
-    keep_bad: bool = False,
     text: bool = False,
 ) -> Iterator[tuple[Any, str]]:
     """Yield the records of `name` with their locations, at most `limit` of them.
@@ -309,7 +308,6 @@ def read_records(
     files, a URL that fsspec opens, or a data set on the hub; `split` and `config_name` say which part.
 
     Args:
-        keep_bad: yield the error in place of a line that is not a record, instead of raising it.
         text: also read files of other kinds, each as one text.
 
     Raises:
@@ -319,7 +317,7 @@ def read_records(
     files = find_files(name, split=split, config_name=config_name, text=text, limit=limit)
     for record in islice((record for file in files for record in file.read()), limit):
         loaded = record.load()
-        if isinstance(loaded, RecordError) and not keep_bad:
+        if isinstance(loaded, RecordError):
             raise loaded
         yield loaded, record.where
 

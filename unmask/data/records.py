@@ -45,9 +45,7 @@ MESSAGE: dict[str, tuple[str, ...]] = {
     "tool_call_id": ("tool_call_id",),
     "name": ("name",),
 }
-_SHAREGPT = {**MESSAGE, "role": ("from", "role"), "content": ("value", "content")}
 _CALL = {"name": ("name",), "arguments": ("arguments",), "id": ("id",)}
-_CALL_NEEDS = "a tool call needs name, arguments"
 _KINDS = {str: "text", list: "a list", Mapping: "an object"}
 
 ROLES = {
@@ -167,9 +165,7 @@ def to_conversation(
     if format == "auto":
         format = detect_format(record, where, custom_format, answered=answered)
     keys = (custom_format or CustomFields()).keys() if format == "custom" else READ[format]
-    needed = ", ".join(keys[part][0] for part in ("turns", "instruction", "response") if part in keys)
-    hint = ": see data.sft.custom_format" if format == "custom" else ""
-    fields = _Fields(_without_nulls(record), where, keys, f"{format} format needs {needed}{hint}")
+    fields = _Fields(_without_nulls(record), where, keys)
     if "turns" in keys:
         turns = _turns(fields, *fields.take("turns", required=True))
     else:
@@ -188,19 +184,18 @@ def to_conversation(
 class _Fields:
     """The fields of a record, a message or a call; `left` has those that were not taken."""
 
-    def __init__(
-        self, record: Mapping[str, Any], where: str, keys: Mapping[str, tuple[str, ...]], needs: str = ""
-    ) -> None:
-        self.where, self.keys, self.needs, self.left = where, keys, needs, dict(record)
-        self.names = _names(record)
+    def __init__(self, record: Mapping[str, Any], where: str, keys: Mapping[str, tuple[str, ...]]) -> None:
+        self.where, self.keys, self.left, self.names = where, keys, dict(record), _names(record)
 
     def take(self, part: str, *, required: bool = False) -> tuple[str, Any]:
         """The key and the value of a part; ("", None) if it is not there and not `required`."""
         keys = self.keys.get(part, ())
         there = [key for key in keys if key in self.left]
         if required and keys and not there:
-            detail = f" ({self.needs}); fields here: {self.names}"
-            raise RecordError(self.where, f"no field '{keys[0]}', or it is null", detail)
+            names = "' or '".join(keys)
+            raise RecordError(
+                self.where, f"no field '{names}', or it is null", f"; fields here: {self.names}"
+            )
         values = [self.left.pop(key) for key in there]
         if any(value != values[0] for value in values):
             raise RecordError(self.where, f"fields '{there[0]}' and '{there[1]}' contradict one another")
@@ -237,14 +232,12 @@ def _instruction(fields: _Fields, answered: bool, inputs_required: bool) -> list
 
 def _turns(fields: _Fields, key: str, messages: Any) -> list[Turn]:
     """The turns of a list of {"role", "content"} or {"from", "value"} objects."""
-    keys = _SHAREGPT if key == "conversations" else MESSAGE
-    needs = f"a message needs {keys['role'][0]}, {keys['content'][0]}"
     turns = []
     for number, message in enumerate(_typed(messages, list, key, fields.where), 1):
         where = f"{fields.where}, {key} {number}"
         items = _typed(message, Mapping, "message", where).items()
         given = {name: value for name, value in items if value or name not in MESSAGE["calls"]}
-        inner = _Fields(given, where, keys, needs)
+        inner = _Fields(given, where, MESSAGE)
         turns.append(_turn(inner))
         fields.left |= dict.fromkeys(f"{key}.{name}" for name in inner.left)
     return turns
@@ -296,7 +289,7 @@ def _calls(value: Any, key: str, where: str) -> tuple[Mapping[str, Any], ...]:
     for number, call in enumerate(value if isinstance(value, list) else [value], 1):
         at = f"{where}, {key} {number}"
         call = _typed(call, Mapping, "call", at)
-        fields = _Fields(_typed(call.get("function", call), Mapping, "function", at), at, _CALL, _CALL_NEEDS)
+        fields = _Fields(_typed(call.get("function", call), Mapping, "function", at), at, _CALL)
         name, (_, arguments) = fields.text("name", required=True), fields.take("arguments")
         arguments = _typed(_json(arguments, "arguments", at) or {}, Mapping, "arguments", at)
         check_text(json.dumps(arguments, ensure_ascii=False), "arguments", at)

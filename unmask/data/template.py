@@ -24,8 +24,7 @@ REWRITTEN = "the chat template rewrites the response beyond recognition"
 NO_REASONING = "the chat template leaves out the reasoning of some turns"
 REASONS = "has reasoning, but thinking=off lets every response start after an empty think block"
 PRIVATE = "has both strings of special tokens and characters for private use"
-# Characters for private use, each pair around a number: of a special token, a hidden string, a response.
-ALIAS, HIDDEN, RESPONSE = ("\U000ffff0", "\U000ffff1"), "\U000ffff2", "\U000ffff3"
+OPEN, CLOSE = "\U000ffff0", "\U000ffff1"  # for private use, around the number of what a mark stands for
 EMPTY = "<think>\n\n</think>\n\n"
 THINK = re.compile(r"\s*<think>((?!</?think>).)*</think>(?P<answer>((?!</?think>).)*)", re.S)
 
@@ -56,7 +55,7 @@ def special_aliases(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     specials |= set(tokenizer.all_special_tokens)
     # Longest first, so that of two tokens with one beginning the longer is found.
     ordered = sorted(specials, key=lambda text: (-len(text), text))
-    return {text: f"{ALIAS[0]}{number}{ALIAS[1]}" for number, text in enumerate(ordered)}
+    return {text: f"{OPEN}{number}{CLOSE}" for number, text in enumerate(ordered)}
 
 
 def special_strings(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
@@ -114,14 +113,15 @@ class ChatLayout:
 
     def _probe(self, thinking: Thinking) -> None:
         """Find end token, header and think block from a conversation of two turns."""
-        asked, answer = [{"role": "user", "content": "a"}], {"role": "assistant", "content": RESPONSE}
+        mark = f"{OPEN}r{CLOSE}"
+        asked, answer = [{"role": "user", "content": "a"}], {"role": "assistant", "content": mark}
         where = "a conversation of two turns"
         try:
             text = self._render([*asked, answer], where)
         except RecordError:  # some demand a system turn
             asked = [{"role": "system", "content": "s"}, *asked]
             text = self._render([*asked, answer], where)
-        before, *after = text.split(RESPONSE)
+        before, *after = text.split(mark)
         if len(after) != 1:
             raise UnmaskError(
                 "the chat template does not write the assistant's text as it is; "
@@ -186,7 +186,7 @@ class ChatLayout:
             done = stop
         rendered.pieces.append((text[done:], False))
         if hidden:
-            either = re.compile(f"{HIDDEN}(\\d+){HIDDEN}|{self._special.pattern}")
+            either = re.compile(f"{OPEN}h(\\d+){CLOSE}|{self._special.pattern}")
 
             def put_back(match: re.Match[str]) -> str:
                 return hidden[int(match[1])] if match[1] else self._aliases[match.group()]
@@ -222,16 +222,16 @@ class ChatLayout:
             found = [match.span(1) for match in self._span.finditer(text)]
             if len(found) == text.count(header) == len(indices):
                 return dict(zip(indices, found, strict=True))
-        marks = {index: f"{RESPONSE}{index}{RESPONSE}" for index in indices}
+        marks = {index: f"{OPEN}r{index}{CLOSE}" for index in indices}
         marked = [
             {"role": "assistant", "content": marks[index]} if index in marks else message
             for index, message in enumerate(messages)
         ]
-        parts = re.split(f"({RESPONSE}\\d+{RESPONSE})", self._render(marked, where, shown))
+        parts = re.split(f"({OPEN}r\\d+{CLOSE})", self._render(marked, where, shown))
         if parts[1::2] != list(marks.values()) or not text.startswith(parts[0]):
             raise DropRecord(REWRITTEN)
         spans: dict[int, tuple[int, int]] = {}
-        start, done = len(parts[0]), 0
+        start = len(parts[0])
         for index, after in zip(indices, parts[2::2], strict=True):
             # The text as it was given first, as it might have a copy of what follows.
             content = messages[index]["content"]
@@ -239,10 +239,9 @@ class ChatLayout:
             size = next(given, text.find(after, start) - start)
             if size < 0:
                 raise DropRecord(REWRITTEN)
-            stop, at = start + size, text.rfind(header, done, start) if header else -1
+            stop = start + size
             end = re.compile(rf"\s*{re.escape(self.end_token)}").match(text, stop)
-            done = end.end() if end else stop
-            spans[index] = (start if at < 0 else at + len(header), done)
+            spans[index] = (start, end.end() if end else stop)
             start = stop + len(after)
         if start != len(text):
             raise DropRecord(REWRITTEN)
@@ -304,10 +303,10 @@ class ChatLayout:
 
         def hide(match: re.Match[str]) -> str:
             hidden.append(match.group())
-            return f"{HIDDEN}{len(hidden) - 1}{HIDDEN}"
+            return f"{OPEN}h{len(hidden) - 1}{CLOSE}"
 
         messages, shown = _in_texts(given, lambda text: self._special.sub(hide, text))
-        if hidden and re.search(f"[{''.join((*ALIAS, HIDDEN))}]", json.dumps(given, ensure_ascii=False)):
+        if hidden and re.search(f"{OPEN}h?\\d+{CLOSE}", json.dumps(given, ensure_ascii=False)):
             raise DropRecord(PRIVATE)
         return messages, shown, hidden
 

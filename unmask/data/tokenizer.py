@@ -117,19 +117,14 @@ def check_tokenizer(
     Raises:
         UnmaskError: One is missing; the message says how to set it, and starts with `name` if given.
     """
-    remedies = {
-        "end token (eos_token)": "set it to what its texts end with, in its tokenizer_config.json or by"
-        ' tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})',
-        "padding token (pad_token)": "set it, in its tokenizer_config.json or by tokenizer.pad_token ="
-        " tokenizer.eos_token",
-        "mask token (mask_token)": "convert the model with `unmask convert BASE OUT`, or call"
-        " unmask.data.tokenizer.add_mask_token(tokenizer)",
-    }
-    ids = (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id if mask else 0)
-    for token_id, (token, remedy) in zip(ids, remedies.items(), strict=True):
-        if token_id is None:
+    words = {"eos_token": "end", "pad_token": "padding", "mask_token": "mask"}
+    for token, word in words.items():
+        if getattr(tokenizer, token) is None and (mask or token != "mask_token"):
+            remedy = f"set it in its tokenizer_config.json, or by tokenizer.{token} = '<|endoftext|>'"
+            if token == "mask_token":
+                remedy = "convert the model with `unmask convert BASE OUT`, or call add_mask_token(tokenizer)"
             where = f"{name}: " if name else ""
-            raise UnmaskError(f"{where}the tokenizer has no {token}; {remedy}.")
+            raise UnmaskError(f"{where}the tokenizer has no {word} token ({token}); {remedy}.")
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any, name: str) -> None:
