@@ -9,11 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import Qwen3Config
-from transformers import Qwen3ForCausalLM as StockQwen3
+from tiny import autoregressive_folder, run_cli
 
-from unmask import byte_tokenizer, load_model
-from unmask.cli import main
+from unmask import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,21 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that looks like the clone, with a tiny autoregressive base in it."""
     place = tmp_path_factory.mktemp("clone")
     (place / "recipes").symlink_to(ROOT / "recipes")
-    tokenizer = byte_tokenizer()
-    tokenizer.save_pretrained(place / "base")
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=2048,
-        eos_token_id=tokenizer.eos_token_id,  # pyright: ignore[reportArgumentType]
-        pad_token_id=tokenizer.pad_token_id,  # pyright: ignore[reportArgumentType]
-    )
-    StockQwen3(config).save_pretrained(place / "base")
+    autoregressive_folder(place / "base", max_position_embeddings=2048)
     (place / "my.jsonl").write_text('{"instruction": "Say hello.", "output": "Hello!"}\n' * 12)
     (place / "my.txt").write_text("To be, or not to be, that is the question. " * 400)
     return place
@@ -63,56 +47,32 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(command: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a command as README shows it, only shorter, and with a tiny base for what is on the hub."""
-    arguments = shlex.split(command)
+    name, *arguments = shlex.split(command)
     monkeypatch.chdir(place)
-    if arguments[0] == "source":
-        return  # the tests run in that environment
-    if arguments[0] == "make":
-        # The environment exists already: what else the target runs is run, but not these tests again.
-        plan = subprocess.run(
-            ["make", "-n", arguments[1]], cwd=ROOT, check=True, capture_output=True, text=True
-        )
-        if arguments[1] == "demo":
-            assert "checkpoint_save_dir=outputs/demo" in plan.stdout
-            folder = f"checkpoint_save_dir={place / 'outputs/demo'}"
-            last = (
-                shell([str(ROOT / "recipes/train_tiny_sft.sh"), *SHORT, folder], place)
-                .strip()
-                .splitlines()[-1]
-            )
-            pattern = r"exact match: before [\d.]+%, after [\d.]+% on 3 held-out prompts"
-            assert re.fullmatch(pattern, last), last
-            assert (place / "outputs/demo/loss.png").stat().st_size > 0
-    elif arguments[0].startswith("./recipes/"):
-        local = [argument.replace("dataset_name=", f"dataset_name={place}/") for argument in arguments[1:]]
-        extra = [
-            f"model.name_or_path={place / 'base'}",
-            f"checkpoint_save_dir={place / Path(arguments[0]).stem}",
-            "data.dataset_config=null",
-            "data.block_size=64",
-            *SHORT,
-            "eval_steps=2",
-            "data.eval_size=2",
-            "micro_batch_size=2",
-            "save_steps=2",
-        ]
-        shell([arguments[0], *local, *extra], place)
-    else:
-        assert arguments[0] == "unmask"
-        arguments = [argument.replace("Qwen/Qwen3-0.6B", "base") for argument in arguments[1:]]
+    if name == "make" and arguments == ["demo"]:  # the environment exists already
+        plan = subprocess.run(["make", "-n", "demo"], cwd=ROOT, check=True, capture_output=True, text=True)
+        assert "checkpoint_save_dir=outputs/demo" in plan.stdout
+        folder = f"checkpoint_save_dir={place / 'outputs/demo'}"
+        said = shell([str(ROOT / "recipes/train_tiny_sft.sh"), *SHORT, folder], place)
+        pattern = r"exact match: before [\d.]+%, after [\d.]+% on 3 held-out prompts"
+        assert re.fullmatch(pattern, said.strip().splitlines()[-1])
+        assert (place / "outputs/demo/loss.png").stat().st_size > 0
+    elif name.startswith("./recipes/"):
+        local = [argument.replace("dataset_name=", f"dataset_name={place}/") for argument in arguments]
+        base = f"model.name_or_path={place / 'base'} checkpoint_save_dir={place / Path(name).stem}"
+        sizes = "data.dataset_config=null data.block_size=64 micro_batch_size=2"
+        often = "eval_steps=2 data.eval_size=2 save_steps=2"
+        shell([name, *local, *SHORT, *f"{base} {sizes} {often}".split()], place)
+    elif name == "unmask":
+        arguments = [argument.replace("Qwen/Qwen3-0.6B", "base") for argument in arguments]
         if arguments[0] in ("train", "prepare"):
             streamed = "data.streaming=true" in arguments  # has no first records
             arguments += [key for key in SHORT if not (streamed and key.startswith("data.max_records"))]
-        if arguments[0] == "chat":
-            monkeypatch.setattr(sys, "stdin", io.StringIO("Say it twice: wool.\n/quit\n"))
-        monkeypatch.setattr(sys, "argv", ["unmask", *arguments])
-        main_ended_well()
-
-
-def main_ended_well() -> None:
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 0
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Say it twice: wool.\n/quit\n"))
+        said = run_cli(*arguments)
+        assert said.code == 0, said.err
+    else:  # the tests run in that environment
+        assert command in ("source .venv/bin/activate", "make test")
 
 
 def shell(arguments: list[str], place: Path) -> str:
