@@ -260,7 +260,7 @@ def test_command(folder: Path, scored: FileScore, tmp_path: Path) -> None:
         ("text.txt", {"format": "alpaca"}, "format has no effect"),
         ("text.jsonl", {"raw": True, "end_fill": 4}, "end_fill has no effect"),
         ("chat.jsonl", {"raw": True}, "line 1: .*'text'; .*instruction"),
-        ("text.jsonl", {"format": "alpaca"}, "alpaca"),
+        ("text.jsonl", {"format": "alpaca"}, "no field 'instruction'"),
         ("chat.jsonl", {"format": "alpacca"}, "'alpacca'"),
         ("chat.jsonl", {"per_token": True}, "per_token"),
         ("chat.jsonl", {"block_size": 300}, "block_size: 300 tokens"),
