@@ -84,7 +84,7 @@ def training(sizes: dict[str, Any], rows: int, length: int, device: torch.device
                 start = time.perf_counter()
             inputs, objective = model.prepare(**batch), Objective()
             noised = corrupt(inputs, objective, seeds + step * seeds.numel())
-            accounting.count(noised, False, packed)
+            accounting.count(noised, objective)
             with _autocast(device):
                 loss = model.diffusion_loss(inputs, noised, objective)
             loss.backward()

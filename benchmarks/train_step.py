@@ -107,7 +107,7 @@ class Ours:
         inputs, objective = self.model.prepare(**batch, training_mode="sft"), Objective()
         noised = corrupt(inputs, objective, seeds)
         divisor = loss_divisor(noised, objective)
-        self.accounting.count(noised, False, True)
+        self.accounting.count(noised, objective)
         with torch.autocast(DEVICE.type, torch.bfloat16):
             loss = self.model.diffusion_loss(inputs, noised, objective, divisor)
         loss.backward()

@@ -266,6 +266,44 @@ def run_recipe(folder: Path, **changes: Any) -> Any:
     return recipe_from_dict(tree)
 
 
+def two_sources(folder: Path, **changes: Any) -> dict[str, Any]:
+    """The section `data` of a mixture of twelve records each of a.jsonl (weight 3) and b.jsonl (weight 1)."""
+    sources = []
+    for name, weight in (("a", 3.0), ("b", 1.0)):
+        lines = [{"instruction": f"{name} {n}", "output": name * (n % 5 + 1)} for n in range(12)]
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        sources.append({"dataset_name": str(folder / f"{name}.jsonl"), "weight": weight})
+    return {"sources": sources, "block_size": 64, **changes}
+
+
+def train_run(folder: Path, out: str = "run", **changes: Any) -> tuple[Any, str]:
+    """Train `run_recipe` into `folder / out`; the result, and what was printed."""
+    from rich.console import Console
+
+    from unmask.training.train import train
+
+    printed = io.StringIO()
+    recipe = run_recipe(folder, checkpoint_save_dir=str(folder / out), **changes)
+    return train(recipe, Console(file=printed, width=200)), printed.getvalue()
+
+
+def assert_same_run(one: Path, other: Path, tolerance: float = 0.0) -> None:
+    """Losses, held-out losses, gradient norms and final weights agree; without a tolerance all logs, to the bit."""
+    histories = [run_state(folder)["history"] for folder in (one, other)]
+    assert [log["step"] for log in histories[0]] == [log["step"] for log in histories[1]]
+    if tolerance == 0:
+        assert histories[0] == histories[1]
+    for first, second in zip(*histories, strict=True):
+        for name in ("loss", "eval_loss", "grad_norm"):
+            assert (name in first) == (name in second)
+            if name in first:
+                assert first[name] == pytest.approx(second[name], rel=tolerance), (name, first["step"])
+    weights, others = run_weights(one), run_weights(other)
+    assert weights.keys() == others.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, others[name], rtol=0, atol=10 * tolerance, msg=name)
+
+
 def run_state(folder: Path) -> dict[str, Any]:
     """`state.json` of the newest checkpoint of a run, its history without what depends on time."""
     newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
@@ -99,14 +98,11 @@ def empty_model(recipe: Recipe, device: str, tokenizer: PreTrainedTokenizerBase 
         fields = read_config(settings.name_or_path)
         fields = fields if is_diffusion(fields) else diffusion_values(fields)
     model_class = MODEL_CLASSES[PREFIX + fields.pop("model_type").removeprefix(PREFIX)]
-    known = set(model_class.config_class().to_dict())
-    for name in settings.config or {}:
-        if name not in known and name != "model_type":
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else "."
-            raise UnmaskError(
-                f"model.config.{name}: {model_class.config_class.__name__} has no such field{hint}"
-            )
+    known = model_class.config_class().to_dict().keys() | {"model_type"}
+    if unknown := sorted((settings.config or {}).keys() - known):
+        raise UnmaskError(
+            f"model.config.{unknown[0]}: {model_class.config_class.__name__} has no such field."
+        )
     if settings.config is not None:
         rows = max((tokenizer or run_tokenizer(recipe)).get_vocab().values()) + 1
         fields = {"vocab_size": rows, **fields}
@@ -170,17 +166,15 @@ def check_block_sizes(recipe: Recipe, examples: Any) -> None:
     curriculum = make_curriculum(recipe)
     if not any(curriculum.block_masking_probability):
         return
-    largest = max(size for phase in curriculum.mask_block_sizes for size in phase)
-    longest = 0
+    largest, longest = max(map(max, curriculum.mask_block_sizes)), 0
     for example in examples:
-        runs = groupby(example.src_mask)
-        longest = max([longest, *(sum(1 for _ in run) for is_source, run in runs if not is_source)])
+        runs = [len(list(run)) for is_source, run in groupby(example.src_mask) if not is_source]
+        longest = max([longest, *runs])
         if longest >= largest:
             return
-    what = "response" if recipe.training_mode == "sft" else "document or row"
     raise UnmaskError(
-        f"model.mask_block_sizes: spans of {largest} tokens are longer than any {what} of the data, the longest"
-        f" of which has {longest}; use smaller sizes, or set model.block_masking_probability to 0."
+        f"model.mask_block_sizes: spans of {largest} tokens are longer than any response or row of the data, at"
+        f" most {longest}; use smaller sizes, or set model.block_masking_probability to 0."
     )
 
 
@@ -216,11 +210,10 @@ def schedule_notes(recipe: Recipe, rows: int, block_length: int | None = None) -
         rows: how many there are, of batches.
         block_length: that of the model, where it is block-causal.
     """
-    notes, model, steps = [], recipe.model, recipe.max_steps
-    if (warmup := warmup_steps(recipe)) != recipe.lr_scheduler.warmup_steps:
+    notes, model, steps, preset = [], recipe.model, recipe.max_steps, PRESETS[recipe.model.loss]
+    if (warmup := warmup_steps(recipe)) != (wanted := recipe.lr_scheduler.warmup_steps):
         notes.append(
-            f"lr_scheduler.warmup_steps: {recipe.lr_scheduler.warmup_steps} are more than max_steps = {steps};"
-            f" the warmup takes {warmup}"
+            f"lr_scheduler.warmup_steps: {wanted} are more than max_steps = {steps}; the warmup takes {warmup}"
         )
     for name, length in (
         ("masking_scheduler.max_schedule_steps", model.masking_scheduler.max_schedule_steps),
@@ -229,12 +222,11 @@ def schedule_notes(recipe: Recipe, rows: int, block_length: int | None = None) -
     ):
         if length and length > steps:
             notes.append(f"model.{name}: the run ends after {steps} of {length} steps of it")
-    if recipe.training_mode == "sft" and block_length and recipe.data.sft.end_fill % block_length:
+    if recipe.training_mode == "sft" and block_length and (fill := recipe.data.sft.end_fill) % block_length:
         notes.append(
-            f"data.sft.end_fill: {recipe.data.sft.end_fill} is not a multiple of the {block_length} tokens of a"
-            " block: responses end within a block, while generation fills whole ones; a multiple is better"
+            f"data.sft.end_fill: {fill} is not a multiple of the {block_length} tokens of a block, which"
+            " generation fills to its end; a multiple is better"
         )
-    preset = PRESETS[model.loss]
     if not preset.is_bound:
         notes.append(
             f"loss {model.loss} is not a bound on the likelihood; it is {preset.estimates};"
@@ -244,7 +236,6 @@ def schedule_notes(recipe: Recipe, rows: int, block_length: int | None = None) -
     for name, table in make_curriculum(recipe).tables.items():
         if len(table) > epochs:
             notes.append(
-                f"model.{name}: the run ends in epoch {epochs}, so that of {len(table)} values, one an epoch,"
-                f" the last {len(table) - epochs} are not reached"
+                f"model.{name}: the run ends in epoch {epochs} and uses {epochs} of {len(table)} values"
             )
     return notes

@@ -15,10 +15,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,10 +26,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
-from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
 from torch.optim import Optimizer
 
 from unmask.config import Recipe, is_within, load_recipe, recipe_fields, value_at
@@ -39,9 +35,9 @@ from unmask.io import atomic_dir, reason, sha256
 from unmask.model.checkpoint import save_checkpoint
 from unmask.training.card import PROVENANCE
 from unmask.training.optim import WeightAverage
-from unmask.training.parallel import SharedModel
+from unmask.training.parallel import SharedModel, read_tensors, saved_shapes, write_tensors
 
-VERSION = 2  # of the format
+VERSION = 3  # of the format
 MANIFEST, STATE, RECIPE, TENSORS = "manifest.json", "state.json", "recipe.yaml", "state"
 PREFIX, FINAL = "checkpoint-", "final"
 PARTIAL = f".{PREFIX}*.partial"  # what a killed run leaves of a checkpoint; see `atomic_dir`
@@ -61,29 +57,19 @@ FIXED = ("optimizer.type", "lora", "model.freeze_embeddings")  # a checkpoint ca
 class RunState:
     """What a run has to know of its past, besides tensors."""
 
-    step: int = 0
-    """Optimizer steps taken or left out."""
-    loss_sum: float = 0.0
-    """Of the steps since the last logged loss."""
+    step: int = 0  # optimizer steps taken or left out
+    loss_sum: float = 0.0  # of the steps since the last logged loss
     loss_steps: int = 0
-    skipped: int = 0
-    """Steps left out because their loss or gradient was not finite."""
+    skipped: int = 0  # steps left out because their loss or gradient was not finite
     skipped_in_a_row: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-    """What was logged, each entry with its `step`."""
+    history: list[dict[str, float]] = field(default_factory=list)  # what was logged, each with its `step`
     best_loss: float | None = None
     best_step: int | None = None
-    without_improvement: int = 0
-    """Evaluations in a row without a lower held-out loss."""
-    evaluation_due: bool = False
-    """A signal came before the evaluation of this step."""
-    precision: str = ""
-    tokenizer: str = ""
-    """Fingerprint of the tokenizer."""
-    data: list[Any] = field(default_factory=list)
-    """Position of each process in a stream."""
-    source_counts: list[list[int]] = field(default_factory=list)
-    """Examples and tokens taken from each source."""
+    without_improvement: int = 0  # evaluations in a row without a lower held-out loss
+    evaluation_due: bool = False  # a signal came before the evaluation of this step
+    tokenizer: str = ""  # its fingerprint
+    data: list[Any] = field(default_factory=list)  # position of each process in a stream
+    source_counts: list[list[int]] = field(default_factory=list)  # examples and tokens of each source so far
 
 
 # Write and read
@@ -131,9 +117,7 @@ class Checkpointer:
         # Adapters have other names in a model folder, and a sharded model has none.
         tensors = self._tensors(optimizer, self.shared.sharded or self.recipe.lora.r is not None)
         try:
-            with _quiet_single_process():
-                writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
-                write_tensors(tensors, storage_writer=writer, no_dist=self.group.ranks == 1)
+            write_tensors(tensors, aside, self.group)
         except (OSError, SafetensorError, CheckpointException) as error:
             raise UnmaskError(
                 f"{folder}: could not be written: {_first_reason(error)}; earlier checkpoints are as they"
@@ -148,26 +132,20 @@ class Checkpointer:
         (folder / RECIPE).write_text(self.recipe.to_yaml(), encoding="utf-8")
         (folder / PROVENANCE).write_text(json.dumps(self.origin, indent=2), encoding="utf-8")
         (folder / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
-        files = sorted(file for file in folder.rglob("*") if file.is_file())
-        entries = {
-            file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": checksum}
-            for file, checksum in zip(files, _checksums(files), strict=True)
-        }
-        manifest = {"format_version": VERSION, "files": entries}
+        files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+        manifest = {"format_version": VERSION, "files": _checksums(folder, files)}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
         """Read weights, optimizer state and average; the optimizer's settings stay those of the recipe."""
         optimizer: Any = get_optimizer_state_dict(self.shared.model, self.optimizers)
         try:
-            reader = HuggingFaceStorageReader(str(folder / TENSORS))
-            saved = reader.read_metadata().state_dict_metadata
-            with_weights = any(name.startswith("weights/") for name in saved)
+            with_weights = any(name.startswith("weights/") for name in saved_shapes(folder / TENSORS))
             tensors = self._tensors(optimizer, with_weights)
-            self._read(tensors, reader)
+            read_tensors(tensors, folder / TENSORS, self.group)
             if not with_weights:
                 weights: dict[str, Tensor] = {n: p.detach() for n, p in self.shared.parameters.items()}
-                self._read(weights, HuggingFaceStorageReader(str(folder)))
+                read_tensors(weights, folder, self.group)
             for name, values in optimizer["state"].items():
                 values.update({key: tensors[f"optimizer/{key}/{name}"] for key in values})
             set_optimizer_state_dict(self.shared.model, self.optimizers, optimizer)
@@ -190,10 +168,6 @@ class Checkpointer:
             tensors |= {f"weights/{name}": p.detach() for name, p in self.shared.parameters.items()}
         return tensors
 
-    def _read(self, tensors: dict[str, Tensor], reader: HuggingFaceStorageReader) -> None:
-        with _quiet_single_process():
-            read_tensors(tensors, storage_reader=reader, no_dist=self.group.ranks == 1)
-
 
 def _first_reason(error: BaseException) -> str:
     """The first line of an error, of those of several processes the first one's."""
@@ -201,41 +175,28 @@ def _first_reason(error: BaseException) -> str:
     return reason(next((cause for cause, _ in failures), error))
 
 
-@contextmanager
-def _quiet_single_process() -> Iterator[None]:
-    """torch warns wherever a checkpoint is read or written by one process alone, as it is meant here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
-        yield
-
-
 # Which there are, and which are whole
 
 
-def damage(folder: Path, contents: bool = True) -> str | None:
-    """What is wrong with a checkpoint, None if nothing is; `contents`: compare checksums, not sizes alone."""
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, by the checksums of its files; None if nothing is."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format_version"] != VERSION:
             return f"its format is {manifest['format_version']}, and this version of unmask reads {VERSION}"
-        entries = {folder / name: entry for name, entry in manifest["files"].items()}
-        for file, entry in entries.items():
-            if (size := file.stat().st_size) != entry["size"]:
-                return f"{file.name} has {size:,} bytes instead of {entry['size']:,}"
-        if contents:
-            for (file, entry), checksum in zip(entries.items(), _checksums(list(entries)), strict=True):
-                if checksum != entry["sha256"]:
-                    return f"{file.name} is damaged: its checksum is not that of {MANIFEST}"
+        found = _checksums(folder, manifest["files"])
+        names = [name for name, checksum in manifest["files"].items() if found[name] != checksum]
+        return f"{names[0]} is damaged: its checksum is not that of {MANIFEST}" if names else None
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"its {MANIFEST} is damaged ({reason(error)})"
-    return None
 
 
-def _checksums(files: list[Path]) -> list[str]:
+def _checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    names = sorted(names)
     with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(sha256, files))
+        return dict(zip(names, pool.map(sha256, [folder / name for name in names]), strict=True))
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -249,24 +210,22 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix(PREFIX))
 
 
-def newest_whole(out: Path, contents: bool = True) -> tuple[Path | None, list[str]]:
+def newest_whole(out: Path) -> tuple[Path | None, list[str]]:
     """Find the newest checkpoint that is whole, and say what is wrong with each newer one."""
     wrong = []
     for folder in checkpoints(out):
-        if (found := damage(folder, contents)) is None:
+        if (found := damage(folder)) is None:
             return folder, wrong
         wrong.append(f"{folder}: {found}")
     return None, wrong
 
 
 def rotate(out: Path, limit: int | None, best_step: int | None) -> None:
-    """Remove the oldest whole checkpoints beyond the `limit` newest; the best one stays, and counts."""
-    whole = [folder for folder in checkpoints(out) if damage(folder, contents=False) is None]
-    if limit is None:
-        return
-    best = [folder for folder in whole[1:] if step_of(folder) == best_step]
-    rest = [folder for folder in whole if folder not in best]
-    for folder in rest[max(1, limit - len(best)) :]:
+    """Remove all checkpoints but the `limit` newest; the best one stays, and counts."""
+    found = checkpoints(out)
+    best = [folder for folder in found[1:] if step_of(folder) == best_step]
+    rest = [folder for folder in found if folder not in best]
+    for folder in rest[max(1, limit - len(best)) :] if limit else []:
         os.replace(folder, out / f".{folder.name}.partial")  # at once: half of one would stay for ever
     remove_partial(out)
 
@@ -313,18 +272,16 @@ def resume_point(recipe: Recipe, out: Path) -> ResumePoint:
 def _find(recipe: Recipe, out: Path) -> tuple[Path | None, list[str]]:
     """The checkpoint that the recipe names, and what to say about others."""
     wanted, existing, finished = recipe.resume_from_checkpoint, checkpoints(out), (out / FINAL).exists()
+    if wanted is None and (existing or finished):
+        remedy = "set resume_from_checkpoint=auto to resume it, or name another folder"
+        raise UnmaskError(f"checkpoint_save_dir: {out} holds a run already; {remedy}.")
     if wanted is None:
-        if existing or finished:
-            remedy = "set resume_from_checkpoint=auto to resume it, or name another folder"
-            raise UnmaskError(f"checkpoint_save_dir: {out} holds a run already; {remedy}.")
         return None, []
     if wanted == "auto":
         start, wrong = newest_whole(out)
         if finished and (start is None or step_of(start) >= recipe.max_steps):
-            raise _refusal(
-                f"{out / FINAL} is a finished run, with no checkpoint before max_steps = {recipe.max_steps}"
-                " to resume from; name another checkpoint_save_dir"
-            )
+            last = f"with no checkpoint before max_steps = {recipe.max_steps} to resume from"
+            raise _refusal(f"{out / FINAL} is a finished run, {last}; name another checkpoint_save_dir")
         if start is None and wrong:
             raise _refusal(
                 f"no checkpoint in {out} is whole: {'; '.join(wrong)}; move them away to start anew"

@@ -61,7 +61,6 @@ def held_out_loss(
     recipe: Recipe,
     pad_token_id: int,
     micro_batch: int,
-    group: Processes,
 ) -> dict[str, float]:
     """Compute the held-out loss over all rows: one sum over one count, whatever the batch size.
 
@@ -76,7 +75,7 @@ def held_out_loss(
         samples; `eval_loss_SOURCE` where there are several; `eval_by_t/0.05` and so on, mean nll of masked
         tokens by noise level.
     """
-    sums = HeldOutSums(sources, group.device)
+    group, sums = shared.group, HeldOutSums(sources or [""], shared.group.device)
     mine = range(group.rank, len(rows), group.ranks)
     with shared.evaluating() as model:
         objective = Objective(eps=model.config.noise_eps)
@@ -105,9 +104,9 @@ class HeldOutSums:
     """
 
     def __init__(self, sources: Sequence[str], device: torch.device):
-        self.sources = list(sources) or [""]
-        # Of each source: sums over its samples of their bound, their tokens, squares and products, and 1.
-        self.samples = torch.zeros(len(self.sources), 6, dtype=torch.float64, device=device)
+        self.sources = sources
+        # Of each source: sums over its samples of their bound b, their tokens n, b b, b n, n n, and 1.
+        self.samples = torch.zeros(len(sources), 6, dtype=torch.float64, device=device)
         # Of each level: nll of the masked tokens, and their number.
         self.levels = torch.zeros(BINS, 2, dtype=torch.float64, device=device)
 
@@ -118,8 +117,7 @@ class HeldOutSums:
             nll: -log p of each masked token, in row-major order, in nats.
             sources: number of the source of each example, row by row.
         """
-        is_masked, document = masks.is_masked, noised.layout.document
-        nll = nll.double()
+        is_masked, document, nll = masks.is_masked, noised.layout.document, nll.double()
         size, k = masks.size[is_masked], masks.k[is_masked]
         bound = torch.zeros(is_masked.shape, dtype=torch.float64, device=nll.device)
         bound[is_masked] = nll * size / k
@@ -128,7 +126,7 @@ class HeldOutSums:
         tokens = torch.zeros_like(bound).scatter_add_(1, document, noised.maskable.double())
         row, column = tokens.nonzero(as_tuple=True)
         n, b = tokens[row, column], per_sample[row, column]
-        table = pad_sequence([torch.tensor(row) for row in sources], batch_first=True).to(nll.device)
+        table = pad_sequence([torch.tensor(numbers) for numbers in sources], batch_first=True).to(nll.device)
         source = table[row, column].clamp(max=len(self.sources) - 1)
         self.samples.index_add_(0, source, torch.stack([b, n, b * b, b * n, n * n, n / n], dim=1))
         # Shares in ((i, i + 1] / BINS), in integers.
@@ -136,26 +134,20 @@ class HeldOutSums:
         self.levels.index_add_(0, level, torch.stack([nll, torch.ones_like(nll)], dim=1))
 
     def metrics(self, group: Processes) -> dict[str, float]:
-        """Return the losses over all processes."""
+        """Return the losses over all processes, and the standard error of a ratio of sums (0 of one sample)."""
         samples, levels = group.sum(self.samples).cpu(), group.sum(self.levels).cpu()
-        loss, stderr = _ratio(samples.sum(dim=0).tolist())
+        b, n, bb, bn, nn, count = samples.sum(dim=0).tolist()
+        loss = b / max(n, 1)
+        squares = max(0.0, bb - 2 * loss * bn + loss * loss * nn)
+        stderr = math.sqrt(squares * count / (count - 1)) / n if count > 1 else 0.0
         metrics = {"eval_loss": loss, "eval_loss_stderr": stderr}
-        for name, sums in zip(self.sources, samples.tolist(), strict=True):
-            if len(self.sources) > 1 and sums[1]:
-                metrics[f"eval_loss_{name}"] = _ratio(sums)[0]
+        for name, (b, n, *_) in zip(self.sources, samples.tolist(), strict=True):
+            if len(self.sources) > 1 and n:
+                metrics[f"eval_loss_{name}"] = b / n
         for level, (nll, count) in enumerate(levels.tolist()):
             if count:
                 metrics[f"eval_by_t/{(level + 0.5) / BINS:.2f}"] = nll / count
         return metrics
-
-
-def _ratio(sums: list[float]) -> tuple[float, float]:
-    """Nats per token, and the standard error of a ratio of sums; 0 of one sample."""
-    bound, tokens, bb, bn, nn, samples = sums
-    ratio = bound / max(tokens, 1)
-    squares = bb - 2 * ratio * bn + ratio * ratio * nn
-    few = samples < 2 or tokens == 0
-    return ratio, 0.0 if few else math.sqrt(max(0.0, squares) * samples / (samples - 1)) / tokens
 
 
 class Answers:
@@ -189,11 +181,12 @@ class Answers:
         text = file.read_text(encoding="utf-8") if file.exists() else ""
         # Those of later steps, before a resume from an earlier checkpoint, are made again.
         lines = [line for line in text.splitlines() if json.loads(line)["step"] < step]
-        for prompt, done in zip(self.few, completions, strict=True):
+        pairs = list(zip(self.few, completions, strict=True))
+        for prompt, done in pairs:
             line = {"step": step, "prompt": prompt.text, "completion": done.text, "expected": prompt.expected}
             lines.append(json.dumps(line, ensure_ascii=False))
         atomic_write(file, "".join(f"{line}\n" for line in lines))
-        return [(prompt.text, done.text) for prompt, done in zip(self.few, completions, strict=True)]
+        return [(prompt.text, done.text) for prompt, done in pairs]
 
     def show(self, completions: list[Completion]) -> None:
         """Print a few answers, spread over the file, with their tokens appearing out of masks."""

@@ -8,6 +8,7 @@ Qwen3 and Llama; `tests/test_memory.py` compares the sum with a measured peak.
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import psutil
@@ -19,11 +20,13 @@ from torch import nn
 from unmask.config import Recipe
 from unmask.errors import UnmaskError
 from unmask.model.head import chunk_rows
+from unmask.training.build import meta_model
 from unmask.training.parallel import batch_plan
 
 GIB = 2**30
 COMMON = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192)  # GB of devices
 STATIC = ("weights", "gradients", "optimizer", "average")  # what is there all the time, whatever the batch
+PARTS = ("gathered", "activations", "head", "recomputed")  # what is there for a part of a step
 
 
 def estimate(recipe: Recipe, model: Any, devices: int, length: int, device_type: str) -> dict[str, int]:
@@ -71,10 +74,13 @@ def estimate(recipe: Recipe, model: Any, devices: int, length: int, device_type:
     dtype = torch.bfloat16 if width == 2 else torch.float32
     rows = chunk_rows(tokens, len(head), dtype, torch.device(device_type)).rows
     logits = width * (rows * len(head) + 2 * tokens * hidden)
-    parts = {"activations": activations, "head": logits, "recomputed": one if recompute else 0}
-    # The head is done when the first layer is computed again.
-    peak = sum(static.values()) + gathered + activations + max(logits, parts["recomputed"])
-    return {**static, "gathered": gathered, **parts, "peak": peak}
+    recomputed = one if recompute else 0  # in the first layer, when the head is done
+    peak = sum(static.values()) + gathered + activations + max(logits, recomputed)
+    return {
+        **static,
+        **dict(zip(PARTS, (gathered, activations, logits, recomputed), strict=True)),
+        "peak": peak,
+    }
 
 
 def memory_lines(
@@ -105,29 +111,21 @@ def dry_run(
     recipe: Recipe, devices: int | None = None, console: Console | None = None
 ) -> dict[int, dict[str, int]]:
     """Show the memory that each device of a run would need; neither weights nor data are read."""
-    from unmask.training.build import meta_model
-
     console = console or Console()
     model, found = meta_model(recipe), {}
     for count in [devices] if devices else [2**power for power in range(11)]:
-        try:
+        with nullcontext() if devices else suppress(UnmaskError):  # the batch cannot be divided
             found[count] = estimate(recipe, model, count, recipe.data.block_size, "cuda")
-        except UnmaskError:  # the batch cannot be divided
-            if devices:
-                raise
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     recomputed = ", activation checkpointing" if recipe.gradient_checkpointing else ""
-    console.print(f"model: {total:,} parameters, {trained:,} trained", highlight=False)
     console.print(
-        f"{recipe.distributed.type}, {recipe.precision}, weights {recipe.model.dtype},"
-        f" {recipe.optimizer.type}{recomputed}",
+        f"model: {total:,} parameters, {trained:,} trained\n{recipe.distributed.type}, {recipe.precision}, weights"
+        f" {recipe.model.dtype}, {recipe.optimizer.type}{recomputed}",
         highlight=False,
     )
+    names = [name for name in (*STATIC, *PARTS, "peak") if any(memory[name] for memory in found.values())]
     table = Table(title="memory of one device, GiB", title_justify="left", box=None, header_style="bold")
-    names = [
-        name for name in next(iter(found.values()), {}) if any(memory[name] for memory in found.values())
-    ]
     for name in ("devices", "batch", *names, "device"):
         table.add_column(name, justify="right", no_wrap=True)
     for count, memory in found.items():
@@ -135,10 +133,10 @@ def dry_run(
         fits = next((f"{gb} GB" for gb in COMMON if memory["peak"] <= 0.9 * gb * 1e9), "none")
         sizes = (f"{memory[name] / GIB:.2f}" for name in names)
         table.add_row(f"{count}", f"{micro} x {accumulation} x {count}", *sizes, fits)
-    console.print(table)
     console.print(
+        table,
         "At the longest rows, with every token masked; not all parts are there at once. batch: rows of a forward"
-        " pass x micro-batches x devices. device: the smallest common memory with a tenth to spare."
+        " pass x micro-batches x devices. device: the smallest common memory with a tenth to spare.",
     )
     return found
 

@@ -8,68 +8,21 @@ from __future__ import annotations
 import time
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from unmask.diffusion.attention import count_by_document
 from unmask.diffusion.corrupt import Noised
+from unmask.diffusion.objective import Objective
 from unmask.training.parallel import Processes
 
 PARTS: tuple[str, ...] = ("data", "forward", "backward", "optimizer", "evaluation", "save", "other")
 # Tokens that could have been masked; positions that held a token; positions that went through the network,
 # padding too; floating-point operations that the model needs for the tokens, see `model_flops`.
 COUNTS = ("supervised", "useful", "computed", "flops")
-GIB = 2**30
-
-
-class Usage(NamedTuple):
-    """What all processes did in a stretch of a run."""
-
-    counts: Float[Tensor, "4"] = torch.zeros(len(COUNTS), dtype=torch.float64)
-    """Sums over the processes, see `COUNTS`."""
-    seconds: Float[Tensor, "7"] = torch.zeros(len(PARTS), dtype=torch.float64)
-    """Of each of `PARTS`, a mean over the processes."""
-    peak_flops: float = 0.0
-    """Operations a second that the devices can do, as measured."""
-    peak_memory: float = 0.0
-    """Bytes, of the process with the most; 0 where it is not known."""
-
-    def plus(self, other: Usage) -> Usage:
-        """Join this stretch and the next one."""
-        return other._replace(counts=self.counts + other.counts, seconds=self.seconds + other.seconds)
-
-    def logs(self) -> dict[str, float]:
-        """What is logged; rates are of the time without evaluation and saving."""
-        supervised, useful, computed, flops = self.counts.tolist()
-        spent = dict(zip(PARTS, self.seconds.tolist(), strict=True))
-        total = sum(spent.values())
-        training = total - spent["evaluation"] - spent["save"]
-        memory = {"peak_memory_gib": self.peak_memory / GIB} if self.peak_memory else {}
-        return {
-            "supervised_tokens_per_second": _ratio(supervised, training),
-            "useful_positions": _ratio(useful, computed),
-            "model_flops_utilisation": _ratio(flops, training * self.peak_flops),
-            **{f"time/{part}": _ratio(seconds, total) for part, seconds in spent.items()},
-            **memory,
-        }
-
-    def lines(self) -> list[str]:
-        """What a person is told at the end."""
-        if not self.counts.any():
-            return []
-        logs = self.logs()
-        memory = f", peak memory {self.peak_memory / GIB:.2f} GiB" if self.peak_memory else ""
-        shares = ", ".join(f"{part} {logs[f'time/{part}']:.0%}" for part in PARTS)
-        return [
-            f"work: {logs['supervised_tokens_per_second']:,.0f} supervised tokens/s,"
-            f" {logs['useful_positions']:.1%} of computed positions useful,"
-            f" {logs['model_flops_utilisation']:.1%} of the measured peak"
-            f" ({self.peak_flops / 1e9:,.0f} GFLOP/s){memory}",
-            f"time: {shares}",
-        ]
+GIB, TIME = 2**30, "time/"
 
 
 class Accounting:
@@ -84,11 +37,11 @@ class Accounting:
     """
 
     def __init__(self, model: Any, dtype: torch.dtype, group: Processes):
-        self.group = group
+        self.group, self.dtype = group, dtype
         self.per_token, self.per_pair, self.per_row = model_flops(model)
-        self.peak = measured_peak(group.device.type, dtype)
+        self.peak = sum(group.gather(measured_peak(group.device.type, dtype)))
         self.counts = torch.zeros(len(COUNTS), dtype=torch.float64, device=group.device)
-        self.session = Usage()
+        self.session = torch.zeros(len(COUNTS) + len(PARTS), dtype=torch.float64)  # sums over the processes
         self.start()
 
     def start(self) -> None:
@@ -106,38 +59,64 @@ class Accounting:
             self.seconds[part] += now - self.last
             self.last = now
 
-    def count(self, noised: Noised, complementary: bool, ragged: bool) -> None:
-        """Count a micro-batch that is trained on; `ragged`: padding is left out before the network."""
+    def count(self, noised: Noised, objective: Objective) -> None:
+        """Count a micro-batch that is trained on."""
         is_token, maskable = noised.layout.is_token, noised.maskable
-        draws = 2 if complementary else 1
-        useful = is_token.sum()
+        draws = 2 if objective.complementary else 1
         # The masks of a draw and of its complement together take every token that may be masked.
-        masked = maskable.sum() if complementary else noised.is_masked.sum()
+        masked = maskable.sum() if objective.complementary else noised.is_masked.sum()
         pairs = count_by_document(noised.layout, is_token).double().square().sum()
-        computed = useful if ragged else torch.tensor(is_token.numel(), device=is_token.device)
-        if noised.block is not None:  # a noised copy of the columns that may be masked goes along
-            useful = useful + maskable.sum()
-            computed = computed + len(is_token) * maskable.any(dim=0).sum()
+        useful, columns = is_token.sum(), is_token.shape[1]
+        if noised.block is not None:  # a noised copy of what may be masked goes along
+            useful, columns = useful + maskable.sum(), columns + maskable.any(dim=0).sum()
+        # A mask of positions, or float32 on a GPU, keeps the padding: see `run_backbone`.
+        masks = noised.block is not None or objective.future_share < 1 or self.dtype.itemsize > 2
+        kept = masks and is_token.is_cuda
+        computed = torch.as_tensor(len(is_token) * columns, device=is_token.device) if kept else useful
         flops = (useful * self.per_token + pairs * self.per_pair) * draws + masked * self.per_row
         counts = (maskable.sum(), useful * draws, computed * draws, flops)
         self.counts += torch.stack([value.double() for value in counts])
 
-    def report(self) -> Usage:
-        """Return what was done since the last report, over all processes, which must all call it."""
+    def report(self) -> dict[str, float]:
+        """Return what is logged of the work since the last report; called on every process."""
         self.mark("other")
         if self.events:
             self.events[-1][1].synchronize()
         for part, event in self.events:
             self.seconds[part] += self.last.elapsed_time(event) / 1000
             self.last = event
-        mine = [*self.counts.tolist(), *self.seconds.values(), self.peak, peak_memory(self.group.device)]
-        table = torch.tensor(self.group.gather(mine), dtype=torch.float64)
-        counts, seconds, peaks, memory = table.split([len(COUNTS), len(PARTS), 1, 1], dim=1)
-        usage = Usage(counts.sum(dim=0), seconds.mean(dim=0), peaks.sum().item(), memory.max().item())
+        mine = [*self.counts.tolist(), *self.seconds.values()]
+        work = torch.tensor(self.group.gather(mine), dtype=torch.float64).sum(dim=0)
+        self.session += work
         self.counts.zero_()
         self.seconds, self.events = dict.fromkeys(PARTS, 0.0), []
-        self.session = self.session.plus(usage)
-        return usage
+        self.memory = max(self.group.gather(peak_memory(self.group.device))) / GIB
+        return {**self._rates(work), **({"peak_memory_gib": self.memory} if self.memory else {})}
+
+    def _rates(self, work: Tensor) -> dict[str, float]:
+        """Rates are of the time without evaluation and saving."""
+        supervised, useful, computed, flops, *seconds = work.tolist()
+        shares = {TIME + part: _ratio(s, sum(seconds)) for part, s in zip(PARTS, seconds, strict=True)}
+        training = sum(seconds) * (1 - shares[TIME + "evaluation"] - shares[TIME + "save"]) / self.group.ranks
+        return {
+            "supervised_tokens_per_second": _ratio(supervised, training),
+            "useful_positions": _ratio(useful, computed),
+            "model_flops_utilisation": _ratio(flops, training * self.peak),
+            **shares,
+        }
+
+    def summary(self) -> dict[str, str]:
+        """What a person is told of the whole session; {} if nothing was trained."""
+        rates, seconds = self._rates(self.session), self.session[len(COUNTS) :].sum() / self.group.ranks
+        figures = {
+            "supervised tokens/s": f"{rates['supervised_tokens_per_second']:,.0f}",
+            "useful positions": f"{rates['useful_positions']:.1%} of those computed",
+            "model FLOP utilisation": f"{rates['model_flops_utilisation']:.1%} of the measured peak"
+            f" ({self.peak / 1e9:,.0f} GFLOP/s)",
+            "peak memory of a process": f"{self.memory:.2f} GiB" if self.memory else "not known",
+            "time": f"{seconds:.0f} s: {', '.join(f'{part} {rates[TIME + part]:.0%}' for part in PARTS)}",
+        }
+        return figures if self.session.any() else {}
 
     def _now(self) -> Any:
         if self.group.device.type != "cuda":

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import gc
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -21,7 +25,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from unmask.config import Recipe
@@ -137,7 +141,7 @@ class SharedModel:
         if self.sharded:
             _shard(model, bf16, group)
             if any(p.is_meta for p in model.parameters()):
-                load_shards(model, str(recipe.model.name_or_path), group.device)
+                load_shards(model, str(recipe.model.name_or_path), group)
         else:
             model.to(group.device)
         self.module: nn.Module = _DiffusionLoss(model)
@@ -145,7 +149,7 @@ class SharedModel:
             model.model.compile()
         if group.ranks > 1 and not self.sharded:
             self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
-        self.autocast_dtype = torch.bfloat16 if bf16 and not self.sharded else None
+        self.autocasts = bf16 and not self.sharded
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def loss(self, *arguments: Any) -> Tensor:
@@ -155,9 +159,17 @@ class SharedModel:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which the model computes."""
-        if self.autocast_dtype is None:
-            return nullcontext()
-        return torch.autocast(self.group.device.type, self.autocast_dtype)
+        return torch.autocast(self.group.device.type, torch.bfloat16, enabled=self.autocasts)
+
+    def whole_weights(self, model: Any) -> dict[str, Tensor]:
+        """The weights of a sharded model, gathered one after another, on the main process."""
+        weights = {}
+        for name, parameter in model.named_parameters():
+            part = parameter.detach()
+            whole = part.full_tensor() if isinstance(part, DTensor) else part
+            if self.group.main:
+                weights[name] = whole.cpu()
+        return weights
 
     def accumulating(self) -> AbstractContextManager[Any]:
         """Add gradients up on this process alone; under FSDP they would not fit, and are summed each time."""
@@ -193,7 +205,7 @@ def _shard(model: Any, bf16: bool, group: Processes) -> None:
 
 
 @torch.no_grad()
-def load_shards(model: Any, name: str, device: torch.device) -> None:
+def load_shards(model: Any, name: str, group: Processes) -> None:
     """Give a sharded model on "meta" its weights, of which this process reads its own part from the disk.
 
     Rows of the embedding and the head that the checkpoint does not have become the mean of the others.
@@ -204,26 +216,42 @@ def load_shards(model: Any, name: str, device: torch.device) -> None:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
-    format = read_format(folder)  # other systems have other names for the weights
-    model.to_empty(device=device)
+    model.to_empty(device=group.device)
     rotary = model.model.rotary_emb  # its buffers are computed, and in no checkpoint
-    model.model.rotary_emb = type(rotary)(config=model.config).to(device)
-    files = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            files.update(dict.fromkeys(opened.keys(), file))
-    for key, parameter in model.named_parameters():
-        stored = stored_name(key, format)
-        if stored not in files:
-            raise UnmaskError(f"{name}: the checkpoint is incomplete: {stored} is missing.")
-        with safe_open(files[stored], framework="pt") as opened:
-            whole = opened.get_tensor(stored)  # in mapped memory: what is not used is not read
-        new_rows = len(parameter) - len(whole)
-        if whole.shape[1:] != parameter.shape[1:] or new_rows < 0:
+    model.model.rotary_emb = type(rotary)(config=model.config).to(group.device)
+    format = read_format(folder)  # other systems have other names for the weights
+    parameters: dict[str, Any] = {stored_name(key, format): p.detach() for key, p in model.named_parameters()}
+    shapes, shorter = saved_shapes(folder), {}
+    for key, parameter in parameters.items():
+        shape = shapes.get(key, torch.Size())  # none: it is missing
+        if len(shape) != parameter.dim() or shape[1:] != parameter.shape[1:] or shape[0] > len(parameter):
             expected = f"by its config.json it must be {tuple(parameter.shape)}"
-            raise UnmaskError(f"{name}: {key} has shape {tuple(whole.shape)}; {expected}.")
-        if new_rows:
-            mean = whole.float().mean(dim=0, keepdim=True).to(whole.dtype)
-            whole = torch.cat([whole, mean.expand(new_rows, -1)])
-        part = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(part.to_local())
+            raise UnmaskError(f"{name}: {key} has shape {tuple(shape)}; {expected}.")
+        if shape != parameter.shape:
+            shorter[key] = torch.empty(shape, dtype=parameter.dtype, device=group.device)
+    read_tensors({**parameters, **shorter}, folder, group)
+    for key, rows in shorter.items():
+        parameter = parameters[key]
+        mean = rows.float().mean(dim=0, keepdim=True).to(rows.dtype)
+        whole = torch.cat([rows, mean.expand(len(parameter) - len(rows), -1)])
+        mesh, placements = parameter.device_mesh, parameter.placements
+        parameter.copy_(distribute_tensor(whole, mesh, placements, src_data_rank=None))
+
+
+def saved_shapes(folder: Path) -> dict[str, torch.Size]:
+    """The shape of every tensor in the safetensors files of a folder, also of one in several parts."""
+    metadata = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {key: cast(TensorStorageMetadata, one).size for key, one in metadata.items()}
+
+
+def read_tensors(tensors: dict[str, Tensor], folder: Path, group: Processes) -> None:
+    """Fill tensors from the safetensors files of a folder; of a sharded one every process reads its part."""
+    with warnings.catch_warnings(action="ignore"):  # torch.distributed is not used: so it is meant
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=group.ranks == 1)
+
+
+def write_tensors(tensors: dict[str, Tensor], folder: Path, group: Processes) -> None:
+    """Write tensors as safetensors files; of a sharded one every process writes its part."""
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with warnings.catch_warnings(action="ignore"):  # torch.distributed is not used: so it is meant
+        save(tensors, storage_writer=writer, no_dist=group.ranks == 1)

@@ -23,10 +23,10 @@ def with_precision(
     Warns:
         UnmaskWarning: the run computes in bf16 on a CPU that is slower in it than in float32.
     """
-    precision, weights, why = recipe.precision, recipe.model.dtype, ""
+    precision, bf16_weights, why = recipe.precision, recipe.model.dtype == "bfloat16", ""
     if precision == "auto" and checkpoint is not None:
         precision, why = checkpoint.precision, "that of the checkpoint"
-    elif precision == "auto" and weights == "bfloat16":
+    elif precision == "auto" and bf16_weights:
         precision, why = "bf16", "that of the weights, model.dtype"
     elif precision == "auto":
         precision = "bf16" if gains_by_bf16(device) else "fp32"
@@ -34,16 +34,16 @@ def with_precision(
         if device.type == "cpu":
             times = slowdown(torch.bfloat16)
             why = f"a matrix product in bf16 takes {times:.2g} times as long as in float32"
-    if "bf16" in (precision, weights.replace("bfloat", "bf")) and device.type == "cpu":
-        keys = ("precision: bf16", "precision=fp32")
-        if weights == "bfloat16":
-            keys = ("model.dtype: bfloat16", "model.dtype=float32")
-        if (times := slowdown(torch.bfloat16)) > 1:
-            warnings.warn(
-                f"{keys[0]}: this CPU does not compute in bf16 natively: a matrix product takes {times:.2g} times"
-                f" as long as in float32; set {keys[1]}.",
-                UnmaskWarning,
-                stacklevel=2,
-            )
+    computes_bf16 = device.type == "cpu" and (precision == "bf16" or bf16_weights)
+    if computes_bf16 and (times := slowdown(torch.bfloat16)) > 1:
+        key, remedy = "precision: bf16", "precision=fp32"
+        if bf16_weights:
+            key, remedy = "model.dtype: bfloat16", "model.dtype=float32"
+        warnings.warn(
+            f"{key}: this CPU does not compute in bf16 natively: a matrix product takes {times:.2g} times"
+            f" as long as in float32; set {remedy}.",
+            UnmaskWarning,
+            stacklevel=2,
+        )
     notes = [f"precision: {precision} (auto: {why})"] if why else []
     return recipe.model_copy(update={"precision": precision}), notes

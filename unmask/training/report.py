@@ -119,67 +119,48 @@ def _after(prefix: str, logs: dict[str, float]) -> list[tuple[str, float]]:
     return [(name.removeprefix(prefix), v) for name, v in logs.items() if name.startswith(prefix)]
 
 
-def describe_run(recipe: Recipe, model: Any, data: Any, group: Processes) -> list[str]:
-    """Say what is going to run, a line each."""
-    tokens, supervised = data.totals()
-    name = recipe.model.name_or_path
-    lines = [
-        f"{model_name(model)} from {name or 'random weights'}: {model.num_parameters():,} parameters, logit"
-        f" shift {'on' if model.config.logit_shift else 'off'}, {attention_name(model.config)} attention,"
-        f" {group.device}, {recipe.precision}"
-    ]
-    if (summary := trainable_summary(model, recipe)) is not None:
-        lines.append(f"trainable: {summary}")
+def run_facts(recipe: Recipe, model: Any, data: Any, group: Processes) -> dict[str, str]:
+    """Say what is going to run, by name: printed at the start, and in the model card."""
+    config, name, (tokens, supervised) = model.config, recipe.model.name_or_path, data.totals()
+    network = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+    attention = "bidirectional attention"
+    if config.attention == "block_causal":
+        attention = f"block-causal attention (blocks of {config.block_length} tokens)"
+    facts = {
+        "model": f"{network} from {name or 'random weights'}: {model.num_parameters():,} parameters, logit shift"
+        f" {'on' if config.logit_shift else 'off'}, {attention}",
+        "computed on": f"{group.ranks} x {group.device}, {recipe.precision}",
+    }
+    part = "all but the embeddings" if recipe.model.freeze_embeddings else ""
+    if recipe.lora.r is not None:
+        part = f"{'DoRA' if recipe.lora.use_dora else 'LoRA'} adapters of rank {recipe.lora.r}"
+    if part:
+        trained = sum(weights.numel() for weights in model.parameters() if weights.requires_grad)
+        facts["trained"] = f"{part}, {trained:,} parameters"
     if recipe.model.freeze_embeddings and (name is None or not is_diffusion(read_config(name))):
-        lines.append("note: these weights have never seen the mask token, and its embedding is frozen too")
-    what = "stream, the beginning of each source" if recipe.data.streaming else "data"
-    lines.append(
-        f"{what}: {len(data.train):,} examples, {tokens:,} tokens, {supervised / max(1, tokens):.0%}"
-        f" supervised, {len(data.held_out):,} held out"
+        facts["note"] = "these weights have never seen the mask token, and its embedding is frozen too"
+    rows, what = max(1, len(data.rows)), "stream, its beginning" if recipe.data.streaming else "data"
+    facts[what] = (
+        f"{len(data.train):,} examples, {tokens:,} tokens, {supervised / max(1, tokens):.0%} supervised,"
+        f" {len(data.held_out):,} held out"
     )
-    rows = max(1, len(data.rows))
     if data.row_length is not None:
-        lines.append(
-            f"packing: {rows:,} rows of at most {data.row_length:,} tokens, {tokens / (data.row_length * rows):.1%}"
-            f" of their positions filled, {len(data.train) / rows:.3g} sequences a row"
+        facts["packing"] = (
+            f"{rows:,} rows of at most {data.row_length:,} tokens, {tokens / (data.row_length * rows):.1%} of"
+            f" their positions filled, {len(data.train) / rows:.3g} sequences a row"
         )
     if data.report is not None:
         formats = ", ".join(f"{kind} ({count:,})" for kind, count in data.report.formats.items())
-        lines.append(f"format: {formats or 'text'}; truncated {data.report.truncated:,}")
-    lines += data.left_out()
+        facts["format"] = f"{formats or 'text'}; truncated {data.report.truncated:,}"
+    if left_out := data.left_out():
+        facts["left out"] = "; ".join(left_out)
     micro, accumulation = batch_plan(recipe, group.ranks)
     shared = f"{micro} x {accumulation} x {group.ranks}"
     if data.step_rows < recipe.global_batch_size:
         shared = f"all there are, fewer than global_batch_size = {recipe.global_batch_size}"
-    epochs = f", {recipe.max_steps * data.step_rows / rows:.3g} epochs"
-    if recipe.data.streaming or recipe.data.sources is not None:
-        epochs = f", {len(recipe.data.sources)} sources by weight" if recipe.data.sources else ""
-    lines.append(
-        f"{recipe.max_steps:,} steps of {data.step_rows} {'sequences' if data.row_length is None else 'rows'}"
-        f" ({shared}){epochs}"
-    )
-    return lines
-
-
-def attention_name(config: Any) -> str:
-    """Name a model's attention."""
-    if config.attention == "block_causal":
-        return f"block-causal (blocks of {config.block_length} tokens)"
-    return "bidirectional"
-
-
-def model_name(model: Any) -> str:
-    """The class of a model, also of one inside peft's."""
-    return type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
-
-
-def trainable_summary(model: Any, recipe: Recipe) -> str | None:
-    """Say which part of the model is trained; None where all of it is."""
-    if recipe.lora.r is not None:
-        what = f"{'DoRA' if recipe.lora.use_dora else 'LoRA'} adapters of rank {recipe.lora.r}"
-    elif recipe.model.freeze_embeddings:
-        what = "all but the embeddings"
-    else:
-        return None
-    trained = sum(weights.numel() for weights in model.parameters() if weights.requires_grad)
-    return f"{what}, {trained:,} parameters"
+    epochs = "" if recipe.data.streaming else f", {recipe.max_steps * data.step_rows / rows:.3g} epochs"
+    if recipe.data.sources:
+        epochs = f", {len(recipe.data.sources)} sources by weight"
+    unit = "sequences" if data.row_length is None else "rows"
+    facts["steps"] = f"{recipe.max_steps:,} of {data.step_rows} {unit} ({shared}){epochs}"
+    return facts

@@ -36,10 +36,9 @@ class StopSignals:
             signal.signal(number, signal.SIG_IGN if self.received and "RANK" in os.environ else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self.pid:  # a child process: while training a data worker, which continues
-            if self.at_once:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
+        if os.getpid() != self.pid:  # a child process, which encodes data
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         elif self.at_once:
             leave(number)
         elif not self.received:

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from rich.console import Console
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from unmask.config import Recipe
@@ -30,6 +29,7 @@ from unmask.diffusion.loss import loss_divisor
 from unmask.diffusion.objective import Objective
 from unmask.errors import UnmaskError
 from unmask.evaluation.exact_match import exact_share
+from unmask.generation.text import Completion
 from unmask.io import atomic_dir, atomic_write, directory_lock
 from unmask.model.bf16 import gains_by_bf16
 from unmask.model.checkpoint import save_checkpoint
@@ -41,7 +41,7 @@ from unmask.training.checkpoint import (
     RECIPE,
     Checkpointer,
     ResumePoint,
-    newest_whole,
+    checkpoints,
     remove_partial,
     resume_point,
 )
@@ -51,7 +51,7 @@ from unmask.training.metrics import Accounting
 from unmask.training.optim import WeightAverage, learning_rate, make_optimizers
 from unmask.training.parallel import Processes, SharedModel, batch_plan, processes
 from unmask.training.precision import with_precision
-from unmask.training.report import SHARE, Report, describe_run
+from unmask.training.report import SHARE, Report, run_facts
 from unmask.training.signals import StopSignals, leave
 
 NON_FINITE = "non_finite.jsonl"  # in the run's folder: the steps whose loss or gradient was not finite
@@ -90,13 +90,13 @@ def train(recipe: Recipe, console: Console | None = None) -> TrainResult:
     Raises:
         UnmaskError: the recipe, the data or the model cannot be used, or a checkpoint cannot be written.
     """
+    out = Path(recipe.checkpoint_save_dir)
     with StopSignals() as signals, processes() as group:
-        console = console or Console(highlight=False, soft_wrap=True)
-        out = Path(recipe.checkpoint_save_dir)
         if not group.main:
             return Run(recipe, Console(quiet=True), group, signals).train()
         try:
             with directory_lock(out, "training"):
+                console = console or Console(highlight=False, soft_wrap=True)
                 return Run(recipe, console, group, signals).train()
         finally:
             with suppress(OSError):
@@ -110,12 +110,15 @@ class Run:
         self.console, self.group, self.signals = console, group, signals
         self.out, self.recipe = Path(recipe.checkpoint_save_dir), recipe
         self.report = Report(console, recipe, self.out, group)
+        self.say = self.report.say
         self.stop, self.data_ended = 0, False
 
     def train(self) -> TrainResult:
         """Build, measure, train, measure again, and leave the result."""
         try:
-            self._build()
+            point = self._build()
+            if point.checkpoint is not None:
+                self._resume(point.checkpoint)
             before = [] if self.state.step else self.answers.measure(self.shared, "before training")
             if self.state.step == 0 and self.data.held_out and self.recipe.eval_steps:
                 self._evaluate()
@@ -124,35 +127,35 @@ class Run:
         finally:
             self.report.close()
 
-    # Build
-
-    def _build(self) -> None:
+    def _build(self) -> ResumePoint:
         """Read everything, check everything, and put it together."""
         group = self.group
         self.micro_batch, _ = batch_plan(self.recipe, group.ranks)
         point: ResumePoint = group.on_main(lambda: resume_point(self.recipe, self.out))
         self.recipe, notes = group.on_main(lambda: with_precision(self.recipe, group.device, point.recipe))
-        recipe = self.recipe
+        recipe, self.state = self.recipe, point.state
         for note in (*point.notes, *notes):
-            self.report.say(note)
+            self.say(note)
 
         check_base(recipe)
         self.tokenizer = run_tokenizer(recipe)
         self.data = load_data(recipe, self.tokenizer)
         check_block_sizes(recipe, self.data.train)
+        self.source_names, self.steps = source_names(recipe), self.data.steps(group.rank, group.ranks)
         self.answers = Answers(recipe, self.data.encoder, self.tokenizer, self.console)
         torch.manual_seed(recipe.seed)
         self.model = build_model(recipe, self.tokenizer, self.data.encoder)
         if self.answers.prompts:  # the model is measured as it is used by default
             self.model.generation_config.set(max_new_tokens=recipe.evaluation.max_new_tokens)
-        denoiser = self.model.get_base_model() if recipe.lora.r is not None else self.model
+        denoiser = self.model if recipe.lora.r is None else self.model.get_base_model()
         row_length = self.data.row_length or recipe.data.block_size
+        self.facts = run_facts(recipe, self.model, self.data, group)
         for line in (
-            *describe_run(recipe, self.model, self.data, group),
+            *(f"{name}: {fact}" for name, fact in self.facts.items()),
             *memory_lines(recipe, denoiser, group.device, group.ranks, row_length),
             *schedule_notes(recipe, len(self.data.rows), denoiser.config.block_length),
         ):
-            self.report.say(line)
+            self.say(line)
         self.report.open()
 
         dtype = torch.bfloat16 if recipe.precision == "bf16" else next(denoiser.parameters()).dtype
@@ -163,37 +166,31 @@ class Run:
         decay = recipe.ema.decay
         self.average = None if decay is None else WeightAverage(self.shared.parameters, decay)
         self.curriculum = make_curriculum(recipe)
-        self.source_names = source_names(recipe)
-        self.steps = self.data.steps(group.rank, group.ranks)
         self.origin = provenance(recipe, self.tokenizer, group) if group.main else {}
         self.checkpointer = Checkpointer(
             recipe, self.model, self.tokenizer, self.shared, self.optimizers, self.average, self.origin
         )
-
-        self.state = point.state
         # By the sessions before this one; a stream has them in its position.
-        self.counted_before = [] if recipe.data.streaming else point.state.source_counts
-        fingerprint = tokenizer_fingerprint(self.tokenizer)
-        if point.checkpoint is not None:
-            if self.state.tokenizer != fingerprint:
-                where = f"resume_from_checkpoint: {point.checkpoint}"
-                raise UnmaskError(
-                    f"{where} was trained with another tokenizer; set model.tokenizer as it was."
-                )
-            self.checkpointer.load(point.checkpoint)
-            if positions := [position for position in self.state.data if position]:
-                if len(positions) != group.ranks:
-                    raise UnmaskError(
-                        f"resume_from_checkpoint: {point.checkpoint}: a stream resumes on as many processes as"
-                        f" it was read by, {len(positions)}; there are {group.ranks}."
-                    )
-                self.steps.load_state_dict(positions[group.rank])
-        self.state.tokenizer, self.state.precision = fingerprint, recipe.precision
+        self.counted_before = [] if recipe.data.streaming else self.state.source_counts
         if group.main:
             remove_partial(self.out)
             atomic_write(self.out / RECIPE, recipe.to_yaml())
+        return point
 
-    # Loop
+    def _resume(self, folder: Path) -> None:
+        """Load a checkpoint; a stream has a position in each process."""
+        if self.state.tokenizer != tokenizer_fingerprint(self.tokenizer):
+            raise UnmaskError(
+                f"resume_from_checkpoint: {folder} was trained with another tokenizer; set model.tokenizer as it was."
+            )
+        self.checkpointer.load(folder)
+        if any(self.state.data):
+            if len(self.state.data) != self.group.ranks:
+                raise UnmaskError(
+                    f"resume_from_checkpoint: {folder}: a stream resumes on as many processes as it was read by,"
+                    f" {len(self.state.data)}; there are {self.group.ranks}."
+                )
+            self.steps.load_state_dict(self.state.data[self.group.rank])
 
     def _loop(self) -> None:
         """Take the optimizer steps, with what comes between them."""
@@ -218,7 +215,7 @@ class Run:
                 self._save()
             if self.stop:
                 self.report.close()
-                self.report.say(f"stopped after step {state.step}; resume with resume_from_checkpoint=auto")
+                self.say(f"stopped after step {state.step}; resume with resume_from_checkpoint=auto")
                 leave(self.stop)
         self.report.progress.stop()
 
@@ -288,8 +285,7 @@ class Run:
                 strata = document_strata(strata, ids.shape[1])
         inputs = self.shared.model.prepare(**arguments, training_mode=recipe.training_mode)
         noised = corrupt(inputs, objective, seeds, strata)
-        ragged = (inputs.packed or inputs.padded) and noised.block is None and objective.future_share == 1
-        self.accounting.count(noised, objective.complementary, ragged and not recipe.torch_compile)
+        self.accounting.count(noised, objective)
         return MicroBatch(inputs, noised, units)
 
     def _agree(self, value: float) -> float:
@@ -318,22 +314,17 @@ class Run:
         if self.group.main:
             with file.open("a", encoding="utf-8") as opened:
                 opened.write(json.dumps(entry) + "\n")
-        names = [name for batch in bad or found for name in batch["records"]]
         what = f"the loss is {bad[0]['loss']}" if bad else f"the gradient's norm is {norm}"
-        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        said = f"step {state.step + 1}: {what}, of {', '.join(names[:8])}{more} (see {file})"
+        said = f"step {state.step + 1}: {what} (its records are in {file})"
         state.skipped += 1
         state.skipped_in_a_row += 1
-        skip = self.recipe.on_non_finite == "skip"
-        if skip and state.skipped_in_a_row < IN_A_ROW:
-            return self.report.say(f"{said}; the step is left out")
-        remedy = "Lower optimizer.learning_rate, remove the samples, or set on_non_finite=skip"
-        if skip:
+        remedy = "lower optimizer.learning_rate, remove the records, or set on_non_finite=skip"
+        if self.recipe.on_non_finite == "skip":
+            if state.skipped_in_a_row < IN_A_ROW:
+                return self.say(f"{said}; the step is left out")
             remedy = f"{IN_A_ROW} steps in a row were left out: resume with a lower optimizer.learning_rate"
-        newest, _ = newest_whole(self.out, contents=False)
-        raise UnmaskError(f"{said}; no weight was changed, and the newest checkpoint is {newest}. {remedy}.")
-
-    # Between steps
+        newest = next(iter(checkpoints(self.out)), None)
+        raise UnmaskError(f"{said}; no weight was changed; the newest checkpoint is {newest}; {remedy}.")
 
     def _log(self) -> None:
         """Log the mean loss since the last log."""
@@ -346,7 +337,7 @@ class Run:
             **({"skipped_steps": state.skipped} if state.skipped else {}),
             **{SHARE + name: share for name, share in self._source_shares().items()},
             **{f"curriculum/{name}": v for name, v in self.curriculum.state(self.objective).items()},
-            **self.accounting.report().logs(),
+            **self.accounting.report(),
         }
         state.loss_sum, state.loss_steps = 0.0, 0
         state.history.append(logs)
@@ -365,20 +356,21 @@ class Run:
     def _evaluate(self) -> None:
         """Compute the held-out loss and a few samples, with the averaged weights where there are some."""
         self.accounting.mark("other")
-        state, data = self.state, self.data
+        state, rows, sources = self.state, self.data.held_out_rows, self.data.held_out_sources
         with nullcontext() if self.average is None else self.average.in_place():
-            pad, sources = cast(int, self.tokenizer.pad_token_id), data.held_out_sources
-            shared, rows, micro = self.shared, data.held_out_rows, self.micro_batch
-            metrics = held_out_loss(shared, rows, sources, self.recipe, pad, micro, self.group)
-            state.history.append({"step": state.step, **metrics})
-            self.report.log(state.history[-1])
-            self.report.draw(state.history)
-            texts = self.answers.sample(shared, state.step, self.out / SAMPLES)
-            self.report.samples(texts, state.step)
+            pad = cast(int, self.tokenizer.pad_token_id)
+            metrics = held_out_loss(self.shared, rows, sources, self.recipe, pad, self.micro_batch)
+            texts = self.answers.sample(self.shared, state.step, self.out / SAMPLES)
+        state.history.append({"step": state.step, **metrics})
+        self.report.log(state.history[-1])
+        self.report.draw(state.history)
+        self.report.samples(texts, state.step)
         state.evaluation_due = False
-        state.without_improvement += 1
-        if state.best_loss is None or metrics["eval_loss"] < state.best_loss:
-            state.best_loss, state.best_step, state.without_improvement = metrics["eval_loss"], state.step, 0
+        if state.step:  # there is no checkpoint of the weights before training to go back to
+            state.without_improvement += 1
+            if state.best_loss is None or metrics["eval_loss"] < state.best_loss:
+                state.best_loss, state.best_step = metrics["eval_loss"], state.step
+                state.without_improvement = 0
         self.accounting.mark("evaluation")
 
     def _stopped_early(self) -> bool:
@@ -388,16 +380,15 @@ class Run:
     def _save(self) -> None:
         """Write a checkpoint of this step, and remove old ones."""
         self.accounting.mark("other")
+        self.state.tokenizer = tokenizer_fingerprint(self.tokenizer)
         self.state.data = self.group.gather(self.steps.state_dict())
         self.state.source_counts = self._source_counts()
         self.checkpointer.save(self.state)
         self.accounting.mark("save")
 
-    # Finish
-
-    def _finish(self, before: Any) -> TrainResult:
+    def _finish(self, before: list[Completion]) -> TrainResult:
         """Evaluate what was trained, and leave it with its model card."""
-        recipe, state, group = self.recipe, self.state, self.group
+        recipe, state, prompts = self.recipe, self.state, self.answers.prompts
         # The rest is short work on what is trained; without a checkpoint of it, it would be lost.
         self.signals.at_once = recipe.save_steps is not None
         self._say_what_ended_it()
@@ -407,39 +398,20 @@ class Run:
         if self.average is not None:
             self.average.put()  # from here on the weights are the average
             self.average = None
-        losses = [log.get("eval_loss") for log in state.history[-1:] if log["step"] == state.step]
-        if self.data.held_out and not early and losses in ([], [None]):
+        last = dict(*state.history[-1:])
+        evaluated = last.get("step") == state.step and "eval_loss" in last
+        if self.data.held_out and not early and not evaluated:
             self._evaluate()
-            losses = [state.history[-1]["eval_loss"]]
-        held_out = state.best_loss if early else next(iter(losses), None)
+            last = state.history[-1]
+        held_out = state.best_loss if early else last.get("eval_loss")
         self.report.draw(state.history)
         self.accounting.report()
-        for line in self.accounting.session.lines():
-            self.report.say(line)
+        for name, figure in self.accounting.summary().items():
+            self.say(f"{name}: {figure}")
         after = self.answers.measure(self.shared, "after training")
-        shares = None
-        if before and after:
-            shares = exact_share(before, self.answers.prompts), exact_share(after, self.answers.prompts)
+        shares = (exact_share(before, prompts), exact_share(after, prompts)) if before and after else None
         result = TrainResult(self.out / FINAL, _mean_loss(state.history), held_out, shares)
-        self._leave(result)
-        if group.main and after:
-            self.answers.show(after)
-        self.report.say(f"checkpoint: {self.out / FINAL}   loss curve: {self.out / 'loss.png'}")
-        if shares is not None:
-            count = f"{len(self.answers.prompts)} held-out prompts"
-            self.report.say(f"exact match: before {shares[0]:.1%}, after {shares[1]:.1%} on {count}")
-        return result
-
-    def _leave(self, result: TrainResult) -> None:
-        """Write `final/`; under FSDP every process gives its part of each weight, one weight at a time."""
-        weights: dict[str, Tensor] | None = None
-        if self.shared.sharded:
-            weights = {}
-            for name, parameter in self.model.named_parameters():
-                whole = parameter.detach()
-                whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
-                if self.group.main:
-                    weights[name] = whole.cpu()
+        weights = self.shared.whole_weights(self.model) if self.shared.sharded else None
 
         def write() -> None:
             with atomic_dir(result.checkpoint) as aside:
@@ -447,26 +419,28 @@ class Run:
                 write_card(aside, self, result)
 
         self.group.on_main(write)
+        if after and self.group.main:
+            self.answers.show(after)
+        self.say(f"checkpoint: {self.out / FINAL}   loss curve: {self.out / 'loss.png'}")
+        if shares is not None:
+            self.say(
+                f"exact match: before {shares[0]:.1%}, after {shares[1]:.1%} on {len(prompts)} held-out prompts"
+            )
+        return result
 
     def _say_what_ended_it(self) -> None:
         """Say what ended the run, and what a mixture or a stream came to."""
-        state, most = self.state, self.recipe.max_steps
+        state, after = self.state, f"after step {self.state.step} of {self.recipe.max_steps}"
         if self.data_ended:
-            self.report.say(
-                f"the data ended after step {state.step} of {most}: every source has had its epochs"
-            )
+            self.say(f"the data ended {after}: every source has had its epochs")
         if shares := [f"{name} {share:.1%}" for name, share in self._source_shares().items()]:
-            self.report.say(f"tokens of each source: {', '.join(shares)}")
-        if self._stopped_early() and state.step < most:
-            self.report.say(
-                f"stopped early after step {state.step} of {most}: {state.without_improvement} evaluations without"
-                " a lower held-out loss"
+            self.say(f"tokens of each source: {', '.join(shares)}")
+        if self._stopped_early() and state.step < self.recipe.max_steps:
+            self.say(
+                f"stopped early {after}: {state.without_improvement} evaluations without a lower held-out loss"
             )
-        if self.recipe.early_stopping_patience is not None and state.best_loss is not None:
-            self.report.say(
-                f"the result has the weights of step {state.best_step}, of the lowest held-out loss:"
-                f" {state.best_loss:.4f} nats per token"
-            )
+        if self.recipe.early_stopping_patience is not None:
+            self.say(f"the result has the weights of step {state.best_step}, of the lowest held-out loss")
 
 
 def _mean_loss(history: list[dict[str, float]]) -> float:
