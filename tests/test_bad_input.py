@@ -161,7 +161,7 @@ def test_skipped_records_are_counted_wherever_a_run_is_described(
     looked, trained = run_cli("data", "recipe.yaml", *skip), run_cli("train", "recipe.yaml", *skip)
     assert looked.code == trained.code == 0
     card = (tmp_path / "new" / "final" / "README.md").read_text(encoding="utf-8")
-    assert "data: 9 examples" in trained.out and "| training examples | 9 |" in card
+    assert "data: 9 examples" in trained.out and "| data | 9 examples" in card
     texts = [" ".join(text.split()) for text in (looked.out, trained.out, card)]
     for count, reason, line in ((1, "field 'output' is empty", 2), (2, "not valid JSON", 3)):
         assert f"skipped {count} {reason}; first: mixed.jsonl line {line}" in texts[0]
