@@ -211,7 +211,7 @@ def hide_progress_bars() -> None:
 def _load(name: str, decoding: dict[str, Any]) -> tuple[Any, Any, Any]:
     """The model, on the accelerator if there is one; its tokenizer; its settings with those given, checked."""
     hide_progress_bars()
-    from unmask.data.tokenizer import load_tokenizer
+    from unmask.data.tokenizer import check_vocabulary, load_tokenizer
     from unmask.model.bf16 import place_for_inference
     from unmask.model.checkpoint import load_model
 
@@ -219,7 +219,9 @@ def _load(name: str, decoding: dict[str, Any]) -> tuple[Any, Any, Any]:
     place_for_inference(model)
     config = copy.deepcopy(model.generation_config)
     config.set(**decoding)
-    return model, load_tokenizer(name), config
+    tokenizer = load_tokenizer(name)
+    check_vocabulary(tokenizer, model.config, name)
+    return model, tokenizer, config
 
 
 def read_stdin() -> str:

@@ -22,6 +22,12 @@ TEXTS = {"prompt", "system", "prefix", "suffix", "text", "stop", "choice"}  # op
 
 # Settings of `DiffusionGenerationConfig`: name -> type, smallest value, help.
 DECODING: dict[str, tuple[type, int | None, str]] = {
+    "preset": (
+        str,
+        None,
+        "Published settings: coda, dream, llada, llada-blocks, llada-1.5, sdar, sdar-dynamic, fast-dllm-v2, a2d;"
+        " by default the checkpoint's own.",
+    ),
     "max_new_tokens": (int, 1, "Length of the canvas, in tokens."),
     "min_new_tokens": (int, 0, "No end token among the first N tokens."),
     "steps": (int, 1, "Denoising steps at most; by default one per token."),
@@ -40,6 +46,9 @@ DECODING: dict[str, tuple[type, int | None, str]] = {
     "top_k": (int, None, "Sample among the K most likely tokens."),
     "top_p": (float, None, "Sample among the fewest tokens of this probability."),
     "block_length": (int, None, "Complete blocks of N tokens one after another."),
+    "sub_block_length": (int, None, "Within a block, complete N positions after another, left to right."),
+    "first_token_alone": (bool, None, "Commit the first token of a block before the others."),
+    "defer_end": (bool, None, "Commit end tokens last."),
     "canvas": (str, None, "fixed, or growing: the model sees no masks after the current block."),
     "guidance_scale": (
         float,

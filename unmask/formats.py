@@ -183,7 +183,7 @@ def _a2d(family: str, architecture: str) -> Format:
         mask_token="<|mask|>",
         mask_token_id=151669,
         end_tokens=("<|im_end|>",),
-        preset="a2d-mdlm",
+        preset="a2d",
         tokenizer_class="PreTrainedTokenizerFast" if family == "llama" else "Qwen2Tokenizer",
     )
 

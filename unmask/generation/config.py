@@ -35,15 +35,20 @@ _ELSEWHERE = {
     "num_beams": "a canvas is not searched by beams",
     "repetition_penalty": "pass a logits_processor, such as transformers' RepetitionPenaltyLogitsProcessor",
 }
-# Published settings, by model (docs/checkpoints.md). A length of the canvas is in none: tasks differ in it.
+# Published settings, by model (docs/checkpoints.md).
 PRESETS: dict[str, dict[str, Any]] = {
-    "coda": {"policy": "entropy", "temperature": 0.1, "top_p": 0.9},
-    "dream": {"policy": "entropy", "temperature": 0.1, "top_p": 0.9},
-    "llada": {},
+    "coda": {"max_new_tokens": 768, "policy": "entropy", "temperature": 0.1, "top_p": 0.9},
+    "dream": {"max_new_tokens": 256, "policy": "entropy", "temperature": 0.1, "top_p": 0.9},
+    "llada": {"max_new_tokens": 512, "defer_end": True},
+    "llada-blocks": {"max_new_tokens": 256, "block_length": 8, "defer_end": True},
+    "llada-1.5": {"max_new_tokens": 256, "block_length": 16},
     "sdar": {},
-    "fast-dllm-v2": {"threshold": 0.9},
-    "a2d-mdlm": {},
+    "sdar-dynamic": {"threshold": 0.85},
+    "fast-dllm-v2": {"threshold": 0.9, "sub_block_length": 8, "first_token_alone": True},
+    "a2d": {"max_new_tokens": 256},
 }
+# What a preset leaves as it is: the tokens of the model, and how results are returned.
+_NOT_OF_PRESETS = ("seed", "use_cache", "return_trace", "return_dict_in_generate")
 # What a stock config may say without an effect here: it says that something is not to be done.
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
@@ -66,6 +71,11 @@ class DiffusionGenerationConfig(GenerationConfig):
     # "fixed" = a bidirectional model sees all masks of the canvas from the start; "growing" = those up to the
     # end of the current block, so that the canvas grows until an end token is written.
     canvas: Literal["fixed", "growing"] = "fixed"
+    # Within a block, so many positions are completed one group after another, left to right (Fast-dLLM v2).
+    sub_block_length: Positive | None = None
+    # The first token of a block is committed alone before the others; not in a block that a prompt begins.
+    first_token_alone: bool = False
+    defer_end: bool = False  # end tokens are committed last in their block, whatever their confidence (LLaDA)
     # Which positions to commit: a name of `unmask.generation.policy.POLICIES`, or a function, see `Policy`
     # there; None = what `threshold`, `factor`, `entropy_bound` or `eta` imply, or
     # "maskgit_plus".
@@ -108,9 +118,12 @@ class DiffusionGenerationConfig(GenerationConfig):
     def set(self, **settings: Any) -> None:
         """Change settings and check the result.
 
+        `preset` sets all settings of decoding to published ones, a name of `PRESETS`; others override it.
         Of transformers' own, `do_sample` sets the temperature: False to 0, True to 1 unless it is above 0.
         """
         settings = {k: v for k, v in settings.items() if k not in _NEUTRAL or v != _NEUTRAL[k]}
+        if (preset := settings.pop("preset", None)) is not None:
+            settings = {**_preset(preset), **settings}
         sampled = settings.pop("do_sample", None)
         if sampled is False:
             settings |= {"temperature": 0.0, "top_k": None, "top_p": None}
@@ -147,6 +160,13 @@ class DiffusionGenerationConfig(GenerationConfig):
                 raise UnmaskError(
                     f"{name} has no effect with policy {self.policy_name!r}; remove one of them."
                 )
+        for name in ("sub_block_length", "first_token_alone", "defer_end"):
+            if getattr(self, name) and self.policy_name in ("origin", *REMASK):
+                raise UnmaskError(f"{name} does not go with policy {self.policy_name!r}; remove one of them.")
+        if self.defer_end and self.policy_name in ("left_to_right", "random"):
+            raise UnmaskError(
+                f"defer_end has no effect with policy {self.policy_name!r}; remove one of them."
+            )
         for name, needed, there in (
             ("top_k", "a temperature above 0", self.temperature > 0),
             ("top_p", "a temperature above 0", self.temperature > 0),
@@ -225,5 +245,19 @@ class DiffusionGenerationConfig(GenerationConfig):
 
 
 SETTINGS = tuple(DiffusionGenerationConfig.__annotations__)
+
+
+def _preset(name: str) -> dict[str, Any]:
+    """All settings of decoding, as a preset has them."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(str(name), PRESETS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(PRESETS)}."
+        raise UnmaskError(f"unknown preset {name!r}; {hint}")
+    kept = {*_NOT_OF_PRESETS, *(setting for setting in SETTINGS if setting.endswith(("token_id", "_tokens")))}
+    kept -= {"max_new_tokens", "min_new_tokens"}
+    defaults = {name: getattr(DiffusionGenerationConfig, name) for name in SETTINGS if name not in kept}
+    return {**defaults, **PRESETS[name]}
+
+
 _FIELDS: Any = {name: (kind, ...) for name, kind in DiffusionGenerationConfig.__annotations__.items()}
 _Ranges = create_model("_Ranges", __config__=ConfigDict(strict=True), **_FIELDS)

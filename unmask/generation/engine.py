@@ -151,6 +151,7 @@ class Engine:
             self.first_block = torch.where(canvas, block, _LAST).amin(dim=1)
             number = block - self.first_block[:, None]
         self.block_of = torch.where(canvas, number, -1)
+        self.offset = self._offsets(is_token, number)
         self.sizes, self.steps_of = self._schedule()
         self.positions = token_positions(is_token)
         self.eos = torch.tensor(config.eos_token_ids, dtype=torch.long, device=device)
@@ -220,6 +221,15 @@ class Engine:
                 shares = share_steps(min(self.config.steps or sum(used), sum(used)), used)
                 steps_of[row, : len(used)] = torch.tensor(shares)
         return sizes, steps_of
+
+    def _offsets(self, is_token: Tensor, number: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+        """Index each position within its block, which may begin in the prompt."""
+        part_of = self.canvas if self.model_block is None else is_token
+        group = torch.where(part_of, number - number.amin(dim=1, keepdim=True), 0)
+        index = part_of.long().cumsum(dim=1)
+        first = torch.full_like(index, _LAST)
+        first.scatter_reduce_(1, group, torch.where(part_of, index, _LAST), "amin")
+        return index - first.gather(1, group)
 
     def _of_block(self, table: Int[Tensor, "B N"]) -> Int[Tensor, "B"]:
         """The entry of each row's current block; that of the last block for rows that are done."""
@@ -296,6 +306,7 @@ class Engine:
         """Take one step of some rows: forward pass, sample, decide, commit."""
         in_block = self.block_of[rows] == self.block[rows, None]
         candidates = in_block & (self.masked[rows] if self.remasks else self.open[rows])
+        candidates = self._restricted(candidates, rows)
         inputs = self._input(rows, candidates)
         sampled = self._sample(inputs._replace(is_computed=self._computed(inputs, is_fresh)))
 
@@ -314,12 +325,13 @@ class Engine:
             entropy=scatter(sampled.entropy, self.entropy[rows]),
             committed=committed,
             quota=(target - committed.sum(dim=1)).clamp(min=1),
+            share=target - step * self._of_block(self.sizes)[rows] // steps,
             step=step,
             steps=steps,
             seed=self.seed[rows],
             position=self.positions[rows],
         )
-        decision = self.policy(proposal)
+        decision = self.policy(self._with_ends_last(proposal) if self.config.defer_end else proposal)
         if isinstance(decision, Decision):
             self.drafts = True
         else:
@@ -338,6 +350,26 @@ class Engine:
             self.ids[rows] = self.ids[rows].masked_fill(remask, self.mask_token_id)
         self.num_forwards[rows] += candidates.any(dim=1).long()
         self.step[rows] += 1
+
+    def _restricted(self, candidates: Bool[Tensor, "R L"], rows: Tensor) -> Bool[Tensor, "R L"]:
+        """The candidates of the first group that is not complete, and at first a block's first token alone."""
+        offset = self.offset[rows]
+        if self.config.sub_block_length is not None:
+            group = torch.where(candidates, offset // self.config.sub_block_length, _LAST)
+            candidates = candidates & (group == group.amin(dim=1, keepdim=True))
+        if self.config.first_token_alone:
+            first = candidates & (offset == 0)
+            candidates = torch.where(first.any(dim=1, keepdim=True), first, candidates)
+        return candidates
+
+    def _with_ends_last(self, proposal: Proposal) -> Proposal:
+        """Let end tokens seem the least likely to the policy, so that it commits them when nothing else is left."""
+        end = torch.isin(proposal.token, self.eos) & proposal.candidates
+        return proposal._replace(
+            confidence=proposal.confidence.masked_fill(end, -1.0),
+            margin=proposal.margin.masked_fill(end, -1.0),
+            entropy=proposal.entropy.masked_fill(end, torch.inf),
+        )
 
     def _sample(self, inputs: DenoiserInput) -> Sampled:
         """Run the network and draw a token for each position whose logits are needed."""

@@ -31,6 +31,7 @@ class Proposal(NamedTuple):
     entropy: Float[Tensor, "R L"]  # nats
     committed: Bool[Tensor, "R L"]  # True = a position of the current block that has a token of the model
     quota: Int[Tensor, "R"]  # tokens to commit now so that the block ends in time; 1 or more
+    share: Int[Tensor, "R"]  # tokens that the schedule gives to this step, however many were committed before
     step: Int[Tensor, "R"]  # of the row within the block, from 0
     steps: Int[Tensor, "R"]  # of the block
     seed: Int[Tensor, "R"]
@@ -92,9 +93,14 @@ def ancestral(proposal: Proposal) -> Bool[Tensor, "R L"]:
 
 
 def threshold(proposal: Proposal, threshold: float) -> Bool[Tensor, "R L"]:
-    """Commit every token of probability `threshold` or more (Fast-dLLM, arXiv:2505.22618, sec. 3.3)."""
+    """Commit every token of probability `threshold` or more (Fast-dLLM, arXiv:2505.22618, sec. 3.3).
+
+    With `steps` at least the most confident ones that the schedule gives to each step (SDAR's dynamic policy,
+    arXiv:2510.06303); by default that is one.
+    """
     confident = proposal.candidates & (proposal.confidence >= threshold)
-    return confident | most_confident(proposal.confidence, proposal.candidates, proposal.quota)
+    floor = torch.maximum(proposal.quota, proposal.share)
+    return confident | most_confident(proposal.confidence, proposal.candidates, floor)
 
 
 def factor(proposal: Proposal, factor: float) -> Bool[Tensor, "R L"]:

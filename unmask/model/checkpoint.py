@@ -176,7 +176,8 @@ def _finish_foreign(model: Any, foreign: Foreign) -> None:
         model.generation_config.eos_token_id = list(dict.fromkeys([config.eos_token_id, *ends]))
     else:
         notes = [*notes, "special tokens as in config.json, without a tokenizer"]
-    model.generation_config.set(**PRESETS[foreign.format.preset])
+    preset = PRESETS[foreign.format.preset]  # but for the canvas, which depends on the task
+    model.generation_config.set(**{name: preset[name] for name in preset if name != "max_new_tokens"})
     suffix = f"; assumed: {', '.join(notes)}" if notes else ""
     described = f"{config.model_type.removeprefix(PREFIX)} decoder, {describe_attention(config)}"
     message = f"{foreign.folder}: opened as {foreign.format.title}: {described}{suffix}."
