@@ -70,6 +70,7 @@ def random_proposal(rows: int = 40, length: int = 9, seed: int = 0, **fields: An
         "entropy": -p.log() * torch.rand(rows, length, generator=make),
         "committed": kind == 1,
         "quota": torch.randint(1, 4, (rows,), generator=make),
+        "share": torch.ones(rows, dtype=torch.long),
         "step": torch.randint(0, 4, (rows,), generator=make),
         "steps": torch.full((rows,), 6),
         "seed": torch.arange(rows) * 977,
