@@ -10,12 +10,9 @@ from unmask.generation.text import Completion, Prompt
 @pytest.mark.parametrize(
     ("text", "expected", "exact"),
     [
-        ("abc", "abc", True),
-        (" abc\n", "abc", True),
-        ("abc", "\tabc ", True),
+        (" abc\n", "\tabc", True),
         ("Abc", "abc", False),
         ("a  b", "a b", False),
-        ("abcd", "abc", False),
         ("<think>\n\n</think>\n\nabc", "abc", True),
         ("hm\n</think>\n\nabc", "<think>\nwell\n</think>\n\nabc", True),
         ("<think>abc", "abc", False),
@@ -29,6 +26,4 @@ def test_exact_is_to_the_letter_but_for_reasoning_and_blanks_around(
 
 def test_share_counts_each_prompt_once() -> None:
     prompts = [Prompt(Example([], []), "", expected=text) for text in "abcd"]
-    completions = [Completion(text, [], []) for text in "abxx"]
-    assert exact_share(completions, prompts) == 0.5
-    assert exact_share(completions[:2], prompts[:2]) == 1.0
+    assert exact_share([Completion(text, [], []) for text in "abxx"], prompts) == 0.5

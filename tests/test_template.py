@@ -13,8 +13,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from tiny import byte_model
-from torch import Tensor
+from tiny import Watched
 from transformers import PreTrainedTokenizerBase
 
 from unmask.data.encode import DropRecord, Encoder, Example, encode_records, separator_template
@@ -542,25 +541,6 @@ def thinker(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template, tokenizer.init_kwargs["thinking"] = QWEN, request.param  # as training records it
     return tokenizer
-
-
-class Watched:
-    """A model that keeps the ids that it is asked about."""
-
-    def __init__(self) -> None:
-        self.model: Any = byte_model(max_position_embeddings=512).eval()
-        self.asked: list[list[int]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    def infill(self, ids: Tensor, is_gap: Tensor, *more: Any, **settings: Any) -> Any:
-        self.asked += ids.tolist()
-        return self.model.infill(ids, is_gap, *more, **settings)
-
-    def masked_nll(self, ids: Tensor, *more: Any, **settings: Any) -> Any:
-        self.asked += ids.tolist()
-        return self.model.masked_nll(ids, *more, **settings)
 
 
 def starts(example: Example) -> list[int]:

@@ -137,6 +137,25 @@ def byte_model(family: str = "qwen3", **fields: Any) -> Any:
     return tiny_model(family, dtype=torch.float32, **{**byte_fields(), "mask_token_id": 259, **fields})
 
 
+class Watched:
+    """A model that keeps the ids that it is asked about."""
+
+    def __init__(self) -> None:
+        self.model: Any = byte_model(max_position_embeddings=512).eval()
+        self.asked: list[list[int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def infill(self, ids: torch.Tensor, *more: Any, **settings: Any) -> Any:
+        self.asked += ids.tolist()
+        return self.model.infill(ids, *more, **settings)
+
+    def masked_nll(self, ids: torch.Tensor, *more: Any, **settings: Any) -> Any:
+        self.asked += ids.tolist()
+        return self.model.masked_nll(ids, *more, **settings)
+
+
 def assert_uniform(cells: torch.Tensor, count: int) -> None:
     """Chi-square test that integers in [0, count) are equally frequent; false alarms: 1 in a million.
 
