@@ -76,12 +76,7 @@ class GenerateMixin:
         mode = "pretrain" if src_mask is None else "sft"
         prompts = self.prepare(input_ids, None, attention_mask, src_mask, mode)
         is_token, new = prompts.layout.is_token, config.max_new_tokens
-        longest = int(is_token.sum(dim=1).max()) if len(is_token) else 0
-        if longest + new > self.config.max_position_embeddings:
-            raise UnmaskError(
-                f"a prompt of {longest} tokens and max_new_tokens = {new} need more than"
-                f" the model's {self.config.max_position_embeddings} positions; shorten one of them."
-            )
+        self._check_length(is_token, new)
         block = None
         if block_length is not None:
             canvas, anchor = is_token.new_ones(len(input_ids), new), self.config.block_anchor
@@ -134,11 +129,7 @@ class GenerateMixin:
         is_token = self.prepare(input_ids, None, attention_mask).layout.is_token
         if is_gap.shape != input_ids.shape or (is_gap & ~is_token).any():
             raise ValueError("is_gap must have the shape of input_ids, and be False at padding.")
-        if input_ids.shape[1] > self.config.max_position_embeddings:
-            raise UnmaskError(
-                f"{input_ids.shape[1]} tokens need more than the model's"
-                f" {self.config.max_position_embeddings} positions."
-            )
+        self._check_length(is_token, 0)
         config.suppress_tokens = sorted({*(config.suppress_tokens or []), *config.eos_token_ids})
         config.eos_token_id = []
         ids = torch.where(is_gap, cast(int, config.mask_token_id), input_ids)
@@ -147,6 +138,15 @@ class GenerateMixin:
         for _ in engine.steps():
             pass
         return engine.output(engine.ids, is_gap, slice(None))
+
+    def _check_length(self, is_token: Bool[Tensor, "B L"], new: int) -> None:
+        longest = max(is_token.sum(dim=1).tolist(), default=0)
+        most = self.config.max_position_embeddings
+        if longest + new > most:
+            raise UnmaskError(
+                f"a prompt of {longest} tokens and max_new_tokens = {new} need more than the model's {most}"
+                " positions; shorten one of them."
+            )
 
     def _settings(
         self, generation_config: GenerationConfig | None, settings: dict[str, Any]
