@@ -306,9 +306,8 @@ def test_block_length_1_with_the_shift_is_the_autoregressive_likelihood(family: 
     assert_same(alone, exact)
     assert_same_gradients(model, alone.sum(), stock, exact.sum())
     # ... and the loss is it, token by token: a masked token counts 1/t times.
-    batch = pack(
-        [[Document(ids, ids, first[0], 7) for ids, first in zip(texts, firsts, strict=True)]], "right"
-    )
+    documents = [Document(ids, ids, first[0], 7) for ids, first in zip(texts, firsts, strict=True)]
+    batch = pack([documents[:3], documents[3:]], "middle")
     supervised = batch.attention_mask.bool() & ~batch.src_mask
     drawn = noise_of(model, **batch.given())
     nll = torch.zeros(supervised.shape, dtype=torch.float64).masked_scatter(supervised, exact)
