@@ -132,11 +132,6 @@ def per_position(layout: Layout, values: Tensor) -> Tensor:
     return values.gather(1, layout.document)
 
 
-def attend_tokens(layout: Layout) -> Bool[Tensor, "B 1 L"]:
-    """Let everyone attend to every token and to no padding; in a row of padding alone, to all of it."""
-    return (layout.is_token | ~layout.is_token.any(dim=1, keepdim=True))[:, None]
-
-
 def attend_within_documents(layout: Layout) -> Bool[Tensor, "B L L"]:
     """Let every token attend to every token of its document, and padding to itself."""
     document, is_token = layout.document, layout.is_token

@@ -7,8 +7,7 @@ computes everything else. Should a version of transformers stop handing it over,
 The tokens of a batch become one long row: documents one after another, without padding, each of which attends
 to its own keys alone. Documents of equal size are one call of a kernel; others one each on a CPU, and one of
 torch's variable-length kernel on CUDA. So padding costs nothing, and a row's sums are the same in any batch, to
-the bit. Rows stay whole, with a mask, where CUDA has no such kernel: in float32, or for tokens that may not
-attend to their whole document.
+the bit. On CUDA rows stay whole where tokens may not attend to their whole document: flex attention takes the mask.
 
 Shapes: B batch, L sequence, T tokens of a forward pass, D documents of equal size, Q queries and K keys of each,
 H hidden size, N heads, E size of a head.
@@ -28,7 +27,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, __version__
 from transformers.masking_utils import sdpa_mask
 
-from unmask.diffusion.attention import Layout, attend_within_documents
+from unmask.diffusion.attention import Layout
 from unmask.errors import UnmaskError
 
 KERNELS = ("auto", "sdpa", "eager", "flex_attention")
@@ -137,13 +136,8 @@ def run_backbone(
     Raises:
         UnmaskError: transformers did not pass the inputs to every layer, so the result would be wrong.
     """
-    autocast = torch.is_autocast_enabled(ids.device.type)
-    dtype = torch.get_autocast_dtype(ids.device.type) if autocast else backbone.dtype
-    by_varlen = attend is None and dtype in _HALF
     place = None  # of the tokens in the flattened batch; None = all of it
-    if cached is None and (not ragged or (ids.is_cuda and not by_varlen)):
-        if ragged and attend is None:
-            attend = attend_within_documents(layout)
+    if cached is None and (not ragged or (ids.is_cuda and attend is not None)):
         mask = None if attend is None else attend[:, None]
         inputs = AttentionInputs([Documents(layout.position, layout.position, mask)])
     else:
