@@ -50,20 +50,16 @@ class RunData:
     """What a run sees. Of a stream `train` is the beginning of each source, for a look and a check."""
 
     recipe: Recipe
-    encoder: Encoder | None
-    """None in pre-training."""
+    encoder: Encoder | None  # None in pre-training
     sources: list[DataSource]
-    parts: list[Sequence[Example]] = field(default_factory=list)
-    """The examples of each source."""
-    held_out_parts: list[Sequence[Example]] = field(default_factory=list)
-    """Those of each name of the evaluation data."""
-    held_out_sources: Sequence[str] = ()
-    """Names of these."""
-    report: EncodeReport = field(default_factory=EncodeReport)
-    """What became of the records of the training data."""
+    parts: list[Sequence[Example]] = field(default_factory=list)  # of each source
+    held_out_parts: list[Sequence[Example]] = field(
+        default_factory=list
+    )  # of each name of the evaluation data
+    held_out_sources: Sequence[str] = ()  # these names
+    report: EncodeReport = field(default_factory=EncodeReport)  # of the records of the training data
     held_out_report: EncodeReport = field(default_factory=EncodeReport)
-    files: Sequence[Sequence[str]] = ()
-    """Names of the files of each source, where an example comes from one of them."""
+    files: Sequence[Sequence[str]] = ()  # names of each source's, where an example comes from one of them
     stream: Stream | None = None
 
     @property
@@ -165,18 +161,17 @@ class Steps:
 
     def at(self, step: int) -> list[Unit] | None:
         """Return the rows of a step with place % ranks == rank, in order of place; None = data ended."""
-        first, stop = step * self.step_rows, (step + 1) * self.step_rows
-        if self.draws.locate(stop - 1) is None:
+        first = step * self.step_rows
+        if self.draws.locate(first + self.step_rows - 1) is None:
             return None
-        return [
-            self._count(self._unit(first, place)) for place in range(self.rank, self.step_rows, self.ranks)
-        ]
-
-    def _unit(self, first: int, place: int) -> Unit:
-        source, count = cast(tuple[int, int], self.draws.locate(first + place))
-        epoch, index = divmod(count, len(self.parts[source]))
-        order = permutation(self.recipe.seed, source, epoch, len(self.parts[source]))
-        return Unit(self.parts[source][int(order[index])], epoch, place)
+        units = []
+        for place in range(self.rank, self.step_rows, self.ranks):
+            source, count = cast(tuple[int, int], self.draws.locate(first + place))
+            rows = self.parts[source]
+            epoch, index = divmod(count, len(rows))
+            order = permutation(self.recipe.seed, source, epoch, len(rows))
+            units.append(self._count(Unit(rows[int(order[index])], epoch, place)))
+        return units
 
     def _count(self, unit: Unit) -> Unit:
         for example in examples_of(unit.row):

@@ -38,9 +38,6 @@ from unmask.data.template import (
 from unmask.errors import UnmaskError, UnmaskWarning
 
 SEPARATOR = "\n\n### Response:\n"
-VANISHES = "response would vanish: the prompt alone fills block_size"
-TOO_LONG = "longer than block_size"
-UNTRAINED = "no turn is to be trained on"
 BATCH = 256  # records tokenized in one call
 LITERALS = "held strings like special tokens, read as plain text"
 
@@ -265,7 +262,7 @@ class Encoder:
         if self.train_on == "last":
             trained[:-1] = [False] * (len(trained) - 1)
         if not any(trained):
-            raise DropRecord(UNTRAINED)
+            raise DropRecord("no turn is to be trained on")
         rendered = self.layout.render(turns, trained, conversation.where, conversation.tools)
         if self.end_fill > 1 and trained[-1]:
             del rendered.pieces[-1]
@@ -344,10 +341,10 @@ class Encoder:
             end -= 1
         cut = end > size
         if cut and self.too_long == "drop":
-            raise DropRecord(TOO_LONG)
+            raise DropRecord("longer than block_size")
         example = Example(ids[:size], src[:size])
         if not example.supervised:
-            raise DropRecord(VANISHES)
+            raise DropRecord("response would vanish: the prompt alone fills block_size")
         return example, cut
 
 

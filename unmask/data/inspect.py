@@ -56,12 +56,9 @@ class Survey:
     sequences: int
     tokens: int
     supervised: int
-    lengths: tuple[int, int, int] | None
-    """shortest, median, longest; None without sequences"""
-    histogram: list[tuple[int, int, int]]
-    """(shortest, longest, sequences) of each range of lengths"""
-    tables: dict[str, list[Line]]
-    """tokens of sources, filled positions, duplicates, and what became of the records, by title"""
+    lengths: tuple[int, int, int] | None  # shortest, median, longest; None without sequences
+    histogram: list[tuple[int, int, int]]  # (shortest, longest, sequences) of each range of lengths
+    tables: dict[str, list[Line]]  # sources, filled positions, duplicates, and what became of the records
     block_size: int
 
 
@@ -83,15 +80,9 @@ def survey(data: RunData) -> Survey:
     if data.encoder is not None and "think" in data.encoder.chat_template:
         remark = "where responses start: data.sft.thinking"
         tables["records"].append(("thinking", data.encoder.thinking, remark))
-    return Survey(
-        sequences=len(sizes),
-        tokens=tokens,
-        supervised=supervised,
-        lengths=(sizes[0], sizes[len(sizes) // 2], sizes[-1]) if sizes else None,
-        histogram=_histogram(sizes) if sizes else [],
-        tables=tables,
-        block_size=data.recipe.data.block_size,
-    )
+    lengths = (sizes[0], sizes[len(sizes) // 2], sizes[-1]) if sizes else None
+    histogram, block_size = _histogram(sizes) if sizes else [], data.recipe.data.block_size
+    return Survey(len(sizes), tokens, supervised, lengths, histogram, tables, block_size)
 
 
 def location(example: Example, data: RunData) -> str:
@@ -125,11 +116,8 @@ def record_lines(report: EncodeReport) -> Iterator[Line]:
 def _histogram(sizes: Sequence[int]) -> list[tuple[int, int, int]]:
     low, high = sizes[0], sizes[-1]
     width = (high - low) // BINS + 1
-    counts = Counter((size - low) // width for size in sizes)
-    return [
-        (start, min(start + width - 1, high), counts[number])
-        for number, start in enumerate(range(low, high + 1, width))
-    ]
+    counts = Counter((size - low) // width * width + low for size in sizes)
+    return [(low, min(low + width - 1, high), counts[low]) for low in range(low, high + 1, width)]
 
 
 def _duplicates(data: RunData) -> Iterator[Line]:
@@ -169,15 +157,11 @@ def _filling(sizes: Sequence[int], recipe: Recipe) -> Iterator[Line]:
     total, length, size = sum(sizes), recipe.data.block_size, micro_batch(recipe)
     shuffled = random.Random(recipe.seed).sample(sizes, len(sizes))
     batches = [shuffled[start : start + size] for start in range(0, len(sizes), size)]
-    for way, positions in (
-        (f"padded to block_size {length:,}", len(sizes) * length),
-        (f"padded to the longest of {size:,} in random order", sum(max(b) * len(b) for b in batches)),
-        (
-            f"packed into rows of {length:,}{', as here' * recipe.data.packing}",
-            len(pack_sizes(sizes, length)) * length,
-        ),
-    ):
-        yield way, f"{total / positions:.1%}", ""
+    padded, packed = sum(max(batch) * len(batch) for batch in batches), pack_sizes(sizes, length)
+    yield f"padded to block_size {length:,}", f"{total / (len(sizes) * length):.1%}", ""
+    yield f"padded to the longest of {size:,} in random order", f"{total / padded:.1%}", ""
+    here = ", as here" * recipe.data.packing
+    yield f"packed into rows of {length:,}{here}", f"{total / (len(packed) * length):.1%}", ""
 
 
 def micro_batch(recipe: Recipe) -> int:
@@ -248,14 +232,11 @@ def show_report(found: Survey, *, console: Console | None = None) -> None:
     styles = {"kept": "green", "dropped": "red", "skipped": "red"}
     for title, lines in found.tables.items():
         console.print(f"{title}:", highlight=False)
-        shown = [
-            (
-                Text(f"  {visible(label, plain=plain)}", styles.get(label, "") if value != "0" else ""),
-                value,
-                Text(visible(remark, plain=plain)),
-            )
-            for label, value, remark in lines
-        ]
+        shown = []
+        for label, value, remark in lines:
+            style = styles.get(label, "") if value != "0" else ""
+            said = Text(f"  {visible(label, plain=plain)}", style)
+            shown.append((said, value, Text(visible(remark, plain=plain))))
         _print_table(console, shown)
 
 
@@ -296,15 +277,7 @@ def pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[tup
 def write_page(
     file: Path, data: RunData, found: Survey, tokenizer: PreTrainedTokenizerBase, *, title: str
 ) -> str:
-    """Write the page, and say which rows it shows: `SEQUENCES` at most, of about `TOKENS` tokens.
-
-    Args:
-        found: the report above them.
-        title: heading of the page.
-
-    Raises:
-        UnmaskError: The file cannot be written.
-    """
+    """Write the page, and say which rows it shows: `SEQUENCES` at most, of about `TOKENS` tokens."""
     rows = data.rows if data.stream is None else first_rows(data, SEQUENCES)
     counts, shown, tokens, size = Counter[str](), [], 0, micro_batch(data.recipe)
     for row, length in islice(_padded(rows, size, data.row_length), SEQUENCES):
