@@ -123,33 +123,26 @@ def _histogram(sizes: Sequence[int]) -> list[tuple[int, int, int]]:
 def _duplicates(data: RunData) -> Iterator[Line]:
     """Sequences, prompts and held-out ones that repeat an earlier one, by a hash of their ids."""
 
-    def whole(example: Example) -> list[int]:
-        return example.input_ids
+    def key(example: Example, prompt: bool) -> bytes | None:
+        size = sum(1 for _ in takewhile(bool, example.src_mask)) if prompt else len(example.input_ids)
+        return (
+            blake2b(array("q", example.input_ids[:size]).tobytes(), digest_size=16).digest() if size else None
+        )
 
-    def prompt(example: Example) -> list[int]:
-        return example.input_ids[: sum(1 for _ in takewhile(bool, example.src_mask))]
-
-    def digest(ids: list[int]) -> bytes:
-        return blake2b(array("q", ids).tobytes(), digest_size=16).digest()
-
-    examples, parts = data.train, {"whole sequence": whole}
-    if any(example.src_mask[:1] == [True] for example in examples):
-        parts["prompt (all before the first response)"] = prompt
-    first: dict[bytes, int] = {}
-    for what, part in parts.items():
-        first, repeats, pairs = {}, 0, []
+    examples, first = data.train, dict[bytes, int]()
+    prompts = any(example.src_mask[:1] == [True] for example in examples)
+    for prompt in (False, True) if prompts else (False,):
+        first, pairs = {}, []
         for index, example in enumerate(examples):
-            if (ids := part(example)) and (earlier := first.setdefault(digest(ids), index)) != index:
-                repeats += 1
-                if repeats <= PAIRS:
-                    pairs.append(f"{location(example, data)} = {location(examples[earlier], data)}")
-        if repeats > PAIRS:
-            pairs.append(f"and {repeats - PAIRS:,} more")
-        yield what, f"{repeats:,}", "; ".join(pairs)
+            if (name := key(example, prompt)) and (earlier := first.setdefault(name, index)) != index:
+                pairs.append((index, earlier))
+        said = [" = ".join(location(examples[index], data) for index in pair) for pair in pairs[:PAIRS]]
+        said += [f"and {len(pairs) - PAIRS:,} more"] * (len(pairs) > PAIRS)
+        what = "prompt (all before the first response)" if prompt else "whole sequence"
+        yield what, f"{len(pairs):,}", "; ".join(said)
     if len(data.held_out):  # `first` has the prompts now, if there are any
-        kind, part = ("prompt", prompt) if len(parts) > 1 else ("sequence", whole)
-        repeats = sum(bool(ids := part(example)) and digest(ids) in first for example in data.held_out)
-        yield f"held-out {kind} that is trained on, too", f"{repeats:,}", ""
+        repeats = sum(key(example, prompts) in first for example in data.held_out)
+        yield f"held-out {'prompt' if prompts else 'sequence'} that is trained on, too", f"{repeats:,}", ""
 
 
 def _filling(sizes: Sequence[int], recipe: Recipe) -> Iterator[Line]:
