@@ -163,8 +163,7 @@ class Run:
         self.accounting = Accounting(denoiser, dtype, group)
         self.shared = SharedModel(denoiser, recipe, group)
         self.optimizers = make_optimizers(recipe, denoiser, self.shared.parameters)
-        decay = recipe.ema.decay
-        self.average = None if decay is None else WeightAverage(self.shared.parameters, decay)
+        self.average = WeightAverage(self.shared.parameters, recipe.ema.decay) if recipe.ema.decay else None
         self.curriculum = make_curriculum(recipe)
         self.origin = provenance(recipe, self.tokenizer, group) if group.main else {}
         self.checkpointer = Checkpointer(
@@ -436,9 +435,7 @@ class Run:
         if shares := [f"{name} {share:.1%}" for name, share in self._source_shares().items()]:
             self.say(f"tokens of each source: {', '.join(shares)}")
         if self._stopped_early() and state.step < self.recipe.max_steps:
-            self.say(
-                f"stopped early {after}: {state.without_improvement} evaluations without a lower held-out loss"
-            )
+            self.say(f"stopped early {after}: {state.without_improvement} evaluations without a lower loss")
         if self.recipe.early_stopping_patience is not None:
             self.say(f"the result has the weights of step {state.best_step}, of the lowest held-out loss")
 
