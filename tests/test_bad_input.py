@@ -46,10 +46,10 @@ def without(tokenizer_folder: Path, token: str) -> None:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, a diffusion checkpoint, a finished run, and every kind of bad file and folder."""
-    place = tmp_path_factory.mktemp("bad")
+    root = tmp_path_factory.mktemp("bad")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        autoregressive_folder(place / "base")
+        patch.chdir(root)
+        autoregressive_folder(root / "base")
         assert run_cli("convert", "base", "diffusion").code == 0
         Path("recipe.yaml").write_text(RECIPE)
         Path("good.jsonl").write_text(lines(*[RECORD] * 10))
@@ -63,7 +63,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         for token in ("pad_token", "eos_token"):
             shutil.copytree("base", f"no_{token}")
-            without(place / f"no_{token}", token)
+            without(root / f"no_{token}", token)
         Path("folder").mkdir()
         shutil.copytree("diffusion", "no_mask")
         config = json.loads(Path("no_mask/config.json").read_text())
@@ -71,7 +71,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree("diffusion", "cut")
         whole = Path("cut/model.safetensors").read_bytes()
         Path("cut/model.safetensors").write_bytes(whole[: len(whole) // 2])
-    return place
+    return root
 
 
 # A command line -> words that its one line must have: where, what, and what to do.

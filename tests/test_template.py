@@ -258,10 +258,10 @@ def test_round_trip(name: str, data: st.DataObject) -> None:
     # Of control tokens there are those the template writes, whatever the contents say.
     bare = Conversation(tuple(Turn(t.role, "x") for t in whole.turns), "here")
     assert control_tokens(encoder, row) == control_tokens(encoder, encoder.encode(bare))
-    for place, turn in enumerate(whole.turns):
+    for index, turn in enumerate(whole.turns):
         if turn.role == "assistant" and turn.train:
-            row = encoder.encode(Conversation(whole.turns[: place + 1], "here"))
-            prompt = encoder.prompt_example(whole.turns[:place])
+            row = encoder.encode(Conversation(whole.turns[: index + 1], "here"))
+            prompt = encoder.prompt_example(whole.turns[:index])
             size = len(prompt.input_ids)
             assert (row.input_ids[:size], row.src_mask[:size]) == (prompt.input_ids, prompt.src_mask)
             assert not row.src_mask[size] and (

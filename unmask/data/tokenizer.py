@@ -92,7 +92,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _tokenizer_class(folder: Path, format: Format | None) -> Any:
-    """The stock class in the place of a tokenizer that is remote code, else the one that its files name."""
+    """The stock class instead of a tokenizer that is remote code, else the one that its files name."""
     if format is None or format.tokenizer_class is None:
         return AutoTokenizer
     whole = (folder / "tokenizer.json").exists()  # then nothing depends on the class
