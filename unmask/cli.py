@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer import Argument, Option
 
 from unmask import __version__, cli_generate
 from unmask.cli_generate import hide_progress_bars
@@ -37,10 +38,11 @@ SILENT: tuple[tuple[str, type[Warning]], ...] = (
     (r"`is_gradient_checkpointing` is deprecated", FutureWarning),
 )
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file with the recipe.")]
+RecipeFile = Annotated[Path, Argument(metavar="RECIPE", help="YAML file with the recipe.")]
+OutFolder = Annotated[Path, Argument(metavar="OUT", help="Folder to write; must not exist or be empty.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Recipe keys to override, such as max_steps=100."),
+    Argument(metavar="KEY=VALUE", help="Recipe keys to override, such as max_steps=100."),
 ]
 
 
@@ -53,10 +55,10 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def common(
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error; anywhere in the command.")
+        bool, Option("--debug", help="Show the traceback of an error; anywhere in the command.")
     ] = False,
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version.")
+        bool, Option("--version", is_eager=True, callback=_show_version, help="Show the version.")
     ] = False,
 ) -> None:
     """Options of every command."""
@@ -64,10 +66,8 @@ def common(
 
 @app.command()
 def convert(
-    base: Annotated[
-        str, typer.Argument(metavar="BASE", help="Autoregressive checkpoint: folder or hub name.")
-    ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist or be empty.")],
+    base: Annotated[str, Argument(metavar="BASE", help="Autoregressive checkpoint: folder or hub name.")],
+    out: OutFolder,
 ) -> None:
     """Make a diffusion checkpoint of an autoregressive one.
 
@@ -89,14 +89,11 @@ def convert(
 @app.command()
 def export(
     model: Model,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist or be empty.")],
+    out: OutFolder,
     format: Annotated[
-        str,
-        typer.Option("--as", help="dream, sdar, fast-dllm-v2, llada, a2d, or hub (plain transformers)."),
+        str, Option("--as", help="dream, sdar, fast-dllm-v2, llada, a2d, or hub (plain transformers).")
     ] = "hub",
-    push: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Also upload it to the hub as NAME.")
-    ] = None,
+    push: Annotated[str | None, Option(metavar="NAME", help="Also upload it to the hub as NAME.")] = None,
 ) -> None:
     """Write a checkpoint in the format of another system.
 
@@ -113,7 +110,7 @@ def export(
 @app.command()
 def doctor(
     model: Model,
-    json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    json: Annotated[bool, Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Check a checkpoint: format, sizes, tokens, versions, and how it reads a text.
 
@@ -133,14 +130,12 @@ def doctor(
 def data(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    show: Annotated[int, typer.Option(min=0, help="Sequences to print.")] = 3,
+    show: Annotated[int, Option(min=0, help="Sequences to print.")] = 3,
     curriculum: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Picture to write (.png, .pdf, .svg): what every step uses."),
+        Path | None, Option(metavar="FILE", help="Picture to write (.png, .pdf, .svg): what every step uses.")
     ] = None,
     html: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Page to write: the report and up to 1000 rows in colour."),
+        Path | None, Option(metavar="FILE", help="Page to write: the report and up to 1000 rows in colour.")
     ] = None,
 ) -> None:
     """Show what training will see: sequences in colour, lengths, what was dropped and why.
@@ -191,10 +186,10 @@ def data(
 @app.command()
 def prepare(
     recipe: RecipeFile,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write, or to resume.")],
+    out: Annotated[Path, Argument(metavar="OUT", help="Folder to write, or to resume.")],
     overrides: Overrides = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that encode; by default one a core.")
+        int | None, Option(min=1, help="Processes that encode; by default one a core.")
     ] = None,
 ) -> None:
     """Encode the recipe's training data once, in parallel: Arrow shards with a manifest.
@@ -226,10 +221,10 @@ def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Train nothing: show the memory that each device would need.")
+        bool, Option("--dry-run", help="Train nothing: show the memory that each device would need.")
     ] = False,
     devices: Annotated[
-        int | None, typer.Option(min=1, help="With --dry-run: this number of devices alone.")
+        int | None, Option(min=1, help="With --dry-run: this number of devices alone.")
     ] = None,
 ) -> None:
     """Train what the recipe describes; leaves a checkpoint in its checkpoint_save_dir.
@@ -256,8 +251,8 @@ def train(
 
 @app.command()
 def merge(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder that a run with lora.r leaves.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist or be empty.")],
+    adapter: Annotated[str, Argument(metavar="ADAPTER", help="Folder that a run with lora.r leaves.")],
+    out: OutFolder,
 ) -> None:
     """Add an adapter to the weights it was trained on: a plain diffusion checkpoint."""
     hide_progress_bars()
@@ -274,35 +269,32 @@ app.command()(cli_generate.infill)
 
 @app.command()
 def score(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Diffusion checkpoint: folder or hub name.")],
+    model: Annotated[str, Argument(metavar="MODEL", help="Diffusion checkpoint: folder or hub name.")],
     file: Annotated[
-        str, typer.Argument(metavar="FILE", help="Conversations or plain text: file, folder or hub name.")
+        str, Argument(metavar="FILE", help="Conversations or plain text: file, folder or hub name.")
     ],
     estimator: Annotated[
-        str, typer.Option(help="exact_k, continuous (what training estimates) or chain (short texts).")
+        str, Option(help="exact_k, continuous (what training estimates) or chain (short texts).")
     ] = "exact_k",
     samples: Annotated[
-        int, typer.Option(min=2, help="Draws a record, an even number; more lower the standard error.")
+        int, Option(min=2, help="Draws a record, an even number; more lower the standard error.")
     ] = 64,
-    seed: Annotated[int, typer.Option(help="Seed of the masks.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Batch size; does not change the figures.")] = 16,
-    limit: Annotated[int | None, typer.Option(min=1, help="Score the first N records or blocks.")] = None,
+    seed: Annotated[int, Option(help="Seed of the masks.")] = 0,
+    batch_size: Annotated[int, Option(min=1, help="Batch size; does not change the figures.")] = 16,
+    limit: Annotated[int | None, Option(min=1, help="Score the first N records or blocks.")] = None,
     format: Annotated[
-        str,
-        typer.Option(help="auto, alpaca, sharegpt, messages, prompt_completion or custom."),
+        str, Option(help="auto, alpaca, sharegpt, messages, prompt_completion or custom.")
     ] = "auto",
     end_fill: Annotated[
-        int,
-        typer.Option(min=1, help="End tokens fill a response to a multiple of N, as in training."),
+        int, Option(min=1, help="End tokens fill a response to a multiple of N, as in training.")
     ] = 1,
-    raw: Annotated[bool, typer.Option("--raw", help="Plain text: in records the field text.")] = False,
+    raw: Annotated[bool, Option("--raw", help="Plain text: in records the field text.")] = False,
     block_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Longest sequence in tokens; plain text is cut into such blocks."),
+        int | None, Option(min=1, help="Longest sequence in tokens; plain text is cut into such blocks.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write one JSON line a record to this file.")] = None,
-    per_token: Annotated[bool, typer.Option("--per-token", help="With --out: each token, too.")] = False,
-    show: Annotated[int, typer.Option(min=0, help="Records to print with their tokens in colour.")] = 0,
+    out: Annotated[Path | None, Option(help="Write one JSON line a record to this file.")] = None,
+    per_token: Annotated[bool, Option("--per-token", help="With --out: each token, too.")] = False,
+    show: Annotated[int, Option(min=0, help="Records to print with their tokens in colour.")] = 0,
 ) -> None:
     """Bound the likelihood of a file: nats, perplexity and bits per byte, with standard errors.
 
@@ -354,11 +346,8 @@ def main() -> None:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        _fail(
-            error,
-            f"{error.filename or 'writing'}: no space left on the disk; make room and try again.",
-            debug,
-        )
+        where = error.filename or "writing"
+        _fail(error, f"{where}: no space left on the disk; make room and try again.", debug)
 
 
 def _fail(error: Exception, message: str, debug: bool) -> None:
