@@ -13,7 +13,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES, STOCK, assert_rate, random_ids, recompute_activations, tiny_model, tiny_stock_model
+from tiny import (
+    FAMILIES,
+    OTHER_FAMILIES,
+    STOCK,
+    assert_rate,
+    plain_experts,
+    random_ids,
+    recompute_activations,
+    tiny_model,
+    tiny_stock_model,
+)
 from torch import Tensor
 from training_step import logits_of, loss_of, noise_of
 
@@ -71,7 +81,8 @@ def bidirectional_twin(model: Any) -> Any:
     """Stock transformers that attends as its mask says, with the weights of a diffusion model."""
     family = model.config.model_type.removeprefix("unmask_")
     config_class, model_class = STOCK[family]
-    twin = model_class(config_class(**{**model.config.to_dict(), "model_type": family})).to(model.dtype)
+    config = config_class(**{**model.config.to_dict(), "model_type": family})
+    twin = plain_experts(model_class(config)).to(model.dtype)
     twin.load_state_dict(model.state_dict())
     return twin.eval()
 
@@ -237,6 +248,7 @@ CASES: list[dict[str, Any]] = [
         {"block_anchor": anchor, "block_length": length, "logit_shift": shift}
         for anchor, length, shift in product(("document", "prompt_end"), (1, 2, 5, 64), (False, True))
     ),
+    *({"family": family, "block_length": 3, "logit_shift": True} for family in OTHER_FAMILIES),
     *({"kernel": "eager", "place": "middle", "logit_shift": shift} for shift in (False, True)),
 ]
 

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from tiny import ragged, random_ids, tiny_model
+from tiny import OTHER_FAMILIES, ragged, random_ids, tiny_model
 from torch import Tensor
 
 from unmask.diffusion.attention import BlockAnchor
@@ -165,3 +165,11 @@ def test_settings_that_do_not_fit_the_attention() -> None:
         tiny_model().eval().generate(random_ids(1, 2), max_new_tokens=2, canvas="growing")
     with pytest.warns(UserWarning, match="blocks of 4 tokens"):
         block_model().generate(random_ids(1, 3), max_new_tokens=4, block_length=2)
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+def test_other_families(family: str) -> None:
+    model = block_model(4, family=family, logit_shift=True, dtype=torch.float32)
+    ids, mask = ragged([5, 8, 3])
+    settings = {"max_new_tokens": 9, "eos_token_id": [], "return_trace": True}
+    assert_same(*(model.generate(ids, mask, use_cache=flag, **settings) for flag in (True, False)))

@@ -7,16 +7,27 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
-from tiny import FAMILIES, STOCK, random_ids, tiny_config, tiny_model, tiny_stock_config, tiny_stock_model
+from tiny import (
+    FAMILIES,
+    OTHER_FAMILIES,
+    STOCK,
+    autoregressive_folder,
+    random_ids,
+    tiny_config,
+    tiny_model,
+    tiny_stock_config,
+    tiny_stock_model,
+)
 from training_step import loss_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import unmask
 from unmask.errors import UnmaskError
+from unmask.model.checkpoint import convert, load_model
 from unmask.model.config import FIELDS
 from unmask.model.denoiser import MODEL_CLASSES
 
@@ -237,3 +248,16 @@ def test_what_the_given_config_says_goes_before_the_checkpoint(tmp_path: Path) -
     assert load(None, config=tiny_stock_config(), state_dict=weights).config.logit_shift is False
     config = tiny_config()
     assert unmask.Qwen3ForCausalLM(config).config is config
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+def test_other_families_are_converted_saved_and_trained(family: str, tmp_path: Path) -> None:
+    base = autoregressive_folder(tmp_path / "base", family)
+    model, _ = convert(str(base), tmp_path / "model")
+    loaded: Any = load_model(str(tmp_path / "model"))
+    assert loaded.config.model_type == f"unmask_{family}"
+    ids = random_ids(2, 9)
+    torch.testing.assert_close(loaded.eval()(ids).logits, cast(Any, model).eval()(ids).logits)
+    loss = loaded.train()(ids).loss
+    loss.backward()
+    assert all(p.grad is not None for name, p in loaded.named_parameters() if "layernorm" in name)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import (
     FAMILIES,
+    OTHER_FAMILIES,
     STOCK,
     ragged,
     random_ids,
@@ -60,12 +61,13 @@ def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float = 
 
 
 @pytest.mark.parametrize("kernel", ["auto", "sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHER_FAMILIES])
 def test_the_output_is_that_of_the_stock_model(family: str, kernel: str) -> None:
     """Should a library rename what we pass to attention, this fails."""
     ids = random_ids(3, 9)
     padded = torch.tensor([[1] * 9, [1] * 4 + [0] * 5, [1] * 7 + [0] * 2])
-    for fields in ({}, {} if family == "llama" else WINDOW):
+    windows = {"qwen2": WINDOW, "qwen3": WINDOW, "mistral": {"sliding_window": 4}}
+    for fields in ({}, windows.get(family, {})):
         model = tiny_model(family, dtype=torch.float32, **fields).eval()
         model.set_attn_implementation(kernel)
         stock = STOCK[family][1](tiny_stock_config(family, is_causal=False, **fields)).eval()

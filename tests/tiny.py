@@ -21,10 +21,14 @@ from unmask.model.config import diffusion_values
 from unmask.model.denoiser import MODEL_CLASSES
 
 FAMILIES = ("qwen3", "qwen2", "llama")
+OTHER_FAMILIES = ("qwen3_moe", "mistral", "gemma")
 STOCK: dict[str, tuple[Any, Any]] = {
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    "gemma": (transformers.GemmaConfig, transformers.GemmaForCausalLM),
 }
 
 SIZES: dict[str, Any] = {
@@ -44,9 +48,17 @@ SIZES: dict[str, Any] = {
 }
 
 
+OWN_SIZES: dict[str, Any] = {
+    "qwen3": {"head_dim": 12},
+    "gemma": {"head_dim": 12},
+    "qwen3_moe": {"head_dim": 12, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12},
+    "mistral": {"sliding_window": None},
+}
+
+
 def tiny_stock_config(family: str = "qwen3", **fields: Any) -> Any:
     """A stock config; Qwen3's has heads * head_dim = 24 != hidden_size = 16, as Qwen3-0.6B does."""
-    own = {"head_dim": 12} if family == "qwen3" else {}
+    own = OWN_SIZES.get(family, {})
     return STOCK[family][0](**{**SIZES, **own, **fields})
 
 
@@ -57,6 +69,13 @@ def tiny_config(family: str = "qwen3", **fields: Any) -> Any:
     values.setdefault("mask_token_id", values["vocab_size"] - 1)
     model_type = values.pop("model_type")
     return MODEL_CLASSES[model_type].config_class(**values)
+
+
+def plain_experts(model: Any) -> Any:
+    """Let a mixture of experts compute them one by one, which works in float64 too."""
+    if hasattr(model.config, "num_experts"):
+        model.set_experts_implementation("eager")
+    return model
 
 
 def tiny_stock_model(
@@ -75,7 +94,7 @@ def tiny_model(
     config = tiny_config(family, **fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MODEL_CLASSES[config.model_type](config).to(dtype).train()
+        return plain_experts(MODEL_CLASSES[config.model_type](config)).to(dtype).train()
 
 
 def random_ids(*shape: int, vocab: int = 31, seed: int = 0) -> torch.Tensor:

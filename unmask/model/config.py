@@ -11,7 +11,14 @@ import copy
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from unmask.diffusion.attention import BlockAnchor
 from unmask.diffusion.corrupt import NO_MASK_TOKEN
@@ -64,7 +71,7 @@ class _DiffusionConfig:
         if found != cls.model_type.removeprefix(PREFIX):
             raise UnmaskError(
                 f"{name} is a {found!r} checkpoint, not {cls.model_type!r}; load it with"
-                " unmask.load_model, which picks the class (qwen3, qwen2 and llama are supported)."
+                " unmask.load_model, which picks the class."
             )
         return diffusion_values(values), kwargs
 
@@ -79,9 +86,24 @@ class Qwen2DiffusionConfig(_DiffusionConfig, Qwen2Config):
     model_type = "unmask_qwen2"
 
 
+class Qwen3MoeDiffusionConfig(_DiffusionConfig, Qwen3MoeConfig):
+    __doc__ = _DiffusionConfig.__doc__
+    model_type = "unmask_qwen3_moe"
+
+
 class LlamaDiffusionConfig(_DiffusionConfig, LlamaConfig):
     __doc__ = _DiffusionConfig.__doc__
     model_type = "unmask_llama"
+
+
+class MistralDiffusionConfig(_DiffusionConfig, MistralConfig):
+    __doc__ = _DiffusionConfig.__doc__
+    model_type = "unmask_mistral"
+
+
+class GemmaDiffusionConfig(_DiffusionConfig, GemmaConfig):
+    __doc__ = _DiffusionConfig.__doc__
+    model_type = "unmask_gemma"
 
 
 def diffusion_values(values: dict[str, Any]) -> dict[str, Any]:

@@ -18,9 +18,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import GemmaForCausalLM as StockGemma
 from transformers import LlamaForCausalLM as StockLlama
+from transformers import MistralForCausalLM as StockMistral
 from transformers import Qwen2ForCausalLM as StockQwen2
 from transformers import Qwen3ForCausalLM as StockQwen3
+from transformers import Qwen3MoeForCausalLM as StockQwen3Moe
 from transformers.utils import logging
 
 from unmask.diffusion.attention import (
@@ -39,9 +42,12 @@ from unmask.errors import UnmaskError
 from unmask.generation.config import DiffusionGenerationConfig
 from unmask.model.attention import registered_name, run_backbone
 from unmask.model.config import (
+    GemmaDiffusionConfig,
     LlamaDiffusionConfig,
+    MistralDiffusionConfig,
     Qwen2DiffusionConfig,
     Qwen3DiffusionConfig,
+    Qwen3MoeDiffusionConfig,
     block_length_of,
     diffusion_config,
     mask_token_of,
@@ -383,14 +389,40 @@ class Qwen2ForCausalLM(MaskedDiffusionMixin, StockQwen2):
     config_class = Qwen2DiffusionConfig
 
 
+class Qwen3MoeForCausalLM(MaskedDiffusionMixin, StockQwen3Moe):
+    """Qwen3-MoE as a masked-diffusion language model; the loss has no term that balances the experts."""
+
+    config_class = Qwen3MoeDiffusionConfig
+
+
 class LlamaForCausalLM(MaskedDiffusionMixin, StockLlama):
     """Llama, and what shares its architecture, as a masked-diffusion language model."""
 
     config_class = LlamaDiffusionConfig
 
 
+class MistralForCausalLM(MaskedDiffusionMixin, StockMistral):
+    """Mistral as a masked-diffusion language model."""
+
+    config_class = MistralDiffusionConfig
+
+
+class GemmaForCausalLM(MaskedDiffusionMixin, StockGemma):
+    """Gemma (the first) as a masked-diffusion language model; later ones cap their scores."""
+
+    config_class = GemmaDiffusionConfig
+
+
 MODEL_CLASSES: dict[str, Any] = {
-    one.config_class.model_type: one for one in (Qwen3ForCausalLM, Qwen2ForCausalLM, LlamaForCausalLM)
+    one.config_class.model_type: one
+    for one in (
+        Qwen3ForCausalLM,
+        Qwen2ForCausalLM,
+        Qwen3MoeForCausalLM,
+        LlamaForCausalLM,
+        MistralForCausalLM,
+        GemmaForCausalLM,
+    )
 }
 for _model_type, _model in MODEL_CLASSES.items():
     AutoConfig.register(_model_type, _model.config_class, exist_ok=True)
