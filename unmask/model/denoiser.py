@@ -24,6 +24,10 @@ from transformers import MistralForCausalLM as StockMistral
 from transformers import Qwen2ForCausalLM as StockQwen2
 from transformers import Qwen3ForCausalLM as StockQwen3
 from transformers import Qwen3MoeForCausalLM as StockQwen3Moe
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.utils import logging
 
 from unmask.diffusion.attention import (
@@ -39,6 +43,7 @@ from unmask.diffusion.corrupt import ForwardInputs, Noised, corrupt
 from unmask.diffusion.loss import masked_weights, token_nll
 from unmask.diffusion.objective import Objective
 from unmask.errors import UnmaskError
+from unmask.formats import PREFIX
 from unmask.generation.config import DiffusionGenerationConfig
 from unmask.model.attention import registered_name, run_backbone
 from unmask.model.config import (
@@ -427,3 +432,6 @@ MODEL_CLASSES: dict[str, Any] = {
 for _model_type, _model in MODEL_CLASSES.items():
     AutoConfig.register(_model_type, _model.config_class, exist_ok=True)
     AutoModelForCausalLM.register(_model.config_class, _model, exist_ok=True)
+    # How stock weights are stored otherwise than they are computed with: experts one by one.
+    if (_stored := get_checkpoint_conversion_mapping(_model_type.removeprefix(PREFIX))) is not None:
+        register_checkpoint_conversion_mapping(_model_type, _stored, overwrite=True)
