@@ -251,7 +251,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json"),
     "no object": (lambda f: (f / "config.json").write_text("[1]"), "no usable checkpoint"),
     "no model_type": (lambda f: (f / "config.json").write_text('{"a": 1}'), "model_type None"),
-    "unsupported": (lambda f: edit(f, model_type="gpt2"), "gpt2.*qwen3, qwen2, llama"),
+    "unsupported": (lambda f: edit(f, model_type="gpt2"), "gpt2.*qwen3, qwen2, qwen3_moe"),
     "quantised": (lambda f: edit(f, quantization_config={"quant_method": "gptq"}), "quantised"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"\*\.safetensors"),
     "pickled": (pickled, r"pytorch_model\.bin is pickled"),
