@@ -66,7 +66,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, file = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float64)
 ids, mask, source, prompt, prompt_mask, steps = torch.load(file)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
 logits = model(ids, mask, src_mask=source).logits
 written = model.generate(prompt, prompt_mask, max_new_tokens=10, steps=steps)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from foreign import BY_NAME, foreign_folder, plain_logits, random_weights
-from tiny import run_cli, run_recipe
+from tiny import RUN_MODEL, run_cli, run_recipe
 
+from unmask.data.dataset import run_tokenizer
 from unmask.data.tokenizer import load_tokenizer
 from unmask.errors import UnmaskError, UnmaskNote
 from unmask.model.checkpoint import convert, load_model, read_config
@@ -67,6 +68,46 @@ def test_training_starts_from_it(name: str, tmp_path: Path) -> None:
     recipe = run_recipe(tmp_path, model={"name_or_path": str(folder)}, max_steps=2)
     train(recipe)
     assert load_model(str(tmp_path / "run" / "final")).config.logit_shift == BY_NAME[name].logit_shift
+
+
+def test_a_run_counts_blocks_as_its_recipe_says(tmp_path: Path) -> None:
+    fields = {
+        "attention": "block_causal",
+        "block_length": 4,
+        "block_anchor": "document",
+        "logit_shift": False,
+    }
+    model = {"config": {**RUN_MODEL, "model_type": "qwen3"}, "tokenizer": "bytes", **fields}
+    train(run_recipe(tmp_path, model=model, max_steps=1))
+    config = load_model(str(tmp_path / "run" / "final")).config
+    assert (config.block_anchor, config.logit_shift) == ("document", False)
+    assert run_cli("export", tmp_path / "run" / "final", tmp_path / "out", "--as", "sdar").code == 0
+
+
+def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    folder = foreign_folder(tmp_path / "model", BY_NAME["dream"])
+    recipe = run_recipe(tmp_path, model={"name_or_path": str(folder), "tokenizer": str(tmp_path / "other")})
+    other = load_tokenizer(str(folder))
+    other.save_pretrained(tmp_path / "other")
+    assert run_tokenizer(recipe).mask_token_id == 259
+    text = (tmp_path / "other" / "tokenizer.json").read_text()
+    changed = text.replace('"a": 97', '"a": 98').replace('"b": 98', '"b": 97')
+    assert changed != text
+    (tmp_path / "other" / "tokenizer.json").write_text(changed)
+    with pytest.raises(UnmaskError, match=r"model\.tokenizer.*2 of its 260"):
+        run_tokenizer(recipe)
+
+
+def test_ids_beyond_the_embedding_are_refused(tmp_path: Path) -> None:
+    folder = foreign_folder(tmp_path / "model", BY_NAME["sdar"])
+    assert run_cli("convert", folder, tmp_path / "ours").code == 0
+    tokenizer = load_tokenizer(str(tmp_path / "ours"))
+    tokenizer.add_tokens([f"<{i}>" for i in range(20)])
+    tokenizer.save_pretrained(tmp_path / "ours")
+    (tmp_path / "text.txt").write_text("hello")
+    for command in (("generate", "--prompt", "x"), ("score", tmp_path / "text.txt")):
+        said = run_cli(command[0], tmp_path / "ours", *command[1:])
+        assert said.code == 2 and "ids up to 279, the model 272 rows" in said.err
 
 
 def test_a_model_in_the_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ class ModelRecipe(Section):
     tokenizer: str | None = None
     """a folder, a hub name, or "bytes" (one token per byte, no download); null = that of `model.name_or_path`"""
     config: Annotated[dict[str, Any] | None, BeforeValidator(_with_model_type)] = None
-    """random weights: `model_type` (qwen3, qwen2 or llama; default qwen3) and fields of its transformers config"""
+    """random weights: `model_type` (qwen3, qwen2, qwen3_moe, llama, mistral, gemma; default qwen3) and fields of its transformers config"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype of the weights"""
     freeze_embeddings: bool = False
@@ -95,6 +95,9 @@ class ModelRecipe(Section):
     """block_causal = no token attends to later blocks (block diffusion); null = as the checkpoint says"""
     block_length: Positive | None = None
     """tokens of a block of block-causal attention; null = what the checkpoint says"""
+    block_anchor: Literal["response", "document", "prompt_end"] | None = None
+    """where blocks begin to be counted: at each response, at the document's first token (as in SDAR and
+    Fast-dLLM v2), or at the last prompt's end; null = as the checkpoint says, response for an autoregressive one"""
     attention_annealing_steps: Count = 0
     """optimizer steps in which attention grows from causal to bidirectional; 0 = bidirectional from the start"""
     loss: Literal["elbo", "llada", "coda", "diffullama", "uniform", "cart"] = "elbo"
@@ -365,6 +368,7 @@ PROBABILITIES = ("prefix_probability", "truncate_probability", "block_masking_pr
 # A key, and the value of another key with which it has no effect; `...` = any but null, false, 0 and [].
 NO_EFFECT: tuple[tuple[str, str, Any], ...] = (
     ("model.block_length", "model.attention", "bidirectional"),
+    ("model.block_anchor", "model.attention", "bidirectional"),
     ("model.mask_block_sizes", "model.block_masking_probability", 0.0),
     ("model.freeze_embeddings", "lora.r", ...),
     ("model.masking_scheduler.source_steps", "training_mode", "pretrain"),

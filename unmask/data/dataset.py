@@ -29,7 +29,7 @@ from unmask.data.prepare import (
     open_examples,
 )
 from unmask.data.records import CustomFields
-from unmask.data.tokenizer import add_mask_token, check_tokenizer, load_tokenizer
+from unmask.data.tokenizer import add_mask_token, check_tokenizer, has_tokenizer, load_tokenizer
 from unmask.errors import UnmaskError
 
 if TYPE_CHECKING:
@@ -195,10 +195,18 @@ def run_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """Load the recipe's tokenizer, with a mask token added where it has none.
 
     Raises:
-        UnmaskError: There is none, or it has no end or padding token.
+        UnmaskError: There is none, it has no end or padding token, or it is not that of the model to start from.
     """
-    name = cast(str, recipe.model.tokenizer or recipe.model.name_or_path)
+    model = recipe.model.name_or_path
+    name = cast(str, recipe.model.tokenizer or model)
     tokenizer = load_tokenizer(name)
+    if model not in (None, name) and has_tokenizer(Path(model).expanduser()):
+        own, ids = load_tokenizer(model).get_vocab(), tokenizer.get_vocab()
+        if moved := [token for token in own if ids.get(token) != own[token]]:
+            raise UnmaskError(
+                f"model.tokenizer: {name} is not the tokenizer of {model}: {len(moved):,} of its {len(own):,} tokens"
+                f" have other ids, such as {moved[0]!r}; leave model.tokenizer out."
+            )
     add_mask_token(tokenizer)
     check_tokenizer(tokenizer, name=name)
     return tokenizer

@@ -22,7 +22,7 @@ from unmask.data.collate import collate
 from unmask.data.encode import Encoder, Example, encode_records
 from unmask.data.files import READERS, kind_of, read_records
 from unmask.data.records import detect_format
-from unmask.data.tokenizer import load_tokenizer
+from unmask.data.tokenizer import check_vocabulary, load_tokenizer
 from unmask.diffusion.likelihood import Likelihood, Score, check_settings, likelihood, total
 from unmask.errors import UnmaskError
 from unmask.generation.trace import token_texts
@@ -109,6 +109,7 @@ def score_file(
     positions = read_config(model).get("max_position_embeddings")
     texts = read_texts(file, tokenizer, positions=positions, **reading)
     denoiser: Any = load_model(model)
+    check_vocabulary(tokenizer, denoiser.config, model)
     place_for_inference(denoiser)
     lines: list[dict[str, Any]] = []
     parts: list[Likelihood] = []

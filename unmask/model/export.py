@@ -74,7 +74,7 @@ _HUB_USAGE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
 prompt = tokenizer.apply_chat_template([{"role": "user", "content": "..."}], add_generation_prompt=True,
                                        return_tensors="pt", return_dict=True)
 ids = model.generate(**prompt, max_new_tokens=128)

@@ -134,7 +134,7 @@ def meta_model(recipe: Recipe) -> Any:
 def config_overrides(recipe: Recipe) -> dict[str, Any]:
     """What the recipe says in place of a model's config."""
     overrides: dict[str, Any] = {"noise_eps": by_epoch(recipe.model.noise_eps)[-1]}
-    for name in ("logit_shift", "attention", "block_length"):
+    for name in ("logit_shift", "attention", "block_length", "block_anchor"):
         if (value := getattr(recipe.model, name)) is not None:
             overrides[name] = value
     if recipe.model.attention == "bidirectional":

@@ -15,6 +15,7 @@ from unmask.config import Recipe
 from unmask.errors import UnmaskError
 from unmask.io import reason
 from unmask.model.checkpoint import is_diffusion, read_config
+from unmask.model.config import describe_attention
 from unmask.plots import draw_losses, draw_noise_levels
 from unmask.training.build import loss_unit
 from unmask.training.parallel import Processes, batch_plan
@@ -123,12 +124,9 @@ def run_facts(recipe: Recipe, model: Any, data: Any, group: Processes) -> dict[s
     """Say what is going to run, by name: printed at the start, and in the model card."""
     config, name, (tokens, supervised) = model.config, recipe.model.name_or_path, data.totals()
     network = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
-    attention = "bidirectional attention"
-    if config.attention == "block_causal":
-        attention = f"block-causal attention (blocks of {config.block_length} tokens)"
     facts = {
-        "model": f"{network} from {name or 'random weights'}: {model.num_parameters():,} parameters, logit shift"
-        f" {'on' if config.logit_shift else 'off'}, {attention}",
+        "model": f"{network} from {name or 'random weights'}: {model.num_parameters():,} parameters,"
+        f" {describe_attention(config)}",
         "computed on": f"{group.ranks} x {group.device}, {recipe.precision}",
     }
     part = "all but the embeddings" if recipe.model.freeze_embeddings else ""
