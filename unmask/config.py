@@ -82,7 +82,8 @@ class ModelRecipe(Section):
     tokenizer: str | None = None
     """a folder, a hub name, or "bytes" (one token per byte, no download); null = that of `model.name_or_path`"""
     config: Annotated[dict[str, Any] | None, BeforeValidator(_with_model_type)] = None
-    """random weights: `model_type` (qwen3, qwen2, qwen3_moe, llama, mistral, gemma; default qwen3) and fields of its transformers config"""
+    """random weights: `model_type` (qwen3, the default, qwen2, qwen3_moe, llama, mistral, gemma) and fields of its
+    transformers config"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype of the weights"""
     freeze_embeddings: bool = False
