@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from itertools import combinations, product
 from math import factorial, prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pytest
@@ -27,7 +27,9 @@ from tiny import (
 from torch import Tensor
 from training_step import logits_of, loss_of, noise_of
 
+from unmask.diffusion.attention import BlockAnchor
 from unmask.diffusion.corrupt import Noised
+from unmask.diffusion.likelihood import likelihood
 from unmask.diffusion.objective import Objective
 from unmask.diffusion.rng import STREAM_TIME, keyed_uniform
 from unmask.errors import UnmaskError
@@ -269,8 +271,9 @@ def test_one_pass_equals_one_forward_a_block(case: dict[str, Any]) -> None:
 
 
 @shifted_or_not
-def test_masked_nll_equals_separate_forwards(shift: bool) -> None:
-    model = block_model(4, logit_shift=shift)
+@pytest.mark.parametrize("anchor", get_args(BlockAnchor))
+def test_masked_nll_equals_separate_forwards(anchor: str, shift: bool) -> None:
+    model = block_model(4, logit_shift=shift, block_anchor=anchor)
     batch = pack(ROWS, "middle")
     batch = batch._replace(labels=batch.input_ids)
     is_token = batch.attention_mask.bool()
@@ -280,6 +283,29 @@ def test_masked_nll_equals_separate_forwards(shift: bool) -> None:
     found = model.masked_nll(batch.input_ids, is_masked, is_token, batch.src_mask, batch.segment_ids)
     assert_same(found, expected[is_masked])
     assert_same_gradients(model, found.sum(), twin, expected.sum())
+
+
+@pytest.mark.parametrize("anchor", get_args(BlockAnchor))
+def test_likelihood_is_the_sum_of_the_bounds_of_the_blocks(anchor: str) -> None:
+    """Of each block the mean over all orders: of the sets of k tokens, the mean nll of one of them."""
+    model = block_model(4, logit_shift=True, block_anchor=anchor).eval()
+    ids, source = random_ids(1, 13), torch.arange(13)[None] < 6
+    blocks = plain_blocks((~source[0]).tolist(), 4, anchor)
+    expected = 0.0
+    for block in set(blocks):
+        tokens = [i for i in range(6, 13) if blocks[i] == block]
+        for k in range(1, len(tokens) + 1):
+            sets = list(combinations(tokens, k))
+            is_masked = torch.zeros(len(sets), 13, dtype=torch.bool)
+            for row, chosen in enumerate(sets):
+                is_masked[row, list(chosen)] = True
+            rows = (one.expand(len(sets), -1) for one in (ids, source))
+            text, context = rows
+            nll = model.masked_nll(text, is_masked, src_mask=context)
+            expected += nll.sum().item() / len(sets) / k
+    found = likelihood(model, {"input_ids": ids, "src_mask": source})
+    assert found.nll.item() == pytest.approx(expected, rel=1e-9)
+    assert found.stderr.item() == 0.0
 
 
 @pytest.mark.parametrize("attention", ["bidirectional", "block_causal"])

@@ -97,8 +97,12 @@ def test_blocks_that_begin_in_the_prompt(shift: bool) -> None:
 
 
 @ANCHORS
-def test_each_forward_pass_sees_the_block_as_training_does(anchor: Any) -> None:
-    """The logits of the current block are those of the whole canvas, whose later blocks it cannot see."""
+@pytest.mark.parametrize("history", [False, True])
+def test_each_forward_pass_sees_the_block_as_training_does(anchor: Any, history: bool) -> None:
+    """The logits of the current block are those of the whole canvas, whose later blocks it cannot see.
+
+    With an earlier response in the prompt, of which a chat says that it is one.
+    """
     model = block_model(3, logit_shift=True, block_anchor=anchor)
     prompt, mask = ragged([4, 4])
     outputs: list[Tensor] = []
@@ -107,7 +111,9 @@ def test_each_forward_pass_sees_the_block_as_training_does(anchor: Any) -> None:
     network = model.model.register_forward_pre_hook(
         lambda _, __, kwargs: shown.append(kwargs["input_ids"].view(2, -1)), with_kwargs=True
     )
-    model.generate(prompt, mask, max_new_tokens=8, steps=5, eos_token_id=[], use_cache=False)
+    source = torch.tensor([[1, not history, not history, 1, *[0] * 8]]).bool().expand(2, -1)
+    settings = {"max_new_tokens": 8, "steps": 5, "eos_token_id": []}
+    model.generate(prompt, mask, src_mask=source[:, :4], use_cache=False, **settings)
     hook.remove()
     network.remove()
     if anchor == "response":
@@ -115,9 +121,8 @@ def test_each_forward_pass_sees_the_block_as_training_does(anchor: Any) -> None:
     for ids, logits in zip(shown, outputs, strict=True):
         whole = torch.cat([ids, torch.full((2, 12 - ids.shape[1]), MASK)], dim=1)
         is_token = torch.cat([mask, torch.ones(2, 8, dtype=torch.long)], dim=1)
-        source = (torch.arange(12) < 4).expand(2, -1)
         full, _ = model(whole, attention_mask=is_token, src_mask=source, training_mode="sft")
-        masked = (ids == MASK) & is_token[:, : ids.shape[1]].bool()
+        masked = (ids == MASK) & (torch.arange(ids.shape[1]) >= 4) & is_token[:, : ids.shape[1]].bool()
         torch.testing.assert_close(logits, full[:, : ids.shape[1]][masked], rtol=0, atol=1e-10)
 
 

@@ -124,7 +124,9 @@ def collate(
         stop = shape[1] - size if padding_side == "left" else 0
         for segment, example in enumerate(row, 1):
             start, stop = stop, stop + len(example.input_ids)
-            input_ids[number, start:stop] = torch.tensor(example.input_ids, dtype=torch.int64)  # named: faster than found out
+            input_ids[number, start:stop] = torch.tensor(
+                example.input_ids, dtype=torch.int64
+            )  # named: faster than found out
             src_mask[number, start:stop] = torch.tensor(example.src_mask, dtype=torch.bool)
             segment_ids[number, start:stop] = segment
     batch = {"input_ids": input_ids, "attention_mask": (segment_ids > 0).long(), "src_mask": src_mask}
