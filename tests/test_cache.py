@@ -107,7 +107,7 @@ def test_each_forward_pass_sees_the_block_as_training_does(anchor: Any, history:
     prompt, mask = ragged([4, 4])
     outputs: list[Tensor] = []
     shown: list[Tensor] = []
-    hook = model.lm_head.register_forward_hook(lambda _, __, output: outputs.append(output))
+    hook = model.lm_head.register_forward_hook(lambda _, __, output: outputs.append(output.clone()))
     network = model.model.register_forward_pre_hook(
         lambda _, __, kwargs: shown.append(kwargs["input_ids"].view(2, -1)), with_kwargs=True
     )

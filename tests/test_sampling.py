@@ -11,7 +11,7 @@ import torch
 from tiny import chi_square_p
 from torch import Tensor
 
-from unmask.generation.sampling import keep_top_p, sample, suppress, uniforms
+from unmask.generation.sampling import keep_top_p, sample, suppress_, uniforms
 
 VOCAB = 6
 LOGITS = torch.tensor([1.5, 0.0, -1.0, 0.5, -3.0, 1.0], dtype=torch.float64)
@@ -44,7 +44,7 @@ def test_draws_of_other_steps_positions_and_seeds_are_independent(other: dict[st
 
 def test_the_ends_of_the_distribution_are_reached_and_nothing_beyond() -> None:
     """u = 0 takes the first token of any probability, the largest u below 1 the last."""
-    logits = suppress(LOGITS[None], torch.tensor([0, 5])).expand(2, -1)
+    logits = suppress_(LOGITS[None].clone(), torch.tensor([0, 5])).expand(2, -1)
     token = sample(logits, torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)).token
     assert token.tolist() == [1, 4]
 
@@ -99,7 +99,7 @@ def test_low_precision_logits_are_normalised_in_float32() -> None:
 
 def test_suppressed_ids_have_probability_zero() -> None:
     original = LOGITS.expand(3, -1).clone()
-    logits = suppress(original, torch.tensor([0, 5, 9]))  # one beyond the vocabulary
+    logits = suppress_(original.clone(), torch.tensor([0, 5, 9]))  # one beyond the vocabulary
     assert torch.equal(original[0], LOGITS) and logits[0, [0, 5]].tolist() == [-torch.inf] * 2
     assert torch.equal(logits[:, 1:5], original[:, 1:5])
     p = torch.softmax(LOGITS[1:5], dim=0)  # what has no probability adds no entropy

@@ -27,7 +27,7 @@ from unmask.diffusion.rng import keyed_hash
 from unmask.errors import UnmaskError
 from unmask.generation.config import DiffusionGenerationConfig
 from unmask.generation.policy import REMASK, Decision, Proposal, share_steps
-from unmask.generation.sampling import Sampled, as_functions, sample, suppress, uniforms
+from unmask.generation.sampling import Sampled, as_functions, sample, suppress_, uniforms
 
 _LAST = torch.iinfo(torch.long).max
 
@@ -47,7 +47,8 @@ class DenoiserInput(NamedTuple):
 
 
 Denoiser = Callable[[DenoiserInput], Iterable[Tensor]]
-"""-> aligned logits of the M positions of `needs_logits`, in row-major order, in chunks (m, V)."""
+"""-> aligned logits of the M positions of `needs_logits`, in row-major order, in chunks (m, V) that the engine
+may change."""
 
 
 @dataclass
@@ -142,6 +143,7 @@ class Engine:
         self.ids, self.is_token, self.canvas = ids.clone(), is_token, canvas
         self.model_block, self.cached = block, cached
         self.policy, self.remasks = config.make_policy(), config.policy_name in REMASK
+        self.with_margin = callable(config.policy) or config.policy_name == "topk_margin"
         self.drafts = False  # whether what is committed may be masked again while its block is not complete
         batch, device = len(ids), ids.device
         self.canvas_index = (canvas.long().cumsum(dim=1) - 1).clamp(min=0)
@@ -383,22 +385,18 @@ class Engine:
             rows, columns, start = inputs.slots[row[part]], column[part], part.stop
             if unconditional:
                 logits = logits + config.guidance_scale * (logits - unconditional[0])
-            logits = suppress(logits, self.forbidden)
+            suppress_(logits, self.forbidden)
             early = self.canvas_index[rows, columns] < config.min_new_tokens
             if early.any():
-                logits[early] = suppress(logits[early], self.eos)
+                logits[early] = suppress_(logits[early], self.eos)
             raw = None
             if self.processors:
                 raw, logits = logits, self.processors(self.ids[rows], logits.clone())
-            if not logits.amax(dim=-1).isfinite().all():
-                raise UnmaskError(
-                    "the model's logits, or those that logits_processor returned, are NaN or infinite, or allow"
-                    " no token; check the weights and their dtype."
-                )
             uniform = None
             if config.temperature > 0:
                 uniform = uniforms(self.seed[rows], self.positions[rows, columns], self.num_forwards[rows])
-            chunks.append(sample(logits, uniform, config.temperature or 1.0, config.top_k, config.top_p, raw))
+            drawn = (uniform, config.temperature or 1.0, config.top_k, config.top_p, raw)
+            chunks.append(sample(logits, *drawn, with_margin=self.with_margin))
         return Sampled(*(torch.cat(field) for field in zip(*chunks, strict=True)))
 
     def _apply_criteria(self, final: Bool[Tensor, "B L"]) -> None:

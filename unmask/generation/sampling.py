@@ -14,6 +14,9 @@ from torch import Tensor
 from unmask.diffusion.rng import STREAM_SAMPLE, keyed_double
 from unmask.errors import UnmaskError
 
+_CACHED = 2**19  # logits that are worked on together: 2 MiB
+_LEAST = -1e30  # in the place of minus infinity, times 0
+
 
 class Sampled(NamedTuple):
     """A token for each position, with the model's own figures: before temperature and filters."""
@@ -31,6 +34,8 @@ def sample(
     top_k: int | None = None,
     top_p: float | None = None,
     raw: Float[Tensor, "M V"] | None = None,
+    *,
+    with_margin: bool = True,
 ) -> Sampled:
     """Choose a token for each position.
 
@@ -39,27 +44,46 @@ def sample(
 
     Args:
         raw: the model's own logits if `logits` are changed ones; the source of all but the token.
+        with_margin: whether the margin is asked for, which takes another pass over the logits; 0 otherwise.
+
+    Raises:
+        UnmaskError: logits that are NaN or infinite, or allow no token.
     """
-    raw = logits if raw is None else raw
-    log_p = torch.log_softmax(raw.to(torch.promote_types(raw.dtype, torch.float32)), dim=-1)
-    if uniform is None:
-        token = (log_p if raw is logits else logits).argmax(dim=-1)
-    else:
-        logits = logits.to(log_p.dtype) / temperature
+    changed = raw is not None
+    own = logits if raw is None else raw
+    own = own.to(torch.promote_types(own.dtype, torch.float32))
+    best, token = own.max(dim=-1)
+    likeliest, allowed = token, best
+    if uniform is not None:
+        logits = logits.to(own.dtype) / temperature
         if top_k is not None:
             logits = keep_top_k(logits, top_k)
         if top_p is not None:
             logits = keep_top_p(logits, top_p)
         cumulative = torch.softmax(logits, dim=-1).double().cumsum(dim=-1)
         token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    best = log_p.topk(2, dim=-1).values.exp()
-    p = log_p.exp()
-    return Sampled(
-        token,
-        p.gather(-1, token[:, None])[:, 0],
-        best[:, 0] - best[:, 1],
-        -torch.where(p > 0, p * log_p, 0.0).sum(dim=-1),
-    )
+        allowed = logits.amax(dim=-1) if changed else best
+    elif changed:
+        allowed, token = logits.max(dim=-1)
+    if not (allowed.isfinite() & best.isfinite()).all():
+        raise UnmaskError(
+            "the model's logits, or those that logits_processor returned, are NaN or infinite, or allow no token;"
+            " check the weights and their dtype."
+        )
+    # In rows that stay in a core's cache, so that memory is read once and not by each operation.
+    rows = len(own) if own.is_cuda else max(1, _CACHED // own.shape[-1])
+    figures = []
+    for part in torch.arange(len(own), device=own.device).split(max(1, rows)):
+        below = (own[part] - best[part, None]).clamp_(min=_LEAST)  # of ids that are not allowed too: p = 0
+        p = below.exp()
+        total = p.sum(dim=-1)
+        margin = torch.zeros_like(total)
+        if with_margin:
+            margin = (1.0 - p.scatter(1, likeliest[part, None], 0.0).amax(dim=-1)) / total
+        figures.append((total, margin, total.log() - p.mul_(below).sum(dim=-1) / total))
+    total, margin, entropy = (torch.cat(figure) for figure in zip(*figures, strict=True))
+    confidence = (own.gather(-1, token[:, None])[:, 0] - best).exp() / total
+    return Sampled(token, confidence, margin, entropy)
 
 
 def uniforms(
@@ -69,9 +93,9 @@ def uniforms(
     return keyed_double(seed, STREAM_SAMPLE, position, step)
 
 
-def suppress(logits: Float[Tensor, "*rows V"], ids: Int[Tensor, "K"]) -> Float[Tensor, "*rows V"]:
-    """Give the listed ids probability 0; those beyond the vocabulary are ignored."""
-    return logits.index_fill(-1, ids[ids < logits.shape[-1]], -torch.inf)
+def suppress_(logits: Float[Tensor, "*rows V"], ids: Int[Tensor, "K"]) -> Float[Tensor, "*rows V"]:
+    """Give the listed ids probability 0, in place; those beyond the vocabulary are ignored."""
+    return logits.index_fill_(-1, ids[ids < logits.shape[-1]], -torch.inf)
 
 
 def keep_top_k(logits: Float[Tensor, "M V"], k: int) -> Float[Tensor, "M V"]:
