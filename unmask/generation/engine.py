@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -391,7 +391,8 @@ class Engine:
                 logits[early] = suppress_(logits[early], self.eos)
             raw = None
             if self.processors:
-                raw, logits = logits, self.processors(self.ids[rows], logits.clone())
+                ids: Any = self.ids[rows]
+                raw, logits = logits, self.processors(ids, cast(Any, logits.clone()))
             uniform = None
             if config.temperature > 0:
                 uniform = uniforms(self.seed[rows], self.positions[rows, columns], self.num_forwards[rows])
