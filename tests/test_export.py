@@ -45,6 +45,20 @@ def test_load_export_load_gives_equal_weights(name: str, tied: bool, tmp_path: P
         ({}, "sdar", "block_causal"),
         ({"attention": "block_causal", "block_length": 4}, "sdar", "block_anchor=document"),
         ({"logit_shift": True}, "a2d", "shifted"),
+        ({"attention": "block_causal", "block_length": 4}, "a2d", "4 tokens from the response"),
+        (
+            {"attention": "block_causal", "block_length": 32, "block_anchor": "prompt_end"},
+            "a2d",
+            "put bd3lm into it",
+        ),
+        ({"family": "mistral", "sliding_window": 3}, "hub", "sliding_window"),
+        (
+            {"layer_types": ["sliding_attention"] * 2, "use_sliding_window": True, "sliding_window": 3},
+            "a2d",
+            "sliding_window",
+        ),
+        ({"family": "llama", "head_dim": 6}, "llada", "dimensions"),
+        ({"family": "llama", "hidden_act": "gelu"}, "llada", "silu"),
         ({}, "gguf", "unknown format"),
     ],
 )
@@ -56,6 +70,8 @@ def test_a_model_that_does_not_fit_is_refused(
         export(str(tmp_path / "model"), tmp_path / "out", name)
     assert not (tmp_path / "out").exists()
 
+
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 
 # `unmask` cannot be imported there.
 PLAIN = """
@@ -80,6 +96,7 @@ torch.save((logits, written), file)
     [
         ("qwen3", {"logit_shift": True}),
         ("llama", {}),
+        ("qwen3_moe", {"logit_shift": True, **MOE}),
         ("qwen2", {"attention": "block_causal", "block_length": 4, "logit_shift": True}),
         ("qwen3", {"attention": "block_causal", "block_length": 4, "block_anchor": "document"}),
         ("qwen3", {"attention": "block_causal", "block_length": 4, "block_anchor": "prompt_end"}),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from foreign import BY_NAME, foreign_folder, plain_logits, random_weights
-from tiny import RUN_MODEL, run_cli, run_recipe
+from tiny import RUN_MODEL, byte_tokenizer_without_mask, run_cli, run_recipe
 
 from unmask.data.dataset import run_tokenizer
 from unmask.data.tokenizer import load_tokenizer
@@ -136,6 +136,10 @@ def test_a_model_in_the_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("sdar", {"mask_token_id": 12}, "mask_token_id"),
         ("sdar", {"model_type": "llada2_moe"}, "llada2_moe"),
         ("sdar", {"block_size": 0}, "block_length"),
+        ("llada", {"clip_qkv": 1.0}, "clip_qkv"),
+        ("llada", {"n_layers": 1}, "no weight model.transformer.blocks.1"),
+        ("sdar", {"num_hidden_layers": 1}, "no weight model.layers.1"),
+        ("sdar", {"architectures": "Other"}, "Other says"),
         ("dream", {"quantization_config": {"bits": 4}}, "quantised"),
     ],
 )
@@ -159,3 +163,52 @@ def test_a_gguf_file_is_refused_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(UnmaskError, match="gguf_file"):
         convert(str(tmp_path / "model.gguf"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["sdar", "llada"])
+def test_a_damaged_file_is_named(name: str, tmp_path: Path) -> None:
+    folder = foreign_folder(tmp_path / "model", BY_NAME[name])
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    said = run_cli("doctor", folder)
+    assert said.code == 2 and "model.safetensors" in said.err and "damaged" in said.err
+
+
+def test_other_weights_next_to_a_model_are_not_its_own(tmp_path: Path) -> None:
+    folder = foreign_folder(tmp_path / "model", BY_NAME["llada"])
+    shutil.copy(folder / "model.safetensors", tmp_path / "copy")
+    foreign_folder(folder, BY_NAME["llada"], tied=True)
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    shutil.copy(tmp_path / "copy", folder / "model.safetensors")
+    assert load_model(str(folder)).config.tie_word_embeddings is False
+
+
+def test_a_mask_token_without_a_row_is_refused(tmp_path: Path) -> None:
+    folder = foreign_folder(tmp_path / "model", BY_NAME["a2d-qwen3"])
+    tokenizer = byte_tokenizer_without_mask()
+    tokenizer.add_tokens([f"<{i}>" for i in range(20)])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UnmaskError, match="279 has no row"):
+        load_model(str(folder))
+
+
+def test_without_an_end_token_those_of_the_format(tmp_path: Path) -> None:
+    folder = foreign_folder(tmp_path / "model", BY_NAME["sdar"])
+    file = folder / "tokenizer_config.json"
+    file.write_text(file.read_text().replace('"eos_token"', '"other"'))
+    model: Any = load_model(str(folder))
+    assert model.generation_config.eos_token_ids == [258, 256]
+
+
+def test_the_name_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(foreign_folder(tmp_path / "a-bd3lm", BY_NAME["a2d-qwen3"]))
+    assert load_model(".").config.attention == "block_causal"
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [("coda", ("--temperature", "0")), ("fast-dllm-v2", ("--policy", "entropy"))]
+)
+def test_options_override_published_settings(name: str, option: tuple[str, str], tmp_path: Path) -> None:
+    folder = foreign_folder(tmp_path / "model", BY_NAME[name])
+    said = run_cli("generate", folder, "--prompt", "Hi", "--max-new-tokens", "8", *option)
+    assert said.code == 0, said.err

@@ -133,6 +133,7 @@ _LLADA = Format(
         "alibi": False,
         "attention_layer_norm": False,
         "input_emb_norm": False,
+        "clip_qkv": None,
         "scale_logits": False,
         "attention_dropout": 0.0,
         "residual_dropout": 0.0,
@@ -216,10 +217,11 @@ def find_format(values: Mapping[str, Any], name: str) -> Format | None:
         UnmaskError: a diffusion model that cannot be opened here, with the reason.
     """
     model_type, architectures = values.get("model_type"), values.get("architectures") or []
-    if model_type in REFUSED:
+    if isinstance(model_type, str) and model_type in REFUSED:
         raise UnmaskError(f"{name}: {model_type} is not supported: {REFUSED[model_type]}.")
     for one in FORMATS:
         if one.model_type == model_type:
+            architectures = [architectures] if isinstance(architectures, str) else architectures
             if architectures and not set(architectures) & set(one.architectures):
                 raise UnmaskError(
                     f"{name}: {', '.join(architectures)} says model_type {model_type!r}, but is another model than"
@@ -267,7 +269,7 @@ def native_values(values: Mapping[str, Any], format: Format, name: str) -> tuple
             length = format.block_length
             assumed.append(f"blocks of {length} tokens")
         fields = {"attention": "block_causal", "block_length": length, "block_anchor": "document"}
-    elif format.name == "a2d" and "bd3lm" in Path(name).name.lower():
+    elif format.name == "a2d" and "bd3lm" in Path(name).absolute().name.lower():  # of "." that of the folder
         fields = dict(_A2D_BLOCKS)
         assumed.append("block-causal attention, blocks of 32 tokens, by its name")
     elif format.name == "a2d":
@@ -320,6 +322,7 @@ _EXPORTED = (
     "head_dim",
     "hidden_act",
     "attention_bias",
+    "mlp_bias",
     "attention_dropout",
     "initializer_range",
     "tie_word_embeddings",
@@ -348,6 +351,8 @@ def foreign_format(name: str, config: Mapping[str, Any]) -> Format:
     shifted = {True: "shifted", False: "not shifted"}
     scaled = (config.get("rope_parameters") or {}).get("rope_type", "default") != "default"
     bias = config.get("attention_bias") or config.get("mlp_bias")
+    size = config["hidden_size"] // config["num_attention_heads"]
+    odd = config.get("head_dim") not in (None, size) or config.get("hidden_act") != "silu"
     for wrong, reason in (
         (family != format.family, f"it is a {family} decoder, theirs is {format.family}"),
         (
@@ -371,6 +376,15 @@ def foreign_format(name: str, config: Mapping[str, Any]) -> Format:
         (
             bool(format.keys) and (scaled or bias),
             "it has biases or a scaled rotary embedding, theirs has not",
+        ),
+        (
+            bool(format.keys) and odd,
+            f"its heads have other than {size} dimensions, or its activation is not silu",
+        ),
+        (
+            name == "a2d" and causal and any(config[key] != _A2D_BLOCKS[key] for key in _A2D_BLOCKS),
+            f"its blocks are of {config['block_length']} tokens from the {config['block_anchor']}, theirs of 32"
+            " from the prompt_end",
         ),
     ):
         if wrong:

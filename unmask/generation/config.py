@@ -122,8 +122,15 @@ class DiffusionGenerationConfig(GenerationConfig):
         Of transformers' own, `do_sample` sets the temperature: False to 0, True to 1 unless it is above 0.
         """
         settings = {k: v for k, v in settings.items() if k not in _NEUTRAL or v != _NEUTRAL[k]}
+        given = dict(settings)
         if (preset := settings.pop("preset", None)) is not None:
             settings = {**_preset(preset), **settings}
+        if given.get("temperature") == 0:  # what else was set for sampling goes with it
+            settings |= {name: None for name in ("top_k", "top_p") if name not in given}
+        if (policy := given.get("policy")) is not None:  # and what was set for another policy
+            settings |= {
+                name: None for name, (of, _) in _OF_POLICY.items() if name not in given and policy not in of
+            }
         sampled = settings.pop("do_sample", None)
         if sampled is False:
             settings |= {"temperature": 0.0, "top_k": None, "top_p": None}

@@ -25,12 +25,12 @@ from unmask.data.tokenizer import (
     load_tokenizer,
 )
 from unmask.errors import UnmaskError, UnmaskNote
-from unmask.formats import FORMATS, PREFIX, TOKEN_IDS
+from unmask.formats import FORMATS, PREFIX, TOKEN_IDS, stored_name
 from unmask.generation.config import PRESETS, DiffusionGenerationConfig
 from unmask.io import atomic_dir
 from unmask.model.config import FIELDS, describe_attention
 from unmask.model.denoiser import MODEL_CLASSES
-from unmask.model.foreign import Foreign, find_foreign, renamed_weights
+from unmask.model.foreign import Foreign, find_foreign, renamed_weights, weight_files
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SUPPORTED = tuple(name.removeprefix(PREFIX) for name in MODEL_CLASSES)
@@ -154,6 +154,10 @@ def load_model(
             f"{name}: the checkpoint is incomplete: {len(missing)} weights are missing, first {missing[0]}."
         )
     if foreign is not None:
+        known = {stored_name(weight, foreign.format) for weight in model.state_dict()}
+        extra = sorted(weight_files(foreign.folder).keys() - known)
+        if extra := [key for key in extra if "rotary_emb" not in key]:
+            raise UnmaskError(f"{name}: by its config.json the model has no weight {extra[0]}; correct it.")
         _finish_foreign(model, foreign)
     return model
 
@@ -165,6 +169,11 @@ def _finish_foreign(model: Any, foreign: Foreign) -> None:
     mask_token_id = config.mask_token_id
     if has_tokenizer(foreign.folder):
         tokenizer = load_tokenizer(str(foreign.folder))
+        if tokenizer.mask_token_id >= config.vocab_size:
+            raise UnmaskError(
+                f"{foreign.folder}: the mask token {tokenizer.mask_token} = {tokenizer.mask_token_id} has no row in"
+                f" the embedding of {config.vocab_size}: is the tokenizer that of the model?"
+            )
         fit_to_tokenizer(model, tokenizer)
         if config.mask_token_id != mask_token_id:
             raise UnmaskError(
@@ -173,7 +182,8 @@ def _finish_foreign(model: Any, foreign: Foreign) -> None:
             )
         known = tokenizer.get_vocab()
         ends = [known[token] for token in foreign.format.end_tokens if token in known]
-        model.generation_config.eos_token_id = list(dict.fromkeys([config.eos_token_id, *ends]))
+        own = [] if config.eos_token_id is None else [config.eos_token_id]
+        model.generation_config.eos_token_id = list(dict.fromkeys([*own, *ends]))
     else:
         notes = [*notes, "special tokens as in config.json, without a tokenizer"]
     preset = PRESETS[foreign.format.preset]  # but for the canvas, which depends on the task

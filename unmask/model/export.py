@@ -52,6 +52,13 @@ def export(model: str, out: str | Path, format: str, *, push: str | None = None)
         raise UnmaskError(f"{model}: LoRA adapters; merge them first with `unmask merge {model} OUT`.")
     tokenizer = load_tokenizer(model)
     found = None if format == "hub" else foreign_format(format, network.config.to_dict())
+    window, types = (getattr(network.config, name, None) for name in ("sliding_window", "layer_types"))
+    slides = window is not None and (not types or "sliding_attention" in types)
+    if slides and window < network.config.max_position_embeddings:
+        raise UnmaskError(f"{model}: its layers see {window} tokens (sliding_window), which no format has.")
+    causal, name = network.config.attention == "block_causal", Path(out).name
+    if format == "a2d" and causal and "bd3lm" not in name.lower():
+        raise UnmaskError(f"{out}: only its name says that a Tiny-A2D model has blocks: put bd3lm into it.")
     with atomic_dir(out) as aside:
         if found is None:
             notes = _write_hub(network, tokenizer, aside)

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from unmask.data.hub import load_named, model_folder
+from unmask.data.hub import first_line, load_named, model_folder
 from unmask.data.tokenizer import has_tokenizer, load_tokenizer
+from unmask.errors import UnmaskError
 from unmask.formats import Format, find_format, native_values, stored_name
 
 
@@ -59,9 +60,16 @@ def find_foreign(name: str, values: dict[str, Any]) -> Foreign | None:
 def weight_files(folder: Path) -> dict[str, Path]:
     """The file that each weight of a folder is in."""
     files: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            files.update(dict.fromkeys(opened.keys(), file))
+    whole = folder / "model.safetensors"  # whatever lies next to it
+    parts = sorted(folder.glob("model-*.safetensors")) or sorted(folder.glob("*.safetensors"))
+    for file in [whole] if whole.exists() else parts:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                files.update(dict.fromkeys(opened.keys(), file))
+        except SafetensorError as error:
+            raise UnmaskError(
+                f"{file}: {first_line(error)}; the file is damaged or incomplete, copy it again."
+            ) from error
     return files
 
 

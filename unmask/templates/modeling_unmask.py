@@ -9,11 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.modeling_outputs import CausalLMOutput
 
 
 class MaskedDiffusionConfig(Qwen3Config):
     model_type = "unmask_qwen3"
+
+
+# How stock weights are stored otherwise than they are computed with: experts one by one.
+stored = get_checkpoint_conversion_mapping(MaskedDiffusionConfig.model_type.removeprefix("unmask_"))
+if stored is not None:
+    register_checkpoint_conversion_mapping(MaskedDiffusionConfig.model_type, stored, overwrite=True)
 
 
 class MaskedDiffusionForCausalLM(Qwen3ForCausalLM):
