@@ -16,6 +16,7 @@ from unmask.data.dataset import run_tokenizer
 from unmask.data.tokenizer import load_tokenizer
 from unmask.errors import UnmaskError, UnmaskNote
 from unmask.model.checkpoint import convert, load_model, read_config
+from unmask.training.build import build_model
 from unmask.training.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore::unmask.errors.UnmaskNote")
@@ -212,3 +213,16 @@ def test_options_override_published_settings(name: str, option: tuple[str, str],
     folder = foreign_folder(tmp_path / "model", BY_NAME[name])
     said = run_cli("generate", folder, "--prompt", "Hi", "--max-new-tokens", "8", *option)
     assert said.code == 0, said.err
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["foreign", "native"])
+def test_without_weights_the_same_generation_defaults(native: bool, tmp_path: Path) -> None:
+    folder = foreign_folder(tmp_path / "model", BY_NAME["fast-dllm-v2"])
+    if native:
+        convert(str(folder), tmp_path / "ours")
+        folder = tmp_path / "ours"
+    made = []
+    for changes in ({}, {"distributed__type": "fsdp"}):
+        recipe = run_recipe(tmp_path, model={"name_or_path": str(folder)}, **changes)
+        made.append(build_model(recipe, run_tokenizer(recipe)).generation_config.to_dict())
+    assert made[0]["sub_block_length"] == 8 and made[0] == made[1]

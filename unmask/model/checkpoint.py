@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from unmask.data.hub import first_line, load_named
 from unmask.data.tokenizer import (
@@ -186,12 +186,26 @@ def _finish_foreign(model: Any, foreign: Foreign) -> None:
         model.generation_config.eos_token_id = list(dict.fromkeys([*own, *ends]))
     else:
         notes = [*notes, "special tokens as in config.json, without a tokenizer"]
-    preset = PRESETS[foreign.format.preset]  # but for the canvas, which depends on the task
-    model.generation_config.set(**{name: preset[name] for name in preset if name != "max_new_tokens"})
+    model.generation_config.set(**_published(foreign))
     suffix = f"; assumed: {', '.join(notes)}" if notes else ""
     described = f"{config.model_type.removeprefix(PREFIX)} decoder, {describe_attention(config)}"
     message = f"{foreign.folder}: opened as {foreign.format.title}: {described}{suffix}."
     warnings.warn(message, UnmaskNote, stacklevel=3)
+
+
+def _published(foreign: Foreign) -> dict[str, Any]:
+    """Settings of a system, but for the canvas, which depends on the task."""
+    return {k: v for k, v in PRESETS[foreign.format.preset].items() if k != "max_new_tokens"}
+
+
+def set_generation_defaults(model: Any, name: str) -> None:
+    """Give a model without its weights the generation defaults that `load_model` gives."""
+    foreign = _read_checkpoint(name)[1]
+    if foreign is not None:
+        model.generation_config.set(**_published(foreign))
+    elif (file := Path(name).expanduser() / "generation_config.json").exists():
+        stock = GenerationConfig.from_pretrained(file.parent)
+        model.generation_config = DiffusionGenerationConfig.from_generic(stock)
 
 
 def convert(base: str, out: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -25,6 +25,7 @@ from unmask.model.checkpoint import (
     is_diffusion,
     load_model,
     read_config,
+    set_generation_defaults,
 )
 from unmask.model.config import diffusion_values
 from unmask.model.denoiser import MODEL_CLASSES
@@ -70,6 +71,8 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, encoder: Any
         # Of a checkpoint without its weights, of which each process later reads its own part (`load_shards`).
         model = empty_model(recipe, "cpu" if settings.name_or_path is None else "meta", tokenizer).to(dtype)
         model.set_attn_implementation(settings.attn_implementation)
+        if settings.name_or_path is not None:
+            set_generation_defaults(model, settings.name_or_path)
     else:
         model: Any = load_model(
             settings.name_or_path, dtype=dtype, convert_base=True, **kernel, **config_overrides(recipe)
