@@ -11,7 +11,7 @@ import torch
 from tiny import chi_square_p
 from torch import Tensor
 
-from unmask.generation.sampling import keep_top_p, sample, suppress_, uniforms
+from unmask.generation.sampling import invert, keep_top_p, sample, suppress_, uniforms
 
 VOCAB = 6
 LOGITS = torch.tensor([1.5, 0.0, -1.0, 0.5, -3.0, 1.0], dtype=torch.float64)
@@ -104,3 +104,34 @@ def test_suppressed_ids_have_probability_zero() -> None:
     assert torch.equal(logits[:, 1:5], original[:, 1:5])
     p = torch.softmax(LOGITS[1:5], dim=0)  # what has no probability adds no entropy
     assert sample(logits).entropy[0].item() == pytest.approx(-(p * p.log()).sum().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [5, 64, 700, 3000])
+def test_drawing_by_groups_is_the_inverse_of_the_distribution_function(size: int) -> None:
+    make = torch.Generator().manual_seed(size)
+    weight = torch.rand(40, size, generator=make, dtype=torch.float64).masked_fill(
+        torch.rand(40, size, generator=make) < 0.5, 0.0
+    )
+    weight[:, size // 2] = 1.0
+    uniform = torch.rand(40, generator=make, dtype=torch.float64)
+    uniform[:2] = torch.tensor([0.0, 1 - 2.0**-53])
+    for row, (weights, u) in enumerate(zip(weight, uniform, strict=True)):
+        until = weights.cumsum(dim=0)
+        expected = int((until <= u * until[-1]).sum())
+        expected = min(expected, int(weights.nonzero()[-1]))
+        assert invert(weight, uniform)[row] == expected
+
+
+@pytest.mark.parametrize("values", [3, 10_000])
+def test_top_p_of_a_large_vocabulary_with_equal_logits(values: int) -> None:
+    """Against sorting all of it: of equal logits those of the lower ids are kept, in any batch."""
+    logits = torch.randint(0, values, (6, 4000), generator=torch.Generator().manual_seed(1)).double() / values
+    logits[3] *= 40
+    for p in (0.05, 0.5, 0.99):
+        ordered, index = logits.sort(dim=-1, descending=True, stable=True)
+        probability = torch.softmax(ordered, dim=-1)
+        before = probability.cumsum(dim=-1) - probability
+        expected = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, index, before < p)
+        kept = keep_top_p(logits, p) > -torch.inf
+        assert torch.equal(kept, expected)
+        assert torch.equal(keep_top_p(logits[3:4], p)[0] > -torch.inf, kept[3])

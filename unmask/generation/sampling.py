@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from unmask.diffusion.rng import STREAM_SAMPLE, keyed_double
 from unmask.errors import UnmaskError
 
 _CACHED = 2**19  # logits that are worked on together: 2 MiB
+_GROUP = 64  # ids
 _LEAST = -1e30  # in the place of minus infinity, times 0
 
 
@@ -60,9 +62,8 @@ def sample(
             logits = keep_top_k(logits, top_k)
         if top_p is not None:
             logits = keep_top_p(logits, top_p)
-        cumulative = torch.softmax(logits, dim=-1).double().cumsum(dim=-1)
-        token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
-        allowed = logits.amax(dim=-1) if changed else best
+        allowed = logits.amax(dim=-1)
+        token = invert((logits - allowed[:, None]).exp_(), uniform)
     elif changed:
         allowed, token = logits.max(dim=-1)
     if not (allowed.isfinite() & best.isfinite()).all():
@@ -86,6 +87,28 @@ def sample(
     return Sampled(token, confidence, margin, entropy)
 
 
+def invert(weight: Float[Tensor, "M V"], uniform: Float[Tensor, "M"]) -> Int[Tensor, "M"]:
+    """Draw an id in proportion to its weight, by inverting the distribution function in float64.
+
+    First a group of ids, by the sums of groups, then an id of the group.
+    """
+    groups = F.pad(weight, (0, -weight.shape[-1] % _GROUP)).unflatten(-1, (-1, _GROUP))
+    sums = groups.sum(dim=-1).double()
+    until = sums.cumsum(dim=-1)
+    target = uniform[:, None] * until[:, -1:]
+    group = _first_above(until, target, sums)
+    inside = groups.gather(1, group[..., None].expand(-1, -1, _GROUP))[:, 0].double()
+    target = target - (until - sums).gather(1, group)
+    return (group * _GROUP + _first_above(inside.cumsum(dim=-1), target, inside))[:, 0]
+
+
+def _first_above(until: Tensor, target: Float[Tensor, "M 1"], weight: Tensor) -> Int[Tensor, "M 1"]:
+    """The first place where the sum is above the target, or the last with a weight if rounding leaves none."""
+    places = torch.arange(weight.shape[-1], device=weight.device)
+    last = torch.where(weight > 0, places, 0).amax(dim=-1, keepdim=True)
+    return torch.searchsorted(until, target, right=True).minimum(last)
+
+
 def uniforms(
     seed: Int[Tensor, "M"], position: Int[Tensor, "M"], step: Int[Tensor, "M"] | int
 ) -> Float[Tensor, "M"]:
@@ -107,11 +130,23 @@ def keep_top_k(logits: Float[Tensor, "M V"], k: int) -> Float[Tensor, "M V"]:
 
 def keep_top_p(logits: Float[Tensor, "M V"], p: float) -> Float[Tensor, "M V"]:
     """Keep the fewest most likely tokens whose probabilities reach p (Holtzman et al., arXiv:1904.09751)."""
-    ordered, index = logits.sort(dim=-1, descending=True, stable=True)
-    probability = torch.softmax(ordered, dim=-1)
-    before = probability.cumsum(dim=-1) - probability
-    keep = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, index, before < p)
-    return logits.masked_fill(~keep, -torch.inf)
+    size, normaliser = 512, logits.logsumexp(dim=-1, keepdim=True)
+    while True:  # the most likely tokens alone are sorted, as many as are needed
+        size = min(2 * size, logits.shape[-1])
+        top = logits.topk(size, dim=-1).values
+        probability = (top - normaliser).exp()
+        before = probability.cumsum(dim=-1) - probability
+        if size == logits.shape[-1] or (before[:, -1] >= p).all():
+            break
+    count = (before < p).sum(dim=-1, keepdim=True)
+    least = top.gather(-1, count - 1)
+    keep = logits >= least
+    if (keep.count_nonzero(dim=-1)[:, None] > count).any():  # of equal logits those of the lower ids
+        above = logits > least
+        room = count - above.count_nonzero(dim=-1)[:, None]
+        equal = keep & ~above
+        keep = above | (equal & (equal.cumsum(dim=-1) <= room))
+    return torch.where(keep, logits, -torch.inf)
 
 
 def as_functions(setting: str, functions: Any) -> list[Any]:
