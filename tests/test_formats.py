@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -226,3 +227,20 @@ def test_without_weights_the_same_generation_defaults(native: bool, tmp_path: Pa
         recipe = run_recipe(tmp_path, model={"name_or_path": str(folder)}, **changes)
         made.append(build_model(recipe, run_tokenizer(recipe)).generation_config.to_dict())
     assert made[0]["sub_block_length"] == 8 and made[0] == made[1]
+
+
+def test_the_config_names_the_mask_token_and_the_ends(tmp_path: Path) -> None:
+    folder = foreign_folder(tmp_path / "model", BY_NAME["sdar"], mask_token_id=257, eos_token_id=[258, 65])
+    model: Any = load_model(str(folder))
+    assert load_tokenizer(str(folder)).mask_token_id == model.config.mask_token_id == 257
+    assert model.generation_config.eos_token_ids == [258, 65, 256]
+
+
+def test_a_tokenizer_without_its_added_tokens_is_refused(tmp_path: Path) -> None:
+    folder = foreign_folder(tmp_path / "model", BY_NAME["dream"])
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    (folder / "vocab.json").write_text(json.dumps({"a": 0}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(UnmaskError, match=r"tokenizer_config\.json"):
+        load_tokenizer(str(folder))

@@ -156,3 +156,10 @@ def test_a_preset_replaces_what_the_checkpoint_decodes_with(name: str) -> None:
 def test_what_does_not_fit_is_refused(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(UnmaskError, match=named):
         DiffusionGenerationConfig(**settings)
+
+
+@pytest.mark.parametrize("policy", ["random", "origin", "remdm_cap", "entropy"])
+def test_a_policy_overrides_what_a_preset_set_for_another(policy: str) -> None:
+    for preset in PRESETS:
+        config = DiffusionGenerationConfig(preset=preset, policy=policy, max_new_tokens=8)
+        assert config.policy_name == policy

@@ -123,7 +123,7 @@ def generate(
         print(prefix + completion.text)
 
 
-@decoding_options("max_new_tokens", "steps", "policy", "threshold", "temperature", "top_p", "seed")
+@decoding_options("preset", "max_new_tokens", "steps", "policy", "threshold", "temperature", "top_p", "seed")
 def chat(model: Model, system: System = None, *, decoding: dict[str, Any]) -> None:
     """Chat with a model; on a terminal the masks are shown as they become tokens.
 
@@ -140,7 +140,7 @@ def chat(model: Model, system: System = None, *, decoding: dict[str, Any]) -> No
     run(denoiser, tokenizer, ask=ask, console=Console(), system=system, **decoding)
 
 
-@decoding_options("steps", "policy", "threshold", "temperature", "top_p", "seed")
+@decoding_options("preset", "steps", "policy", "threshold", "temperature", "top_p", "seed")
 def infill(
     model: Model,
     text: Annotated[str | None, Option(help=f"With gaps: [\\[gap:5]], or [\\[gap:2-8]]; {STDIN}.")] = None,

@@ -125,6 +125,7 @@ _LLADA = Format(
     },
     fixed={
         "include_bias": False,
+        "multi_query_attention": False,
         "include_qkv_bias": False,
         "activation_type": "silu",
         "block_type": "llama",
@@ -242,7 +243,7 @@ def native_values(values: Mapping[str, Any], format: Format, name: str) -> tuple
         UnmaskError: a required fact is missing, or the config asks for what the stock decoder does not compute.
     """
     for key, wanted in format.fixed.items():
-        if values.get(key, wanted) != wanted:
+        if values.get(key) not in (None, wanted):
             raise UnmaskError(
                 f"{name}: config.json says {key} = {values[key]!r}; a {format.title} checkpoint is supported with"
                 f" {wanted!r} alone."

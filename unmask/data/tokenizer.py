@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -76,13 +77,19 @@ def _load(source: str) -> PreTrainedTokenizerBase:
     with suppress(OSError):  # on the hub a tokenizer need not have a model next to it
         folder = model_folder(source)
         format = read_format(folder)
+    if format is not None and not has_tokenizer(folder):
+        raise ValueError("it needs tokenizer.json, or tokenizer_config.json next to vocab.json")
     where = source if format is None else str(folder)
     tokenizer = _tokenizer_class(folder, format).from_pretrained(where, trust_remote_code=False)
     # Of a Qwen checkpoint without tokenizer files transformers makes a tokenizer that knows no text.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ValueError("its vocabulary is empty")
-    if format is not None and tokenizer.mask_token is None:
-        tokenizer.add_special_tokens({"mask_token": format.mask_token})
+    if (
+        format is not None and tokenizer.mask_token is None
+    ):  # the config decides, if a special token has its id
+        stated = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("mask_token_id")
+        known = tokenizer.added_tokens_decoder.get(stated)
+        tokenizer.add_special_tokens({"mask_token": format.mask_token if known is None else str(known)})
     return tokenizer
 
 

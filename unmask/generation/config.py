@@ -47,6 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast-dllm-v2": {"threshold": 0.9, "sub_block_length": 8, "first_token_alone": True},
     "a2d": {"max_new_tokens": 256},
 }
+_ORDERED = ("left_to_right", "random")  # policies that do not ask for the model's confidence
 # What a preset leaves as it is: the tokens of the model, and how results are returned.
 _NOT_OF_PRESETS = ("seed", "use_cache", "return_trace", "return_dict_in_generate")
 # What a stock config may say without an effect here: it says that something is not to be done.
@@ -71,7 +72,8 @@ class DiffusionGenerationConfig(GenerationConfig):
     # "fixed" = a bidirectional model sees all masks of the canvas from the start; "growing" = those up to the
     # end of the current block, so that the canvas grows until an end token is written.
     canvas: Literal["fixed", "growing"] = "fixed"
-    # Within a block, so many positions are completed one group after another, left to right (Fast-dLLM v2).
+    # Within a block, so many positions are completed one group after another, left to right (Fast-dLLM v2);
+    # each group takes a step at least, also beyond `steps`.
     sub_block_length: Positive | None = None
     # The first token of a block is committed alone before the others; not in a block that a prompt begins.
     first_token_alone: bool = False
@@ -131,6 +133,11 @@ class DiffusionGenerationConfig(GenerationConfig):
             settings |= {
                 name: None for name, (of, _) in _OF_POLICY.items() if name not in given and policy not in of
             }
+            if policy not in (*RANKED, *ADAPTIVE) or policy in _ORDERED:
+                fixed = {"defer_end": False}
+                if policy not in _ORDERED:
+                    fixed |= {"sub_block_length": None, "first_token_alone": False}
+                settings |= {name: value for name, value in fixed.items() if name not in given}
         sampled = settings.pop("do_sample", None)
         if sampled is False:
             settings |= {"temperature": 0.0, "top_k": None, "top_p": None}
@@ -170,7 +177,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         for name in ("sub_block_length", "first_token_alone", "defer_end"):
             if getattr(self, name) and self.policy_name in ("origin", *REMASK):
                 raise UnmaskError(f"{name} does not go with policy {self.policy_name!r}; remove one of them.")
-        if self.defer_end and self.policy_name in ("left_to_right", "random"):
+        if self.defer_end and self.policy_name in _ORDERED:
             raise UnmaskError(
                 f"defer_end has no effect with policy {self.policy_name!r}; remove one of them."
             )

@@ -166,7 +166,7 @@ def _finish_foreign(model: Any, foreign: Foreign) -> None:
     """Give a model of another system its special tokens and generation defaults; say what it was opened as."""
     config, notes = model.config, foreign.assumed
     model.generation_config = DiffusionGenerationConfig.from_model_config(config)
-    mask_token_id = config.mask_token_id
+    mask_token_id, stated = config.mask_token_id, config.eos_token_id
     if has_tokenizer(foreign.folder):
         tokenizer = load_tokenizer(str(foreign.folder))
         if tokenizer.mask_token_id >= config.vocab_size:
@@ -182,8 +182,9 @@ def _finish_foreign(model: Any, foreign: Foreign) -> None:
             )
         known = tokenizer.get_vocab()
         ends = [known[token] for token in foreign.format.end_tokens if token in known]
-        own = [] if config.eos_token_id is None else [config.eos_token_id]
-        model.generation_config.eos_token_id = list(dict.fromkeys([*own, *ends]))
+        own = [config.eos_token_id, *(stated if isinstance(stated, list) else [stated])]
+        ends = dict.fromkeys(end for end in (*own, *ends) if end is not None)
+        model.generation_config.eos_token_id = list(ends)
     else:
         notes = [*notes, "special tokens as in config.json, without a tokenizer"]
     model.generation_config.set(**_published(foreign))

@@ -89,7 +89,7 @@ class MaskedDiffusionForCausalLM(Qwen3ForCausalLM):
         """Fill a canvas of masks after each prompt; left padding, as the tokenizer makes it.
 
         Args:
-            steps: denoising steps over the whole canvas; one per token by default.
+            steps: denoising steps over the whole canvas, each of as many tokens, rounded up; one a token by default.
             temperature: 0 = the most likely token.
 
         Returns:
