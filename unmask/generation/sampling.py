@@ -74,13 +74,14 @@ def sample(
     # In rows that stay in a core's cache, so that memory is read once and not by each operation.
     rows = len(own) if own.is_cuda else max(1, _CACHED // own.shape[-1])
     figures = []
-    for part in torch.arange(len(own), device=own.device).split(max(1, rows)):
-        below = (own[part] - best[part, None]).clamp_(min=_LEAST)  # of ids that are not allowed too: p = 0
+    parts = (each.split(max(1, rows)) for each in (own, best, likeliest))
+    for part, top, first in zip(*parts, strict=True):
+        below = (part - top[:, None]).clamp_(min=_LEAST)  # of ids that are not allowed too: p = 0
         p = below.exp()
         total = p.sum(dim=-1)
         margin = torch.zeros_like(total)
         if with_margin:
-            margin = (1.0 - p.scatter(1, likeliest[part, None], 0.0).amax(dim=-1)) / total
+            margin = (1.0 - p.scatter(1, first[:, None], 0.0).amax(dim=-1)) / total
         figures.append((total, margin, total.log() - p.mul_(below).sum(dim=-1) / total))
     total, margin, entropy = (torch.cat(figure) for figure in zip(*figures, strict=True))
     confidence = (own.gather(-1, token[:, None])[:, 0] - best).exp() / total

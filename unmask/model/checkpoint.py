@@ -30,7 +30,7 @@ from unmask.generation.config import PRESETS, DiffusionGenerationConfig
 from unmask.io import atomic_dir
 from unmask.model.config import FIELDS, describe_attention
 from unmask.model.denoiser import MODEL_CLASSES
-from unmask.model.foreign import Foreign, find_foreign, renamed_weights, weight_files
+from unmask.model.foreign import Foreign, find_foreign, renamed_weights
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SUPPORTED = tuple(name.removeprefix(PREFIX) for name in MODEL_CLASSES)
@@ -113,7 +113,8 @@ def load_model(
             weights that are damaged or incomplete; adapters whose base is not there or has other weights.
     """
     values, foreign = _read_checkpoint(name)
-    settings: dict[str, Any] = {**overrides, "dtype": dtype, "attn_implementation": attn_implementation}
+    kernel: dict[str, Any] = {"attn_implementation": attn_implementation}
+    settings: dict[str, Any] = {**overrides, "dtype": dtype, **kernel}
     check_weights(name, ADAPTER_WEIGHTS if is_adapter(name) else "*.safetensors")
     if is_adapter(name):
         return _load_adapter(name, values, settings)
@@ -126,10 +127,7 @@ def load_model(
     try:
         if foreign is not None:
             config = model_class.config_class.from_dict({**values, **overrides})
-            settings, source = (
-                {"config": config, "attn_implementation": attn_implementation},
-                str(foreign.folder),
-            )
+            settings, source = {"config": config, **kernel}, str(foreign.folder)
             if foreign.format.keys:
                 source, settings["state_dict"] = None, renamed_weights(foreign, model_class, config)
         model, info = model_class.from_pretrained(
@@ -155,7 +153,7 @@ def load_model(
         )
     if foreign is not None:
         known = {stored_name(weight, foreign.format) for weight in model.state_dict()}
-        extra = sorted(weight_files(foreign.folder).keys() - known)
+        extra = sorted(foreign.files.keys() - known)
         if extra := [key for key in extra if "rotary_emb" not in key]:
             raise UnmaskError(f"{name}: by its config.json the model has no weight {extra[0]}; correct it.")
         _finish_foreign(model, foreign)

@@ -24,6 +24,8 @@ class Foreign(NamedTuple):
     """Its config in our fields."""
     assumed: list[str]
     """What it does not say, in words."""
+    files: dict[str, Path]
+    """The file that each weight is in, by their names."""
 
 
 def find_foreign(name: str, values: dict[str, Any]) -> Foreign | None:
@@ -54,7 +56,7 @@ def find_foreign(name: str, values: dict[str, Any]) -> Foreign | None:
     elif values["mask_token_id"] is None:
         values["mask_token_id"] = format.mask_token_id
         assumed.append(f"mask token {format.mask_token_id}")
-    return Foreign(folder, format, values, assumed)
+    return Foreign(folder, format, values, assumed, files)
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
@@ -81,8 +83,7 @@ def read_weight(files: dict[str, Path], key: str) -> Tensor:
 
 def renamed_weights(foreign: Foreign, model_class: Any, config: Any) -> dict[str, Tensor]:
     """Read the weights by our names, of a format that has others."""
-    files = weight_files(foreign.folder)
     with torch.device("meta"):
         names = model_class(config).state_dict()
     stored = {name: stored_name(name, foreign.format) for name in names}
-    return {name: read_weight(files, key) for name, key in stored.items() if key in files}
+    return {name: read_weight(foreign.files, key) for name, key in stored.items() if key in foreign.files}
