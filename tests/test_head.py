@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unmask.model import head as head_module
-from unmask.model.head import Chunks, chunk_rows, row_nll, weighted_nll
+from unmask.model.head import Chunks, chunk_rows, head_logits, row_nll, weighted_nll
 
 VOCAB, HIDDEN = 23, 6
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 0.01}  # of the norm of a gradient
@@ -261,3 +261,34 @@ def test_chunk_rows(count: int, vocab_size: int, device: str) -> None:
     if count:  # equal chunks: one row less would take one more of them
         pieces = -(-count // rows)
         assert rows == 1 or -(-count // (rows - 1)) > pieces
+
+
+@every_head
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_logits_of_any_positions_and_ids_are_those_of_the_head(kind: str, dtype: torch.dtype) -> None:
+    head, hidden = make_head(kind, dtype), make_rows(9, dtype)[0].detach()
+    positions = torch.tensor([7, 0, 3, 3, 8])
+    with torch.no_grad():
+        logits = head_logits(head, hidden, VOCAB)
+        expected = head(hidden)[positions]
+        columns = logits.take(positions)
+        for first, last in ((0, VOCAB), (0, 5), (5, 20), (20, VOCAB)):
+            torch.testing.assert_close(columns(first, last), expected[:, first:last])
+        assert (logits.shape, logits.dtype) == ((9, VOCAB), expected.dtype)
+        assert logits.take(positions[:0])(0, 5).shape == (0, 5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_the_same_to_the_bit_for_any_number_of_rows(dtype: torch.dtype, threads: int) -> None:
+    head = nn.Linear(2048, 600, bias=False, dtype=dtype)
+    hidden, before = torch.randn(70, 2048).to(dtype), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            logits = head_logits(head, hidden, 600)
+            expected = logits.take(torch.arange(70))(0, 600).clone()
+            for count in (1, 2, 3, 5, 11, 13, 64):
+                assert torch.equal(logits.take(torch.arange(3, 3 + count))(0, 600), expected[3 : 3 + count])
+    finally:
+        torch.set_num_threads(before)

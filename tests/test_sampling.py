@@ -11,7 +11,19 @@ import torch
 from tiny import chi_square_p
 from torch import Tensor
 
-from unmask.generation.sampling import invert, keep_top_p, sample, suppress_, uniforms
+from unmask.generation import sampling
+from unmask.generation.sampling import (
+    FIGURES,
+    Group,
+    Logits,
+    Sampled,
+    draw,
+    invert,
+    keep_top_p,
+    sample,
+    suppress_,
+    uniforms,
+)
 
 VOCAB = 6
 LOGITS = torch.tensor([1.5, 0.0, -1.0, 0.5, -3.0, 1.0], dtype=torch.float64)
@@ -135,3 +147,160 @@ def test_top_p_of_a_large_vocabulary_with_equal_logits(values: int) -> None:
         kept = keep_top_p(logits, p) > -torch.inf
         assert torch.equal(kept, expected)
         assert torch.equal(keep_top_p(logits[3:4], p)[0] > -torch.inf, kept[3])
+
+
+def table(count: int, vocab: int, seed: int = 0) -> Tensor:
+    """Peaked logits, with ties within and between pieces of the vocabulary."""
+    make = torch.Generator().manual_seed(seed)
+    logits = torch.randn(count, vocab, generator=make) * 4
+    for row in range(0, count, 3):
+        tied = torch.randint(0, vocab, (3,), generator=make)
+        logits[row, tied] = logits[row].max() + 0.5
+    return logits
+
+
+def plain(logits: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+    """All probabilities of a group's positions, in float64; the most likely tokens; the margins."""
+    own = logits[group.source].double()
+    if group.unconditional is not None:
+        own += group.guidance_scale * (own - logits[group.unconditional].double())
+    if group.forbidden is not None:
+        own[:, group.forbidden[group.forbidden < own.shape[1]]] = -torch.inf
+    p = torch.softmax(own, dim=-1)
+    first, second = p.topk(2, dim=-1).values.unbind(dim=-1)
+    return p, (p == first[:, None]).long().argmax(dim=-1), first - second
+
+
+def shift_ids(index: Tensor, logits: Tensor) -> Tensor:
+    """A logits processor: token i is as likely as token i - 1 was."""
+    return logits.roll(1, dims=-1)
+
+
+def groups_of(count: int, vocab: int) -> list[Group]:
+    """Positions dealt out, in no order, to groups of every kind."""
+    end = torch.arange(vocab - 50, vocab + 5)
+    kinds: list[dict[str, Any]] = [
+        {"forbidden": end},
+        {"forbidden": torch.tensor([3, vocab - 1, 0, vocab // 2])},
+        {"figures": frozenset({"confidence"}), "forbidden": end},
+        {"temperature": 1.0, "forbidden": end},
+        {"temperature": 0.3, "figures": frozenset({"margin"})},
+        {"temperature": 0.8, "top_k": 5},
+        {"temperature": 2.0, "top_p": 0.7, "forbidden": end},
+        {"process": shift_ids, "forbidden": end},
+        {"process": shift_ids, "temperature": 1e-6},
+        {"guidance_scale": 1.5},
+        {"guidance_scale": 0.5, "temperature": 0.01, "figures": frozenset()},
+    ]
+    kind = torch.arange(count) * 7 % len(kinds)
+    groups = []
+    for number, settings in enumerate(kinds):
+        index = (kind == number).nonzero()[:, 0]
+        source = count - 1 - index
+        unconditional = count + source if "guidance_scale" in settings else None
+        groups.append(Group(index, source, unconditional=unconditional, **settings))
+    return groups
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_any_mixture_of_groups_is_drawn_as_from_all_logits(count: int, dtype: torch.dtype) -> None:
+    vocab = 9000  # pieces of 4096, 4096 and 808
+    logits, groups = table(2 * count, vocab).to(dtype), groups_of(count, vocab)
+    uniform = uniforms(torch.arange(count), torch.arange(count), 0)
+    drawn = draw(Logits.of(logits), groups, uniform)
+    assert drawn.valid.all() and [len(field) for field in drawn] == [count] * 5
+    for group in groups:
+        index, found = group.index, Sampled(*(field[group.index] for field in drawn))
+        p, token, margin = plain(logits, group)
+        if group.temperature in (0, 1e-6):
+            chosen = found.token if group.process is None else (found.token - 1) % vocab
+            assert (p.gather(1, chosen[:, None])[:, 0] > p.amax(dim=1) * (1 - 1e-5)).all()
+            if group.temperature == 0 and group.unconditional is None:  # guidance rounds: ties may be decided
+                assert torch.equal(chosen, token)
+        elif group.top_k or group.top_p:
+            scaled = torch.softmax(p.log() / group.temperature, dim=-1)
+            if group.top_k:
+                scaled[scaled < scaled.topk(5, dim=-1).values[:, -1:]] = 0
+            else:
+                scaled[keep_top_p(scaled.log(), 0.7) == -torch.inf] = 0
+            assert torch.equal(found.token, invert(scaled, uniform[index]))
+        assert (p.gather(1, found.token[:, None]) > 0).all() or group.process is not None
+        entropy = -torch.special.xlogy(p, p).sum(dim=-1)
+        own = {"confidence": p.gather(1, found.token[:, None])[:, 0], "margin": margin, "entropy": entropy}
+        for name in FIGURES:
+            expected = own[name] if name in group.figures else torch.zeros_like(margin)
+            actual = getattr(found, name)
+            assert actual.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            torch.testing.assert_close(actual.double(), expected, rtol=3e-5, atol=3e-6)
+
+
+def test_a_position_is_drawn_alike_whatever_is_drawn_with_it() -> None:
+    count, vocab = 120, 9000
+    logits, groups = Logits.of(table(2 * count, vocab)), groups_of(count, vocab)
+    uniform = uniforms(torch.arange(count), torch.arange(count), 0)
+    together = draw(logits, groups, uniform)
+    for group in groups:
+        for number in range(0, len(group.index), 4):
+            one = group.part(number, number + 1)
+            alone = draw(logits, [one._replace(index=torch.zeros(1, dtype=torch.long))], uniform[one.index])
+            for field, other in zip(together, alone, strict=True):
+                assert torch.equal(field[one.index], other)
+    shuffled = draw(logits, groups[::-1], uniform)
+    assert all(torch.equal(field, other) for field, other in zip(together, shuffled, strict=True))
+
+
+@pytest.mark.parametrize("piece", [1, 2, 4])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_a_sample_by_pieces_is_one_of_the_softmax(
+    piece: int, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "_PIECE", piece)
+    count, forbidden = 20_000, torch.tensor([1])
+    every, none = torch.arange(count), torch.zeros(count, dtype=torch.long)
+    group = Group(every, none, temperature=temperature, forbidden=forbidden)
+    drawn = draw(Logits.of(LOGITS[None]), [group], uniforms(every, none, 0))
+    logits = suppress_(LOGITS.clone(), forbidden)
+    counts = torch.bincount(drawn.token, minlength=VOCAB).double()
+    assert chi_square_p(counts, torch.softmax(logits / temperature, dim=0)) > 1e-6
+    torch.testing.assert_close(drawn.confidence, torch.softmax(logits, dim=0)[drawn.token])
+    assert len(set(drawn.token.tolist())) == 5
+    ends = draw(Logits.of(LOGITS[None]), [group.part(0, 2)], torch.tensor([0.0, 1 - 2.0**-53]).double())
+    assert ends.token.tolist() == [0, 5]
+
+
+def test_only_what_is_not_drawn_from_whole_rows_is_asked_for_by_pieces() -> None:
+    logits, widths = table(6, 9000), []
+
+    def take(positions: Tensor) -> Any:
+        def columns(first: int, last: int) -> Tensor:
+            widths.append((len(positions), last - first))
+            return logits[positions, first:last]
+
+        return columns
+
+    listed, index = Logits((6, 9000), logits.dtype, logits.device, take, most=4), torch.arange(6)
+    draw(listed, [Group(index, index)])
+    assert widths == [(4, 4096), (4, 4096), (4, 808), (2, 4096), (2, 4096), (2, 808)]
+    widths.clear()
+    draw(listed, [Group(index, index, temperature=1.0, top_k=3)], torch.rand(6, dtype=torch.float64))
+    assert widths == [(4, 9000), (2, 9000)]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.5}, {"process": shift_ids}]
+)
+def test_logits_that_are_not_finite_spoil_their_own_row_alone(settings: dict[str, Any]) -> None:
+    good, index = table(6, 9000), torch.arange(6)
+    bad = good.clone()
+    bad[1, 4], bad[2, 8999], bad[4] = torch.nan, torch.inf, -torch.inf
+    bad[5, :4097] = -torch.inf  # which is allowed: so many tokens have no probability
+    uniform = torch.rand(6, dtype=torch.float64)
+    drawn = draw(Logits.of(bad), [Group(index, index, **settings)], uniform)
+    assert drawn.valid.tolist() == [True, False, False, True, False, True]
+    assert drawn.token.min() >= 0 and drawn.token.max() < 9000 and drawn.token[5] >= 4097
+    expected = draw(Logits.of(good), [Group(index, index, **settings)], uniform)
+    for field, other in zip(drawn, expected, strict=True):
+        assert torch.equal(field[[0, 3]], other[[0, 3]])
+    nothing = Group(index, index, forbidden=torch.arange(9000), **settings)
+    assert not draw(Logits.of(good), [nothing], uniform).valid.any()

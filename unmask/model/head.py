@@ -8,7 +8,8 @@ Shapes: M rows (masked tokens), H hidden size, V vocabulary; R rows of a chunk, 
 
 from __future__ import annotations
 
-from math import ceil
+from dataclasses import replace
+from math import ceil, prod
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,6 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from unmask.generation.sampling import Columns, Logits
 
 MIB = 2**20
 
@@ -88,6 +91,50 @@ def row_nll(head: nn.Module, hidden: Float[Tensor, "M H"], targets: Int[Tensor, 
     if not torch.is_grad_enabled():
         return torch.cat([nll(rows, ids) for rows, ids in parts])
     return torch.cat([cast(Tensor, checkpoint(nll, rows, ids, use_reentrant=False)) for rows, ids in parts])
+
+
+def head_logits(head: nn.Module, hidden: Float[Tensor, "M H"], vocab_size: int) -> Logits:
+    """Give the logits of some positions, to be computed when they are asked for.
+
+    Those of a plain `nn.Linear` are computed by ranges of ids; its forward hooks are not called. Any other head
+    (a subclass, a bias, an adapter, a quantised or sharded weight) is called on whole positions, which are
+    fewer at once. Equal to the bit for any number of rows, see `_padded`.
+    """
+    dtype, device = _compute_dtype(hidden), hidden.device
+    weight = cast(Tensor, head.weight) if _is_plain(head, hidden, dtype) else None
+    if weight is not None and not weight.dtype == hidden.dtype == dtype:
+        weight = None  # autocast would convert all of it at each step
+
+    def take(positions: Tensor) -> Columns:
+        rows, count = _padded(hidden[positions]), len(positions)
+        if weight is None:
+            logits = head(rows)[:count]
+            return lambda first, last: logits[:, first:last]
+        matrix, buffer = weight.t(), rows.new_empty(0)
+
+        def columns(first: int, last: int) -> Tensor:
+            nonlocal buffer
+            shape = (len(rows), last - first)
+            if buffer.numel() < (size := prod(shape)):
+                buffer = rows.new_empty(size)
+            return torch.mm(rows, matrix[:, first:last], out=buffer[:size].view(shape))[:count]
+
+        return columns
+
+    logits = Logits((len(hidden), vocab_size), dtype, device, take)
+    if weight is None:
+        rows = chunk_rows(len(hidden), vocab_size, dtype, device).rows
+        return replace(logits, most=min(rows, logits.most))
+    return logits
+
+
+def _padded(rows: Float[Tensor, "m H"]) -> Float[Tensor, "m2 H"]:
+    """Add rows of zeros up to a multiple of 4.
+
+    A product of 1 to 3 rows, or of so many in a thread, takes other kernels than one of more, with other bits
+    (measured with MKL in float32, with 1 to 4 threads; from 12 rows on no number of rows mattered).
+    """
+    return F.pad(rows, (0, 0, 0, -len(rows) % 4)) if len(rows) < 16 else rows
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
