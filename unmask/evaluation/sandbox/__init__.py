@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
-import unmask
 from unmask.errors import UnmaskError, UnmaskWarning
 
 Status = Literal["passed", "wrong", "error", "timeout", "memory", "forbidden"]
@@ -121,7 +120,7 @@ class _Server:
         ours, its = socket.socketpair()
         with its:
             self._process = subprocess.Popen(
-                [sys.executable, "-sPc", _START, str(its.fileno()), str(Path(unmask.__file__).parents[1])],
+                [sys.executable, "-sPc", _START, str(its.fileno()), str(Path(__file__).parents[3])],
                 pass_fds=[its.fileno()],
                 env={"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "MALLOC_ARENA_MAX": "1"},
                 stdin=subprocess.DEVNULL,
