@@ -11,6 +11,8 @@ from torch import Tensor
 
 from unmask.diffusion.attention import BlockAnchor
 from unmask.errors import UnmaskError
+from unmask.generation.engine import DenoiserInput
+from unmask.generation.sampling import Logits
 
 MASK = 31
 WINDOW: dict[str, Any] = {
@@ -105,37 +107,49 @@ def test_each_forward_pass_sees_the_block_as_training_does(anchor: Any, history:
     """
     model = block_model(3, logit_shift=True, block_anchor=anchor)
     prompt, mask = ragged([4, 4])
-    outputs: list[Tensor] = []
-    shown: list[Tensor] = []
-    hook = model.lm_head.register_forward_hook(lambda _, __, output: outputs.append(output.clone()))
-    network = model.model.register_forward_pre_hook(
-        lambda _, __, kwargs: shown.append(kwargs["input_ids"].view(2, -1)), with_kwargs=True
-    )
     source = torch.tensor([[1, not history, not history, 1, *[0] * 8]]).bool().expand(2, -1)
-    settings = {"max_new_tokens": 8, "steps": 5, "eos_token_id": []}
-    model.generate(prompt, mask, src_mask=source[:, :4], use_cache=False, **settings)
-    hook.remove()
-    network.remove()
+    engine = model.make_engine(max_rows=2, cache_tokens=0)
+    watched = engine.denoiser = Watched(engine.denoiser)
+    for ids, is_token, is_source in zip(prompt, mask.bool(), source[:, :4], strict=True):
+        settings = {"max_new_tokens": 8, "steps": 5, "eos_token_id": [], "use_cache": False}
+        engine.add(ids[is_token].tolist(), is_source[is_token].tolist(), **settings)
+    assert not [event.error for events in engine.steps() for event in events if event.error]
     if anchor == "response":
-        assert [ids.shape[1] - 4 for ids in shown] == [3, 6, 6, 8, 8]
-    for ids, logits in zip(shown, outputs, strict=True):
+        assert [ids.shape[1] - 4 for ids, _, _ in watched.seen] == [3, 6, 6, 8, 8]
+    for ids, needed, logits in watched.seen:
         whole = torch.cat([ids, torch.full((2, 12 - ids.shape[1]), MASK)], dim=1)
-        is_token = torch.cat([mask, torch.ones(2, 8, dtype=torch.long)], dim=1)
-        full, _ = model(whole, attention_mask=is_token, src_mask=source, training_mode="sft")
-        masked = (ids == MASK) & (torch.arange(ids.shape[1]) >= 4) & is_token[:, : ids.shape[1]].bool()
+        full, _ = model(whole, src_mask=source, training_mode="sft")
+        masked = (ids == MASK) & (torch.arange(ids.shape[1]) >= 4)
+        assert torch.equal(needed, masked)
         torch.testing.assert_close(logits, full[:, : ids.shape[1]][masked], rtol=0, atol=1e-10)
+
+
+class Watched:
+    """A denoiser whose inputs and logits are kept."""
+
+    def __init__(self, denoiser: Any) -> None:
+        self.denoiser = denoiser
+        self.seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def __call__(self, inputs: DenoiserInput) -> Logits:
+        logits = self.denoiser(inputs)
+        table = logits.take(torch.arange(logits.shape[0]))(0, logits.shape[1]).clone()
+        self.seen.append((inputs.ids, inputs.needs_logits, table))
+        return logits
 
 
 @SHIFTS
 def test_only_the_current_block_is_computed(shift: bool) -> None:
     model = block_model(4, logit_shift=shift)
     computed = tokens_computed(model)
-    heads: list[int] = []
-    model.lm_head.register_forward_pre_hook(lambda _, args: heads.append(len(args[0])))
-    model.generate(random_ids(1, 10), max_new_tokens=8, eos_token_id=[], policy="left_to_right")
-    first = 4 + shift  # with the token that predicts a block's first one
-    assert computed == [10, first, 4, 4, 4, 4, first, 4, 4, 4]
-    assert heads == [4, 3, 2, 1] * 2
+    engine = model.make_engine(max_rows=1, cache_tokens=18)
+    watched = engine.denoiser = Watched(engine.denoiser)
+    engine.add(random_ids(1, 10)[0].tolist(), max_new_tokens=8, eos_token_id=[], policy="left_to_right")
+    for _ in engine.steps():
+        pass
+    # The prompt with the first block, then the block alone, then the complete block with the next one.
+    assert computed == [14, 4, 4, 4, 8, 4, 4, 4]
+    assert [int(needed.sum()) for _, needed, _ in watched.seen] == [4, 3, 2, 1] * 2
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import io
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 from rich.live import Live
 from tiny import byte_model
@@ -12,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unmask.data.records import Turn
 from unmask.generation.chat import LiveDraft, chat
+from unmask.generation.engine import Event
 from unmask.generation.text import chat_encoder, complete
 
 MASK, END = 259, 258
@@ -84,8 +84,8 @@ def test_what_cannot_be_answered_is_forgotten(
 def test_a_draft_ends_at_its_end_token_and_marks_what_is_new(tokenizer: PreTrainedTokenizerBase) -> None:
     live = Live(console=Console(quiet=True))
     draft = LiveDraft(live, tokenizer, [END])
-    for ids in ([97, MASK, MASK, MASK, MASK], [97, 10, MASK, END, MASK]):
-        draft.put_draft(torch.tensor([ids]))
+    draft.draw(Event(0, 5, [0], tokens=[97]))
+    draft.draw(Event(0, 5, [1, 3], tokens=[10, END]))
     line: Any = live.renderable
     assert line.plain == "a\n░"
     assert [str(span.style) for span in line.spans] == ["default", "bold green", "bright_black"]

@@ -44,7 +44,7 @@ def test_the_likeliest_answer_with_its_end_comes_first(
 def test_lines_of_a_file_and_raw_texts_without_an_end(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     prompts = [raw_example(tokenizer, text) for text in ("ab", "x")]
     counts: list[int] = []
-    lines = choose_answers(model, tokenizer, ["c", "d"], prompts, [0, 0], counts.append)
+    lines = [line for _, line in choose_answers(model, tokenizer, ["c", "d"], prompts, [0, 0], counts.append)]
     assert counts == [1, 1]
     for prompt, line in zip(prompts, lines, strict=True):
         nats = {text: bound(model, prompt.input_ids, list(text.encode())) for text in "cd"}

@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase, TextDiffusionStreamer, TextStr
 
 from unmask import DiffusionGenerationConfig
 from unmask.errors import UnmaskError
-from unmask.generation.engine import DenoiserInput, generate_canvas
+from unmask.generation.engine import Answer, DenoiserInput, Engine, Row
 from unmask.generation.policy import POLICIES, share_steps
+from unmask.generation.sampling import Logits
 
 PAD, END, MASK = 0, 1, 31
 ENDS = [3, 7, 12, 20]
@@ -182,83 +183,123 @@ def test_one_block_without_a_prompt_is_the_bidirectional_sampler(temperature: fl
 # With a denoiser of our own.
 
 
-class Recorder:
-    """A denoiser with logits that change with everything in the row, as those of a model do."""
+class Table:
+    """A denoiser of our own that caches nothing."""
+
+    def __call__(self, inputs: DenoiserInput) -> Logits:
+        assert inputs.is_computed.equal(inputs.is_token)
+        assert not (inputs.needs_logits & ~inputs.is_token).any()
+        assert (inputs.ids[inputs.needs_logits] == MASK).all()
+        return Logits.of(self.logits(inputs.ids)[inputs.needs_logits])
+
+    def logits(self, ids: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def copy_keys(self, source: int, target: int, count: int) -> None:
+        raise AssertionError
+
+
+class Recorder(Table):
+    """Logits that change with everything in the row, as those of a model do."""
 
     def __init__(self) -> None:
         self.rows: list[int] = []
 
-    def __call__(self, inputs: DenoiserInput) -> list[Tensor]:
-        assert not (inputs.needs_logits & ~inputs.is_token).any()
-        assert (inputs.ids[inputs.needs_logits] == MASK).all()
-        self.rows.append(len(inputs.ids))
-        length = inputs.ids.shape[1]
-        keys = (inputs.ids * torch.arange(1, length + 1)).sum(dim=1).tolist()
+    def logits(self, ids: Tensor) -> Tensor:
+        self.rows.append(len(ids))
+        length = ids.shape[1]
+        keys = (ids * torch.arange(1, length + 1)).sum(dim=1).tolist()
         rows = [torch.randn(length, 32, generator=torch.Generator().manual_seed(key)) for key in keys]
-        return [2 * torch.stack(rows).double()[inputs.needs_logits]]
+        return 2 * torch.stack(rows).double()
 
 
-def run_stub(batch: int, **settings: Any) -> tuple[Any, Recorder]:
-    settings = {"max_new_tokens": 10, "pad_token_id": PAD, "return_trace": True, **settings}
-    config, recorder = DiffusionGenerationConfig(mask_token_id=MASK, **settings), Recorder()
-    ids = random_ids(batch, 2, seed=batch)
-    return generate_canvas(recorder, ids, ids >= 0, config), recorder
+def row_of(prompt: list[int], config: DiffusionGenerationConfig) -> Row:
+    new = config.max_new_tokens
+    return Row(
+        torch.tensor([*prompt, *[MASK] * new]), torch.tensor([*[False] * len(prompt), *[True] * new]), config
+    )
+
+
+def run_rows(denoiser: Any, prompts: list[list[int]], seeds: list[int], **settings: Any) -> list[Answer]:
+    """The answers of rows that start together."""
+    engine = Engine(denoiser, MASK, max_rows=len(prompts))
+    for prompt, seed in zip(prompts, seeds, strict=True):
+        config = DiffusionGenerationConfig(mask_token_id=MASK, seed=seed, **settings)
+        engine.add_row(row_of(prompt, config))
+    answers = {}
+    for event in (event for events in engine.steps() for event in events):
+        if event.error is not None:
+            raise event.error
+        if event.answer is not None:
+            answers[event.slot] = event.answer
+    return [answers[slot] for slot in range(len(prompts))]
+
+
+def run_stub(batch: int, **settings: Any) -> tuple[list[Answer], Recorder]:
+    recorder, prompts = Recorder(), random_ids(batch, 2, seed=batch).tolist()
+    return run_rows(recorder, prompts, [0] * batch, max_new_tokens=10, **settings), recorder
 
 
 @pytest.mark.parametrize("settings", [{}, {"block_length": 3, "canvas": "growing"}], ids=str)
-def test_after_the_end_token_there_is_padding_and_forward_passes_are_saved(settings: dict[str, Any]) -> None:
+def test_an_answer_ends_with_its_end_token_and_forward_passes_are_saved(settings: dict[str, Any]) -> None:
     ends = [6, 11, 19, 23]
-    out, recorder = run_stub(batch=40, eos_token_id=ends, suppress_tokens=[PAD], temperature=1.0, **settings)
+    answers, recorder = run_stub(40, eos_token_id=ends, suppress_tokens=[PAD], temperature=1.0, **settings)
     lengths = []
-    for row in range(40):
-        response, commit = out.sequences[row, 2:].tolist(), out.commit_step[row].tolist()
-        length = next((i + 1 for i, token in enumerate(response) if token in ends), 10)
-        lengths.append(length)
-        assert response[length:] == [PAD] * (10 - length) and PAD not in response[:length]
-        assert commit[length:] == [-1] * (10 - length) and min(commit[:length]) >= 0
-        assert out.num_forwards[row] == max(commit[:length]) + 1
+    for answer in answers:
+        lengths.append(len(answer.ids))
+        assert not {*ends, PAD} & {*answer.ids[:-1]}
+        assert len(answer.ids) == 10 or answer.ids[-1] in ends
+        assert min(answer.commit_step) >= 0 and answer.num_forwards == max(answer.commit_step) + 1
         if settings:
-            assert int(out.num_forwards[row]) <= 3 * -(-length // 3)
+            assert answer.num_forwards <= 3 * -(-len(answer.ids) // 3)
     assert {1, 2, 4} <= {-(-length // 3) for length in lengths}
     # A finished row leaves the batch: the rows computed are those reported.
-    assert sum(recorder.rows) == int(out.num_forwards.sum())
+    assert sum(recorder.rows) == sum(answer.num_forwards for answer in answers)
 
 
 def test_padding_after_the_end_and_suppressed_end_tokens() -> None:
-    out, _ = run_stub(batch=20, eos_token_id=[6, 11], pad_token_id=None)
+    model: Any = tiny_model().eval()
+    settings = {"max_new_tokens": 10, "return_trace": True, "eos_token_id": [6, 11, 14], "pad_token_id": None}
+    out = model.generate(random_ids(20, 2), **settings)
     after = out.sequences[:, 2:][out.commit_step < 0]
     assert len(after) > 0 and (after == 6).all()  # the end token where there is no padding token
     # An end token can be written even if it is suppressed.
-    out, _ = run_stub(batch=20, suppress_tokens=[i for i in range(31) if i != 9], eos_token_id=[4])
-    assert set(out.sequences[:, 2:].flatten().tolist()) == {9, 4, PAD}
+    answers, _ = run_stub(20, suppress_tokens=[i for i in range(31) if i != 9], eos_token_id=[4])
+    assert {token for answer in answers for token in answer.ids} == {9, 4}
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
-def test_logits_that_are_not_numbers_are_refused(wrong: float) -> None:
-    def denoiser(inputs: DenoiserInput) -> list[Tensor]:
-        logits = torch.zeros(int(inputs.needs_logits.sum()), 32)
-        logits[-1, 3 if wrong > 0 or wrong != wrong else slice(None)] = wrong
-        return [logits]
+def test_logits_that_are_not_numbers_fail_their_row_alone(wrong: float) -> None:
+    class Broken(Recorder):
+        def logits(self, ids: Tensor) -> Tensor:
+            logits = super().logits(ids)
+            logits[ids[:, 0] == 7, -1, 3 if wrong > 0 or wrong != wrong else slice(None)] = wrong
+            return logits
 
-    ids, config = random_ids(2, 3), DiffusionGenerationConfig(max_new_tokens=4, mask_token_id=MASK)
-    with pytest.raises(UnmaskError, match="logits"):
-        generate_canvas(denoiser, ids, ids >= 0, config)
+    config = DiffusionGenerationConfig(max_new_tokens=4, mask_token_id=MASK)
+    engine = Engine(Broken(), MASK)
+    good, bad, other = (engine.add_row(row_of([first, 2], config)) for first in (5, 7, 6))
+    ended = {e.slot: e for events in engine.steps() for e in events if e.done}
+    assert isinstance(ended[bad].error, UnmaskError) and "logits" in str(ended[bad].error)
+    alone = run_rows(Recorder(), [[5, 2], [6, 2]], [0, 0], max_new_tokens=4)
+    assert [ended[good].answer, ended[other].answer] == alone
 
 
 # Distributions. The seeds are fixed, so these never fail by chance; with other seeds each would one time in
 # a million.
 
 
-def table_denoiser(tables: dict[Any, Tensor], vocab: int) -> Callable[[DenoiserInput], list[Tensor]]:
+class TwoTokens(Table):
     """Logits of two tokens as a table of what stands at both."""
 
-    def denoiser(inputs: DenoiserInput) -> list[Tensor]:
-        logits = torch.full((len(inputs.ids), 2, 32), -torch.inf, dtype=torch.float64)
-        for row, (a, b) in enumerate(inputs.ids.tolist()):
-            logits[row, :, :vocab] = tables[a, b]
-        return [logits[inputs.needs_logits]]
+    def __init__(self, tables: dict[Any, Tensor]) -> None:
+        self.tables = tables
 
-    return denoiser
+    def logits(self, ids: Tensor) -> Tensor:
+        logits = torch.full((len(ids), 2, 32), -torch.inf, dtype=torch.float64)
+        for row, (a, b) in enumerate(ids.tolist()):
+            logits[row, :, : self.tables[a, b].shape[1]] = self.tables[a, b]
+        return logits
 
 
 @pytest.mark.parametrize("policy", ["maskgit_plus", "origin"])
@@ -285,15 +326,13 @@ def test_two_tokens_are_drawn_from_the_enumerated_joint_distribution(policy: str
         else:
             exact[:, b] += independent[a, b] * p(MASK, b)[0]
     assert exact.sum().item() == pytest.approx(1)
-    none = torch.zeros(n, 0, dtype=torch.long)
-    config = DiffusionGenerationConfig(
-        max_new_tokens=2, policy=policy, temperature=1.0, seed=list(range(n)), mask_token_id=MASK
-    )
-    out: Any = generate_canvas(table_denoiser(tables, vocab), none, none.bool(), config)
-    drawn = torch.bincount(out.sequences[:, 0] * vocab + out.sequences[:, 1], minlength=9).double()
+    settings: dict[str, Any] = {"max_new_tokens": 2, "policy": policy, "temperature": 1.0}
+    answers = run_rows(TwoTokens(tables), [[]] * n, list(range(n)), **settings)
+    ids = torch.tensor([answer.ids for answer in answers])
+    drawn = torch.bincount(ids[:, 0] * vocab + ids[:, 1], minlength=9).double()
     assert chi_square_p(drawn, exact.flatten()) > 1e-6
     assert chi_square_p(drawn, independent.flatten()) < 1e-6  # ... and could tell
-    mean = out.num_forwards.double().mean().item()
+    mean = sum(answer.num_forwards for answer in answers) / n
     assert mean == 2 if policy != "origin" else abs(mean - 1.5) < 5 * 0.5 / n**0.5
 
 

@@ -575,7 +575,7 @@ def test_a_question_is_asked_as_it_is_learnt(thinker: PreTrainedTokenizerBase) -
     question = prompt_example(thinker, "1+2?", system="Sum.")  # `generate --prompt`
     assert question.input_ids == ids[: starts(row)[-1]]
     question = prompt_example(thinker, "1+2?", system="Sum.", to_answer=True)
-    choose_answers(model, thinker, ["3", "4"], [question], [0], num_samples=2)  # `--choice`
+    list(choose_answers(model, thinker, ["3", "4"], [question], [0], num_samples=2))  # `--choice`
     assert ids[:-1] in model.asked  # without "\n"
     model.asked.clear()
     end = chat_encoder(thinker).end_token_id

@@ -99,13 +99,12 @@ def generate(
         told = {"model": model, "raw": raw, "system": system, "prefix": prefix, "choice": choice}
         told |= {"end_fill": end_fill, "stop": stop}
         settings = {name: value for name, value in told.items() if value} | decoding
-        how = {"samples": samples, "seed": seed, "resume": resume, "flush_every": 4 * batch_size}
-        _answer_file(answer, listed, out, settings=settings, **how)
+        _answer_file(answer, listed, out, settings=settings, samples=samples, seed=seed, resume=resume)
         return
     text = read_stdin() if prompt == "-" else prompt or ""
     example = prompt_example(tokenizer, text, **asked)
     if choice:
-        [line] = answer([example], [seed])
+        [(_, line)] = answer([example], [seed])
         for name, figures in line["choices"].items():
             print(f"{figures['probability']:6.1%}  {figures['nats']:.3f} nats  {name}", file=sys.stderr)
         print(line["response"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -77,16 +77,14 @@ def choose_answers(
     seeds: Sequence[int],
     advance: Callable[[int], None] | None = None,
     **settings: Any,
-) -> list[dict[str, Any]]:
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Answer each prompt with one of the choices, see `choose`; with the nats and share of each choice."""
-    lines = []
-    for example, seed in zip(examples, seeds, strict=True):
+    for index, (example, seed) in enumerate(zip(examples, seeds, strict=True)):
         ranked = choose(model, tokenizer, example, choices, seed=seed, **settings)
         figures = {
             text: {"nats": round(nats, 4), "stderr": round(stderr, 4), "probability": round(share, 4)}
             for text, nats, stderr, share in ranked
         }
-        lines.append({"response": ranked[0].text, "choices": figures})
         if advance is not None:
             advance(1)
-    return lines
+        yield index, {"response": ranked[0].text, "choices": figures}

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import takewhile
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from unmask.data.inspect import visible
 from unmask.data.records import Turn, check_text
 from unmask.errors import UnmaskError
+from unmask.generation.engine import Event
 from unmask.generation.text import Completion, chat_encoder, complete
 from unmask.generation.trace import drawn, token_texts
 
@@ -41,6 +41,8 @@ def chat(
     """
     opening = [] if system is None else [Turn("system", system)]
     turns, encoder = list(opening), chat_encoder(tokenizer)
+    # Its cache knows the conversation so far, if the model attends block by block.
+    settings["engine"] = model.make_engine(max_rows=1)
 
     def error(message: str) -> None:
         console.print(Text(message, "red"), soft_wrap=True)
@@ -85,29 +87,27 @@ def _answer(
     if not console.is_terminal:
         return complete(model, tokenizer, [prompt], **settings)[0]
     with Live(console=console, transient=True, auto_refresh=False) as live:
-        streamer = LiveDraft(live, tokenizer, model.generation_config.eos_token_ids)
-        return complete(model, tokenizer, [prompt], streamer=streamer, **settings)[0]
+        draft = LiveDraft(live, tokenizer, model.generation_config.eos_token_ids)
+        return complete(model, tokenizer, [prompt], watch=draft.draw, **settings)[0]
 
 
 class LiveDraft:
-    """A streamer that draws each draft in `live`, up to an end token; tokens of the last step are new."""
+    """Draws in `live` what each step made of the canvas, up to an end token; tokens of the last step are new."""
 
     def __init__(self, live: Live, tokenizer: PreTrainedTokenizerBase, ends: list[int]):
         self.live, self.tokenizer, self.ends = live, tokenizer, set(ends)
-        self.previous: list[int] = []
+        self.ids: list[int] = []
 
-    def put(self, value: Tensor) -> None:
-        """Ignore the prompt and the finished response."""
-
-    def put_draft(self, value: Tensor) -> None:
-        """Draw the canvas (1, C)."""
-        ids, mask = value[0].tolist(), self.tokenizer.mask_token_id
-        previous = self.previous or [mask] * len(ids)
-        tokens = zip(token_texts(ids, self.tokenizer), ids, previous, strict=True)
-        shown = takewhile(lambda token: token[1] not in self.ends, tokens)
-        line = drawn((text.replace("⏎", "\n"), now == mask, now != before) for text, now, before in shown)
+    def draw(self, event: Event) -> None:
+        """Draw the canvas as it is after a step."""
+        mask = cast(int, self.tokenizer.mask_token_id)
+        self.ids = self.ids or [mask] * event.length
+        for position, token in zip(event.positions, event.tokens, strict=True):
+            self.ids[position] = token
+        for position in event.remasked:
+            self.ids[position] = mask
+        new = set(event.positions)
+        tokens = zip(token_texts(self.ids, self.tokenizer), self.ids, strict=True)
+        shown = takewhile(lambda token: token[1][1] not in self.ends, enumerate(tokens))
+        line = drawn((text.replace("⏎", "\n"), id == mask, at in new) for at, (text, id) in shown)
         self.live.update(line, refresh=True)
-        self.previous = ids
-
-    def end(self) -> None:
-        """Nothing to do."""

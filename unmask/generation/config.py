@@ -10,7 +10,17 @@ from transformers import GenerationConfig
 
 from unmask.errors import UnmaskError
 from unmask.formats import TOKEN_IDS
-from unmask.generation.policy import ADAPTIVE, POLICIES, RANKED, REMASK, Policy, ancestral, ranked, remask
+from unmask.generation.policy import (
+    ADAPTIVE,
+    FIGURES,
+    POLICIES,
+    RANKED,
+    REMASK,
+    Policy,
+    ancestral,
+    ranked,
+    remask,
+)
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -196,6 +206,14 @@ class DiffusionGenerationConfig(GenerationConfig):
             return self.policy if isinstance(self.policy, str) else "a function"
         implied = [name for name in (*ADAPTIVE, "eta") if getattr(self, name) is not None]
         return "maskgit_plus" if not implied else "remdm_cap" if implied[0] == "eta" else implied[0]
+
+    @property
+    def figures(self) -> frozenset[str]:
+        """What the policy and the trace ask of the model besides its tokens."""
+        if callable(self.policy):
+            return frozenset({"confidence", "margin", "entropy"})
+        asked = {FIGURES.get(self.policy_name)} - {None}
+        return frozenset(asked | ({"confidence", "entropy"} if self.return_trace else set()))
 
     @property
     def is_random(self) -> bool:

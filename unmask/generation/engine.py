@@ -1,420 +1,731 @@
-"""The denoising loop: masks of a canvas, replaced by tokens over a number of steps, block by block.
+"""The denoising loop: rows come and go, and each forward pass takes every row one step further.
 
-The engine knows nothing of networks. It asks a `Denoiser` for the logits of the masked positions of the
-current block, samples a token for each, lets a policy choose which to commit, and repeats until nothing is
-masked. Each row has its own step and block, and its noise is keyed by (seed, position, step), so a row's
-answer does not depend on the rest of the batch.
+A row is a prompt with a canvas of masks, its own settings and its own seed. At each step the engine asks a
+`Denoiser` for the logits of the masked positions of every row's current block, draws a token for each, lets
+each row's policy choose which to commit, and says in an `Event` what became of the row. It knows nothing of
+networks. Noise is keyed by (seed, position, step), so that an answer depends on the row alone.
 
-Shapes: B batch, R rows not yet done, L columns, S columns shown to the network, M positions whose logits are
-needed, V vocabulary, C columns of a canvas appended to a prompt, N blocks.
+The bookkeeping is on the CPU, in tables with a line for each running row; of a network's device it asks
+once a step for the tokens drawn.
+
+Shapes: R rows, L columns of a row, S columns shown to the network, W columns of the widest current block,
+M positions whose logits are needed, N blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from jaxtyping import Bool, Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria
-from transformers.utils.generic import ModelOutput
 
-from unmask.diffusion.attention import token_positions
 from unmask.diffusion.rng import keyed_hash
 from unmask.errors import UnmaskError
 from unmask.generation.config import DiffusionGenerationConfig
-from unmask.generation.policy import REMASK, Decision, Proposal, share_steps
-from unmask.generation.sampling import Sampled, as_functions, sample, suppress_, uniforms
+from unmask.generation.policy import REMASK, Decision, Policy, Proposal, share_steps
+from unmask.generation.pool import KeyPool, Region
+from unmask.generation.sampling import Group, Logits, Sampled, draw, uniforms
 
 _LAST = torch.iinfo(torch.long).max
 
 
+class Row(NamedTuple):
+    """What is to be filled."""
+
+    ids: Int[Tensor, "L"]  # tokens alone, without padding; the mask token in the canvas
+    canvas: Bool[Tensor, "L"]  # True = a position to fill
+    config: DiffusionGenerationConfig  # settings, `mask_token_id` filled in
+    block: Int[Tensor, "L"] | None = None  # blocks as a block-causal model was trained on
+    logits_processors: Sequence[Callable[..., Tensor]] = ()  # of (ids (m, L), logits (m, V))
+    # Functions of (ids (1, n), None); transformers' own also get `prompt_length`. Asked about the ids up to
+    # each token that is final, as are all before it.
+    stopping_criteria: Sequence[Callable[..., Any]] = ()
+
+
 class DenoiserInput(NamedTuple):
-    """What the network is given in one forward pass."""
+    """What the network is given in one forward pass, on the CPU."""
 
     ids: Int[Tensor, "R S"]
     is_token: Bool[Tensor, "R S"]  # True = may be attended to; False = padding, and masks of later blocks
     needs_logits: Bool[Tensor, "R S"]
-    slots: Int[Tensor, "R"]  # the row of each row in the caches
+    is_computed: Bool[Tensor, "R S"]  # the keys and values of other tokens are in the cache
+    # Where the row's region of the cache begins; -1 = it has none, and computes all of its tokens.
+    region: Int[Tensor, "R"]
     # Blocks of a block-causal model: a token attends to its own and earlier ones. None = to every token.
     block: Int[Tensor, "R S"] | None = None
-    # True = compute this position and cache its keys and values; the others are read from the cache. None =
-    # compute all and cache nothing.
-    is_computed: Bool[Tensor, "R S"] | None = None
 
 
-Denoiser = Callable[[DenoiserInput], Iterable[Tensor]]
-"""-> aligned logits of the M positions of `needs_logits`, in row-major order, in chunks (m, V) that the engine
-may change."""
+class Denoiser(Protocol):
+    """A network, or a table in its place."""
+
+    def __call__(self, inputs: DenoiserInput) -> Logits:
+        """Compute aligned logits of the M positions of `needs_logits`, in row-major order."""
+        ...
+
+    def copy_keys(self, source: int, target: int, count: int) -> None:
+        """Copy what the cache holds in `count` places from `source` on."""
+        ...
 
 
-@dataclass
-class DiffusionGenerationOutput(ModelOutput):
-    """What `generate` returns; a denoising step that only fills a cache is not counted."""
+@dataclass(frozen=True)
+class Answer:
+    """The tokens of a finished row, the end token included."""
 
-    # Prompt and response (B, P + C); padding after the first end token of a response.
-    sequences: Int[Tensor, "B L"] | None = None
-    # Response tokens, the end token included, per denoising step of the row.
-    tokens_per_forward: Float[Tensor, "B"] | None = None
-    num_forwards: Int[Tensor, "B"] | None = None  # denoising steps of each row
-    # With `return_trace`: the step, from 0, that committed each canvas token, -1 after the end of a response;
-    # the model's probability of the token and its entropy (nats) at that step; and the canvas after each step
-    # of a row, of which rows with fewer steps repeat their last.
-    commit_step: Int[Tensor, "B C"] | None = None
-    confidence: Float[Tensor, "B C"] | None = None
-    entropy: Float[Tensor, "B C"] | None = None
-    states: Int[Tensor, "B F C"] | None = None
+    ids: list[int]
+    commit_step: list[int]  # denoising step, from 0, that committed each token
+    num_forwards: int  # denoising steps
+    # With `return_trace`: the model's probability of each token and its entropy (nats) at that step.
+    confidence: list[float] = field(default_factory=list)
+    entropy: list[float] = field(default_factory=list)
 
 
-def generate_canvas(
-    denoiser: Denoiser,
-    input_ids: Int[Tensor, "B P"],
-    is_token: Bool[Tensor, "B P"],
-    config: DiffusionGenerationConfig,
-    *,
-    streamer: Any | None = None,
-    **options: Any,
-) -> DiffusionGenerationOutput:
-    """Fill a canvas of `config.max_new_tokens` masks after each prompt; see `Engine`.
+@dataclass(frozen=True)
+class Event:
+    """What one forward pass did to one row; positions are counted from the start of its canvas."""
 
-    Args:
-        input_ids: prompts, padded on any side; is_token True = token, False = padding.
-        config: settings, `mask_token_id` filled in.
-        streamer: receives the prompt by `put`, each draft by `put_draft` if it has that method, and the
-            response by `put`, like transformers' diffusion streamers; for a batch of one.
+    slot: int
+    length: int = 0  # positions of the canvas
+    positions: list[int] = field(default_factory=list)  # committed
+    confidence: list[float] = field(default_factory=list)  # of those tokens, if the settings ask for it
+    tokens: list[int] = field(default_factory=list)  # their ids
+    remasked: list[int] = field(default_factory=list)  # positions masked again
+    num_final: int = 0  # leading tokens of the answer that can no longer change
+    answer: Answer | None = None  # once the row has ended
+    error: Exception | None = None  # why it ended without one
 
-    Raises:
-        UnmaskError: fewer steps than blocks, a policy that commits nothing, or logits that are NaN.
-    """
-    length = input_ids.shape[1]
-    assert config.mask_token_id is not None
-    masks = input_ids.new_full((len(input_ids), config.max_new_tokens), config.mask_token_id)
-    ids = torch.cat([input_ids, masks], dim=1)
-    is_token = torch.cat([is_token, torch.ones_like(masks, dtype=torch.bool)], dim=1)
-    canvas = (torch.arange(ids.shape[1], device=ids.device) >= length).expand(ids.shape)
-    engine = Engine(denoiser, ids, is_token, canvas, config, **options)
-    if streamer is not None:
-        streamer.put(input_ids.cpu())
-    for _ in engine.steps():
-        if streamer is not None and hasattr(streamer, "put_draft"):
-            streamer.put_draft(engine.ids[:, length:].cpu())
-    pad = config.pad_token_id if config.pad_token_id is not None else (config.eos_token_ids or [0])[0]
-    in_answer = engine.in_answer()[:, length:]
-    ids[:, length:] = torch.where(in_answer, engine.ids[:, length:], pad)
-    if streamer is not None:
-        streamer.put(ids[:, length:][in_answer].cpu())
-        streamer.end()
-    return engine.output(ids, in_answer, slice(length, None))
+    @property
+    def done(self) -> bool:
+        """Whether the row has ended."""
+        return self.answer is not None or self.error is not None
+
+
+class _Change(NamedTuple):
+    """What a step changed in a row, see `Event`."""
+
+    positions: list[int]
+    tokens: list[int]
+    confidence: list[float]
+    remasked: list[int]
+
+
+@dataclass(eq=False)
+class _State:
+    """A row with what does not fit a table."""
+
+    row: Row
+    slot: int
+    decides: tuple[Any, ...]  # settings of the decision, by which rows are put together
+    samples: tuple[Any, ...]  # settings of the draw
+    policy: Policy
+    sizes: list[int]  # tokens of the canvas in each block
+    steps: list[int]  # denoising steps of each block
+    windows: list[tuple[int, int]]  # columns of each block, from and to
+    columns: Tensor  # of the canvas
+    block_of: Tensor
+    offset: Tensor
+    line: int = -1  # in the tables
+    regions: list[Region] = field(default_factory=list)  # of the cache; with guidance a second one
+    keys: list[bytes] = field(default_factory=list)  # names of its complete blocks, by content
+    limit: int = _LAST  # length of the answer, by the stopping criteria
+    tested: int = 0  # tokens that the criteria have been asked about
+    drafts: bool = False  # whether what is committed may be masked again while its block is not complete
+
+    @property
+    def is_guided(self) -> bool:
+        return self.row.config.guidance_scale > 0
+
+    @property
+    def is_cached(self) -> bool:
+        config = self.row.config
+        return config.approximate_cache is not None if self.row.block is None else config.use_cache
 
 
 class Engine:
-    """Replaces the masks of a canvas; `steps` does the work and yields after each step.
+    """Fills the canvases of rows that are added at any time.
 
     Args:
-        is_token: True = token, False = padding.
-        canvas: True = a position to fill; its id must be the mask token.
-        block: blocks of the tokens as a block-causal model was trained on.
-        cached: whether the denoiser caches keys and values of completed blocks.
-        logits_processor: functions of (ids (M, L) of each position's row, logits (M, V)), or one.
-        stopping_criteria: functions of (ids (1, n), None), or one; those of transformers' class also get
-            `prompt_length`. Asked about a row's ids up to each token that is final, as are all before it.
+        mask_token_id: the id of a mask.
+        max_rows: rows that run at once; others wait for their turn, in the order they came.
+        pool: places of the denoiser's cache; a row waits until there are enough. None = nothing is cached.
     """
 
     def __init__(
-        self,
-        denoiser: Denoiser,
-        ids: Int[Tensor, "B L"],
-        is_token: Bool[Tensor, "B L"],
-        canvas: Bool[Tensor, "B L"],
-        config: DiffusionGenerationConfig,
-        *,
-        block: Int[Tensor, "B L"] | None = None,
-        cached: bool = False,
-        logits_processor: Any | None = None,
-        stopping_criteria: Any | None = None,
+        self, denoiser: Denoiser, mask_token_id: int, *, max_rows: int = 64, pool: KeyPool | None = None
     ):
-        assert config.mask_token_id is not None
-        self.denoiser, self.config, self.mask_token_id = denoiser, config, config.mask_token_id
-        self.processors = LogitsProcessorList(as_functions("logits_processor", logits_processor))
-        self.criteria = as_functions("stopping_criteria", stopping_criteria)
-        self.ids, self.is_token, self.canvas = ids.clone(), is_token, canvas
-        self.model_block, self.cached = block, cached
-        self.policy, self.remasks = config.make_policy(), config.policy_name in REMASK
-        self.with_margin = callable(config.policy) or config.policy_name == "topk_margin"
-        self.drafts = False  # whether what is committed may be masked again while its block is not complete
-        batch, device = len(ids), ids.device
-        self.canvas_index = (canvas.long().cumsum(dim=1) - 1).clamp(min=0)
-        if block is None:
-            number = self.canvas_index // (config.block_length or max(1, ids.shape[1]))
-        else:
-            self.first_block = torch.where(canvas, block, _LAST).amin(dim=1)
-            number = block - self.first_block[:, None]
-        self.block_of = torch.where(canvas, number, -1)
-        self.offset = self._offsets(is_token, number)
-        self.sizes, self.steps_of = self._schedule()
-        self.positions = token_positions(is_token)
-        self.eos = torch.tensor(config.eos_token_ids, dtype=torch.long, device=device)
-        never = {config.mask_token_id, *(config.suppress_tokens or []), *(config.unused_tokens or [])}
-        self.forbidden = torch.tensor(sorted(never - set(config.eos_token_ids)), device=device)
-        seed = torch.as_tensor(config.seed, dtype=torch.long, device=device).reshape(-1)
-        if len(seed) not in (1, batch):
-            raise UnmaskError(
-                f"seed must be one number, or one for each of the {batch} rows; got {len(seed)}."
-            )
-        self.seed = keyed_hash(seed).expand(batch)
-
-        self.masked = canvas.clone()
-        self.block = torch.zeros(batch, dtype=torch.long, device=device)
-        self.step = torch.zeros_like(self.block)  # within the block
-        self.cached_blocks = torch.zeros_like(self.block)  # blocks of the model that are in the cache
-        self.num_forwards = torch.zeros_like(self.block)
-        self.limit = torch.full_like(self.block, _LAST)  # length of the answer, by the stopping criteria
-        self.tested = torch.zeros_like(self.block)  # tokens that the criteria have been asked about
-        self.commit_step = torch.full_like(ids, -1)
-        self.confidence = torch.zeros(ids.shape, device=device)
-        self.entropy = torch.zeros_like(self.confidence)
-        self.states: list[Tensor] = []
-
-    def steps(self) -> Iterable[None]:
-        """Work until every row is done, one denoising step of all unfinished rows at a time."""
-        while len(rows := self._unfinished_rows()) > 0:
-            if self.cached:
-                self._cache_completed_blocks(rows)
-            # With an approximate cache only fresh rows are computed whole.
-            step, interval = self.step[rows], self.config.refresh_interval
-            fresh = step == 0 if interval is None else step % interval == 0
-            fresh |= self.config.approximate_cache is None
-            for group, is_fresh in ((rows[fresh], True), (rows[~fresh], False)):
-                if len(group):
-                    self._advance(group, is_fresh)
-            if self.config.return_trace:
-                self.states.append(self.ids.clone())
-            yield
-
-    def in_answer(self) -> Bool[Tensor, "B L"]:
-        """True = a position of the canvas that belongs to the answer: committed, and not after an end."""
-        return self._before_end() & ~self.masked & self.canvas & (self.canvas_index < self.limit[:, None])
-
-    def output(self, sequences: Tensor, in_answer: Tensor, columns: slice) -> DiffusionGenerationOutput:
-        """Make what `generate` returns; `in_answer` and the trace are those of `columns`."""
-        output = DiffusionGenerationOutput(
-            sequences=sequences,
-            tokens_per_forward=in_answer.sum(dim=1) / self.num_forwards.clamp(min=1),
-            num_forwards=self.num_forwards,
+        self.denoiser, self.mask_token_id, self.pool = denoiser, mask_token_id, pool
+        self.waiting: deque[_State] = deque()
+        self.running: dict[int, _State] = {}  # by line
+        self.lines = list(range(max_rows))[::-1]  # free ones
+        self.last_slot = -1
+        # By line and column.
+        self.ids, self.block_of, self.model_block, self.offset, self.commit_step, self.canvas_index = (
+            torch.zeros(max_rows, 0, dtype=torch.long) for _ in range(6)
         )
-        if self.config.return_trace:
-            output.commit_step = torch.where(in_answer, self.commit_step[:, columns], -1)
-            output.confidence = torch.where(in_answer, self.confidence[:, columns], 0.0)
-            output.entropy = torch.where(in_answer, self.entropy[:, columns], 0.0)
-            output.states = torch.stack(self.states or [self.ids], dim=1)[:, :, columns]
-        return output
+        self.masked, self.canvas, self.is_end = (torch.zeros(max_rows, 0, dtype=torch.bool) for _ in range(3))
+        self.confidence, self.entropy = (torch.zeros(max_rows, 0) for _ in range(2))
+        # By line. Of the current block: its number, step, first column, the column after its last, its
+        # tokens and its steps.
+        self.length, self.seed, self.num_forwards, self.block, self.step_of = (
+            torch.zeros(max_rows, dtype=torch.long) for _ in range(5)
+        )
+        self.start, self.stop, self.size, self.steps_of, self.region = (
+            torch.zeros(max_rows, dtype=torch.long) for _ in range(5)
+        )
+        self.cached_blocks, self.refresh = (torch.zeros(max_rows, dtype=torch.long) for _ in range(2))
+        self.first_end = torch.zeros(max_rows, dtype=torch.long)  # column of the first end token
+        self.hides, self.remasks, self.keeps_prefix = (
+            torch.zeros(max_rows, dtype=torch.bool) for _ in range(3)
+        )
 
-    def _schedule(self) -> tuple[Int[Tensor, "B N"], Int[Tensor, "B N"]]:
-        """Count the tokens of each block and divide the steps over the blocks."""
-        sizes = self.block_of.new_zeros(len(self.block_of), max(1, int(self.block_of.amax()) + 1))
-        sizes.scatter_add_(1, self.block_of.clamp(min=0), self.canvas.long())
-        steps_of = torch.ones_like(sizes)
-        for row, counts in enumerate(sizes.tolist()):
-            used = [count for count in counts if count]
-            if used:
-                shares = share_steps(min(self.config.steps or sum(used), sum(used)), used)
-                steps_of[row, : len(used)] = torch.tensor(shares)
-        return sizes, steps_of
+    # Rows.
 
-    def _offsets(self, is_token: Tensor, number: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
-        """Index each position within its block, which may begin in the prompt."""
-        part_of = self.canvas if self.model_block is None else is_token
-        group = torch.where(part_of, number - number.amin(dim=1, keepdim=True), 0)
-        index = part_of.long().cumsum(dim=1)
-        first = torch.full_like(index, _LAST)
-        first.scatter_reduce_(1, group, torch.where(part_of, index, _LAST), "amin")
-        return index - first.gather(1, group)
+    def add_row(self, row: Row) -> int:
+        """Take a row in; it starts with one of the next forward passes.
 
-    def _of_block(self, table: Int[Tensor, "B N"]) -> Int[Tensor, "B"]:
-        """The entry of each row's current block; that of the last block for rows that are done."""
-        return table.gather(1, self.block.clamp(max=table.shape[1] - 1)[:, None])[:, 0]
+        Returns:
+            Its slot: a number that its events carry and no other row ever has.
 
-    def _before_end(self) -> Bool[Tensor, "B L"]:
-        """Positions before or at the first committed end token of each row: those still worth denoising."""
-        ended = torch.isin(self.ids, self.eos) & self.canvas & ~self.masked
-        return ended.cumsum(dim=1) - ended.long() == 0
-
-    def _unfinished_rows(self) -> Int[Tensor, "R"]:
-        """Find the rows that are not done, and start the next block of those whose block is complete."""
-        before_end = self._before_end()
-        self.open = self.masked & before_end
-        if self.remasks:  # a committed token may be masked again: only the steps complete a block
-            complete = self.step >= self._of_block(self.steps_of)
+        Raises:
+            UnmaskError: fewer steps than blocks, a seed that is not one number, or a row that needs more
+                places than the cache has.
+        """
+        config = row.config
+        if not isinstance(config.seed, int):
+            raise UnmaskError(f"seed must be one number for one row; got {config.seed!r}.")
+        columns = row.canvas.nonzero()[:, 0]
+        index = (row.canvas.long().cumsum(dim=0) - 1).clamp(min=0)
+        if row.block is None:
+            number, part_of = index // (config.block_length or max(1, len(index))), row.canvas
         else:
-            complete = ~(self.open & (self.block_of == self.block[:, None])).any(dim=1)
-        self.block, self.step = self.block + complete.long(), torch.where(complete, 0, self.step)
-        unfinished = ((self.block_of >= self.block[:, None]) & before_end).any(dim=1)
-        if self.criteria:
-            final = ~self.masked
-            if self.drafts:
-                final &= (self.block_of < self.block[:, None]) | ~unfinished[:, None]
-            self._apply_criteria(final)
-        return (unfinished & (self.limit == _LAST)).nonzero()[:, 0]
+            number, part_of = row.block - row.block[columns[:1]], torch.ones_like(row.canvas)
+        sizes = number[columns].bincount().tolist()
+        steps = share_steps(min(config.steps or len(columns), len(columns)), sizes) if sizes else []
+        ends = [0]
+        for size in sizes:
+            ends.append(ends[-1] + size)
+        windows = [(int(columns[start]), int(columns[stop - 1]) + 1) for start, stop in pairwise(ends)]
+        self.last_slot += 1
+        state = _State(
+            row,
+            self.last_slot,
+            _deciding(config),
+            _sampling(row),
+            config.make_policy(),
+            sizes,
+            steps,
+            windows,
+            columns,
+            torch.where(row.canvas, number, -1),
+            _offsets(number, part_of),
+        )
+        size = self._places(state)
+        if size and (self.pool is None or size > self.pool.size):
+            raise UnmaskError(
+                f"a row of {len(row.ids)} tokens needs {size} places of the cache, which has"
+                f" {0 if self.pool is None else self.pool.size}; give it more, or set use_cache = False."
+            )
+        self.waiting.append(state)
+        return state.slot
 
-    def _input(self, rows: Tensor, needs_logits: Tensor) -> DenoiserInput:
-        """Show the rows up to the last column that one of them may attend to."""
-        is_token = self.is_token[rows]
-        if self.model_block is not None or self.config.canvas == "growing":
-            is_token = is_token & (self.block_of[rows] <= self.block[rows, None])
-        columns = torch.arange(is_token.shape[1], device=rows.device)
-        stop = int((is_token * (columns + 1)).amax())
-        block = None if self.model_block is None else self.model_block[rows, :stop]
-        return DenoiserInput(self.ids[rows, :stop], is_token[:, :stop], needs_logits[:, :stop], rows, block)
+    def drop(self, slot: int) -> None:
+        """Let a row go, finished or not, before the next forward pass; a slot that has ended is ignored."""
+        self.waiting = deque(state for state in self.waiting if state.slot != slot)
+        for state in [state for state in self.running.values() if state.slot == slot]:
+            self._leave(state)
 
-    def _with_guidance(self, inputs: DenoiserInput) -> list[DenoiserInput]:
-        """The input, and with guidance also the one whose prompt is masked."""
-        if not self.config.guidance_scale:
-            return [inputs]
-        is_prompt = inputs.is_token & ~self.canvas[inputs.slots, : inputs.ids.shape[1]]
-        ids = inputs.ids.masked_fill(is_prompt, self.mask_token_id)
-        return [inputs, inputs._replace(ids=ids, slots=inputs.slots + len(self.ids))]
+    @property
+    def num_rows(self) -> int:
+        """Rows that run or wait."""
+        return len(self.running) + len(self.waiting)
 
-    def _cache_completed_blocks(self, rows: Tensor) -> None:
-        """Cache keys and values of what is final: the prompt at first, then each completed block."""
-        assert self.model_block is not None
-        current = self.first_block[rows] + self.block[rows]
-        rows = rows[behind := self.cached_blocks[rows] < current]
-        current, block = current[behind], self.model_block[rows]
-        final = (block >= self.cached_blocks[rows, None]) & (block < current[:, None]) & self.is_token[rows]
-        self.cached_blocks[rows] = current
-        if final.any():
-            inputs = self._input(rows, torch.zeros_like(final))
-            inputs = inputs._replace(is_computed=final[:, : inputs.ids.shape[1]])
-            for guided in self._with_guidance(inputs):
-                list(self.denoiser(guided))
+    def steps(self) -> Iterator[list[Event]]:
+        """Work until no row is left; yields after each forward pass what it did, an event for each row.
 
-    def _computed(self, inputs: DenoiserInput, is_fresh: bool) -> Tensor | None:
-        """Which positions are computed; None = all, without a cache."""
-        rows = inputs.slots
-        if self.cached:
-            assert inputs.block is not None
-            return inputs.is_token & (inputs.block == (self.first_block[rows] + self.block[rows])[:, None])
-        if self.config.approximate_cache is None:
-            return None
-        current = self.block_of[rows, : inputs.ids.shape[1]] == self.block[rows, None]
-        if self.config.approximate_cache == "prefix":
-            current = inputs.is_token & (current.long().cumsum(dim=1) > 0)
-        return inputs.is_token if is_fresh else current
+        Rows may be added and dropped between two of them, and afterwards `steps` may be called again. What
+        the caller does with the events, and how soon, changes no answer.
+        """
+        while self.num_rows:
+            yield self.step()
 
-    def _advance(self, rows: Tensor, is_fresh: bool) -> None:
-        """Take one step of some rows: forward pass, sample, decide, commit."""
-        in_block = self.block_of[rows] == self.block[rows, None]
-        candidates = in_block & (self.masked[rows] if self.remasks else self.open[rows])
-        candidates = self._restricted(candidates, rows)
-        inputs = self._input(rows, candidates)
-        sampled = self._sample(inputs._replace(is_computed=self._computed(inputs, is_fresh)))
+    def step(self) -> list[Event]:
+        """Let waiting rows begin, and make one forward pass; see `steps`."""
+        events = self._admit()
+        if lines := list(self.running):
+            rows = torch.tensor(lines)
+            # Rows that look alike next to each other: attention takes them together.
+            shown = torch.where(self.hides[rows], self.stop[rows], self.length[rows])
+            rows = rows[(2 * shown + (self.step_of[rows] == 0)).argsort(stable=True)]
+            events += self._advance(rows)
+        return events
 
-        def scatter(values: Tensor, elsewhere: Tensor) -> Tensor:
-            return elsewhere.clone().masked_scatter(candidates, values.to(elsewhere.dtype))
+    def _places(self, state: _State) -> int:
+        return len(state.row.ids) * (1 + state.is_guided) if state.is_cached else 0
 
-        step, steps = self.step[rows], self._of_block(self.steps_of)[rows]
-        committed = in_block & ~self.masked[rows]
-        target = (step + 1) * self._of_block(self.sizes)[rows] // steps
-        confidence = scatter(sampled.confidence, self.confidence[rows])
+    def _admit(self) -> list[Event]:
+        """Let rows begin, first come first served, as long as there is room; returns those with no canvas."""
+        events = []
+        while self.waiting and self.lines:
+            state = self.waiting[0]
+            size, keys, source, known = self._places(state), [], None, 0
+            if size:
+                assert self.pool is not None
+                if state.row.block is not None and not state.is_guided:
+                    self._name_blocks(state, int(state.row.block[state.columns[0]]), state.row.ids)
+                    keys = state.keys
+                if (taken := self.pool.take(size, keys)) is None:
+                    break
+                region, source, known = taken
+                state.regions.append(region)
+            self.waiting.popleft()
+            self._begin(state)
+            if source is not None:
+                self.denoiser.copy_keys(source.start, state.regions[0].start, source.ends[known - 1])
+                self.cached_blocks[state.line] = known
+            if not state.sizes:
+                events.append(Event(state.slot, answer=Answer([], [], 0)))
+                self._leave(state)
+        return events
+
+    def _begin(self, state: _State) -> None:
+        """Write a row into the tables."""
+        line, row, config = self.lines.pop(), state.row, state.row.config
+        state.line, length = line, len(row.ids)
+        self.running[line] = state
+        if (more := length - self.ids.shape[1]) > 0:
+            for name in (
+                *("ids", "block_of", "model_block", "offset", "commit_step", "canvas_index"),
+                *("masked", "canvas", "is_end", "confidence", "entropy"),
+            ):
+                setattr(self, name, F.pad(getattr(self, name), (0, more)))
+        for table, values in (
+            (self.ids, row.ids),
+            (self.block_of, state.block_of),
+            (self.offset, state.offset),
+            (self.masked, row.canvas),
+            (self.canvas, row.canvas),
+            (self.canvas_index, row.canvas.long().cumsum(dim=0) - 1),
+            (self.model_block, 0 if row.block is None else row.block),
+        ):
+            table[line, :length] = values
+            table[line, length:] = 0
+        self.is_end[line], self.commit_step[line] = False, -1
+        self.confidence[line], self.entropy[line] = 0.0, 0.0
+        self.length[line], self.first_end[line] = length, _LAST
+        self.seed[line] = keyed_hash(int(config.seed))  # type: ignore[arg-type]
+        self.num_forwards[line] = self.cached_blocks[line] = 0
+        self.hides[line] = row.block is not None or config.canvas == "growing"
+        self.remasks[line] = config.policy_name in REMASK
+        self.keeps_prefix[line] = config.approximate_cache == "dual"
+        self.refresh[line] = config.refresh_interval or _LAST
+        self.region[line] = state.regions[0].start if state.regions else -1
+        if state.sizes:
+            self._begin_block(state, 0)
+
+    def _begin_block(self, state: _State, number: int) -> None:
+        line = state.line
+        self.block[line], self.step_of[line] = number, 0
+        self.start[line], self.stop[line] = state.windows[number]
+        self.size[line], self.steps_of[line] = state.sizes[number], state.steps[number]
+
+    def _leave(self, state: _State) -> None:
+        del self.running[state.line]
+        self.lines.append(state.line)
+        for region in state.regions:
+            assert self.pool is not None
+            self.pool.give_back(region)
+
+    def _name_blocks(self, state: _State, count: int, ids: Tensor) -> None:
+        """Name the first `count` blocks by their content and that of all before them."""
+        assert state.row.block is not None
+        while len(state.keys) < count:
+            block = ids[: len(state.row.block)][state.row.block == len(state.keys)]
+            before = state.keys[-1] if state.keys else b""
+            state.keys.append(sha256(before + block.numpy().tobytes()).digest())
+
+    # A step.
+
+    def _advance(self, rows: Int[Tensor, "R"]) -> list[Event]:
+        """Take one step of some rows; where that fails, of each alone, so that one harms no other."""
+        try:
+            with torch.no_grad():
+                step = self._decide(rows)
+        except Exception as error:
+            if len(rows) > 1:
+                return [event for row in rows.split(1) for event in self._advance(row)]
+            state = self.running[int(rows)]
+            self._leave(state)
+            return [Event(state.slot, error=error)]
+        return self._commit(rows, *step)
+
+    def _decide(self, rows: Int[Tensor, "R"]) -> tuple[Tensor, Tensor, Proposal, Tensor, Tensor]:
+        """Forward pass, draw and decision of some rows; changes nothing.
+
+        Returns:
+            Columns of each current block (R, W), which rows were denoised, the proposal, and which of its
+            positions are committed and masked again.
+        """
+        start, stop = self.start[rows, None], self.stop[rows, None]
+        columns = start + torch.arange(int((stop - start).amax()))
+        inside = columns < stop
+        columns = torch.where(inside, columns, start)
+        at = (rows[:, None], columns)
+        in_block = inside & (self.block_of[at] == self.block[rows, None])
+        masked = self.masked[at] & in_block
+        may_change = self.remasks[rows, None] | (columns <= self.first_end[rows, None])
+        groups = _alike([self.running[row].decides for row in rows.tolist()])
+        candidates = self._restricted(masked & may_change, rows, columns, groups)
+        asked = candidates.any(dim=1)
+        token, confidence, entropy = self.ids[at], self.confidence[at], self.entropy[at]
+        margin = torch.zeros_like(confidence)
+        if asked.any():
+            sampled = self._sample(rows[asked], columns[asked], candidates[asked])
+            if not sampled.valid.all():
+                raise UnmaskError(
+                    "the model's logits, or those that logits_processor returned, are NaN or infinite, or"
+                    " allow no token; check the weights and their dtype."
+                )
+            token.masked_scatter_(candidates, sampled.token)
+            for values, drawn in (
+                (confidence, sampled.confidence),
+                (entropy, sampled.entropy),
+                (margin, sampled.margin),
+            ):
+                values.masked_scatter_(candidates, drawn.to(values.dtype))
+        committed = in_block & ~masked
+        step, steps, size = self.step_of[rows], self.steps_of[rows], self.size[rows]
+        target = (step + 1) * size // steps
         proposal = Proposal(
             candidates=candidates,
-            token=scatter(sampled.token, self.ids[rows]),
+            token=token,
             confidence=confidence,
-            margin=scatter(sampled.margin, torch.zeros_like(confidence)),
-            entropy=scatter(sampled.entropy, self.entropy[rows]),
+            margin=margin,
+            entropy=entropy,
             committed=committed,
             quota=(target - committed.sum(dim=1)).clamp(min=1),
-            share=target - step * self._of_block(self.sizes)[rows] // steps,
+            share=target - step * size // steps,
             step=step,
             steps=steps,
             seed=self.seed[rows],
-            position=self.positions[rows],
+            position=columns,
         )
-        decision = self.policy(self._with_ends_last(proposal) if self.config.defer_end else proposal)
-        if isinstance(decision, Decision):
-            self.drafts = True
-        else:
-            decision = Decision(decision)
-        commit = decision.commit & candidates
-        if not self.remasks and not commit.any(dim=1).all():
-            raise UnmaskError("the policy committed no token of some row; it must commit one at least.")
-        self.ids[rows] = torch.where(commit, proposal.token, self.ids[rows])
-        self.confidence[rows] = torch.where(commit, confidence, self.confidence[rows])
-        self.entropy[rows] = torch.where(commit, proposal.entropy, self.entropy[rows])
-        self.commit_step[rows] = torch.where(commit, self.num_forwards[rows, None], self.commit_step[rows])
-        self.masked[rows] = self.masked[rows] & ~commit
-        if decision.remask is not None:
-            remask = decision.remask & committed
-            self.masked[rows] = self.masked[rows] | remask
-            self.ids[rows] = self.ids[rows].masked_fill(remask, self.mask_token_id)
-        self.num_forwards[rows] += candidates.any(dim=1).long()
-        self.step[rows] += 1
+        commit, remask = torch.zeros_like(candidates), torch.zeros_like(candidates)
+        for group in groups:
+            state = self.running[int(rows[group[0]])]
+            config = state.row.config
+            part = Proposal(*(values[group] for values in proposal))
+            ends = torch.tensor(config.eos_token_ids)
+            decision = state.policy(_with_ends_last(part, ends) if config.defer_end else part)
+            if not isinstance(decision, Decision):
+                decision = Decision(decision)
+            else:
+                for row in rows[group].tolist():
+                    self.running[row].drafts = True
+            chosen = decision.commit & part.candidates
+            if config.policy_name not in REMASK and not chosen.any(dim=1).all():
+                raise UnmaskError("the policy committed no token of some row; it must commit one at least.")
+            commit[group] = chosen
+            if decision.remask is not None:
+                remask[group] = decision.remask & part.committed
+        return columns, asked, proposal, commit, remask
 
-    def _restricted(self, candidates: Bool[Tensor, "R L"], rows: Tensor) -> Bool[Tensor, "R L"]:
+    def _restricted(
+        self, candidates: Bool[Tensor, "R W"], rows: Tensor, columns: Tensor, groups: list[Tensor]
+    ) -> Bool[Tensor, "R W"]:
         """The candidates of the first group that is not complete, and at first a block's first token alone."""
-        offset = self.offset[rows]
-        if self.config.sub_block_length is not None:
-            group = torch.where(candidates, offset // self.config.sub_block_length, _LAST)
-            candidates = candidates & (group == group.amin(dim=1, keepdim=True))
-        if self.config.first_token_alone:
-            first = candidates & (offset == 0)
-            candidates = torch.where(first.any(dim=1, keepdim=True), first, candidates)
+        for group in groups:
+            config = self.running[int(rows[group[0]])].row.config
+            offset, part = self.offset[rows[group, None], columns[group]], candidates[group]
+            if config.sub_block_length is not None:
+                number = torch.where(part, offset // config.sub_block_length, _LAST)
+                part = part & (number == number.amin(dim=1, keepdim=True))
+            if config.first_token_alone:
+                first = part & (offset == 0)
+                part = torch.where(first.any(dim=1, keepdim=True), first, part)
+            if config.sub_block_length is not None or config.first_token_alone:
+                candidates[group] = part
         return candidates
 
-    def _with_ends_last(self, proposal: Proposal) -> Proposal:
-        """Let end tokens seem the least likely to the policy, so that it commits them when nothing else is left."""
-        end = torch.isin(proposal.token, self.eos) & proposal.candidates
-        return proposal._replace(
-            confidence=proposal.confidence.masked_fill(end, -1.0),
-            margin=proposal.margin.masked_fill(end, -1.0),
-            entropy=proposal.entropy.masked_fill(end, torch.inf),
-        )
-
-    def _sample(self, inputs: DenoiserInput) -> Sampled:
-        """Run the network and draw a token for each position whose logits are needed."""
-        config, start = self.config, 0
-        row, column = inputs.needs_logits.nonzero(as_tuple=True)
-        none = self.confidence.new_zeros(0)
-        chunks = [Sampled(none.long(), none, none, none)]
-        guided = self._with_guidance(inputs) if len(row) else []
-        for logits, *unconditional in zip(*map(self.denoiser, guided), strict=True):
-            part = slice(start, start + len(logits))
-            rows, columns, start = inputs.slots[row[part]], column[part], part.stop
-            if unconditional:
-                logits = logits + config.guidance_scale * (logits - unconditional[0])
-            suppress_(logits, self.forbidden)
-            early = self.canvas_index[rows, columns] < config.min_new_tokens
+    def _sample(self, rows: Tensor, columns: Tensor, candidates: Bool[Tensor, "R W"]) -> Sampled:
+        """Run the network once, and draw a token for each candidate."""
+        inputs, guided = self._input(rows, columns, candidates)
+        logits = self.denoiser(inputs)
+        row, place = candidates.nonzero(as_tuple=True)
+        column, line = columns[row, place], rows[row]
+        # The second copy of a guided row comes after all rows, with as many positions.
+        is_second = torch.isin(row, guided)
+        second = len(row) + is_second.long().cumsum(dim=0) - 1
+        groups, states = [], [self.running[index] for index in rows.tolist()]
+        for group in _alike([state.samples for state in states]):
+            state = states[int(group[0])]
+            config, index = state.row.config, torch.isin(row, group).nonzero()[:, 0]
+            never = {self.mask_token_id, *(config.suppress_tokens or []), *(config.unused_tokens or [])}
+            ends = set(config.eos_token_ids)
+            forbidden = [never - ends]
+            early = self.canvas_index[line[index], column[index]] < config.min_new_tokens
+            parts = [index]
             if early.any():
-                logits[early] = suppress_(logits[early], self.eos)
-            raw = None
-            if self.processors:
-                ids: Any = self.ids[rows]
-                raw, logits = logits, self.processors(ids, cast(Any, logits.clone()))
-            uniform = None
-            if config.temperature > 0:
-                uniform = uniforms(self.seed[rows], self.positions[rows, columns], self.num_forwards[rows])
-            drawn = (uniform, config.temperature or 1.0, config.top_k, config.top_p, raw)
-            chunks.append(sample(logits, *drawn, with_margin=self.with_margin))
-        return Sampled(*(torch.cat(field) for field in zip(*chunks, strict=True)))
+                parts, forbidden = [index[~early], index[early]], [never - ends, never | ends]
+            for part, ids in zip(parts, forbidden, strict=True):
+                if len(part):
+                    groups.append(
+                        Group(
+                            index=part,
+                            source=part,
+                            temperature=config.temperature,
+                            top_k=config.top_k,
+                            top_p=config.top_p,
+                            forbidden=torch.tensor(sorted(ids), dtype=torch.long),
+                            process=self._process(state, line, part) if state.row.logits_processors else None,
+                            unconditional=second[part] if config.guidance_scale else None,
+                            guidance_scale=config.guidance_scale,
+                            figures=config.figures,
+                        )
+                    )
+        uniform = None
+        if any(group.temperature for group in groups):
+            uniform = uniforms(self.seed[line], column, self.num_forwards[line])
+        return draw(logits, groups, uniform)
 
-    def _apply_criteria(self, final: Bool[Tensor, "B L"]) -> None:
+    def _process(self, state: _State, line: Tensor, part: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """A function of (indices into `part`, their logits) that calls the row's logits processors."""
+        processors: Any = LogitsProcessorList(state.row.logits_processors)
+
+        def process(index: Tensor, logits: Tensor) -> Tensor:
+            out = logits.clone()
+            of_row = line[part[index.cpu()]]
+            for row in of_row.unique().tolist():
+                at = (of_row == row).nonzero()[:, 0].to(logits.device)
+                ids = self.ids[row, : int(self.length[row])].to(logits.device)
+                out[at] = processors(ids.expand(len(at), -1), logits[at].clone())
+            return out
+
+        return process
+
+    def _input(
+        self, rows: Tensor, columns: Tensor, candidates: Bool[Tensor, "R W"]
+    ) -> tuple[DenoiserInput, Tensor]:
+        """Show the rows up to the last column that one of them may attend to, guided rows twice.
+
+        Returns:
+            Also the indices of the rows whose second copy, with the prompt masked, stands at the end.
+        """
+        length = int(self.length[rows].amax())
+        block_of, block = self.block_of[rows, :length], self.block[rows, None]
+        column = torch.arange(length)
+        is_token = column < self.length[rows, None]
+        is_token &= ~self.hides[rows, None] | (block_of <= block)
+        stop = int((is_token * (column + 1)).amax())
+        is_token, block_of = is_token[:, :stop], block_of[:, :stop]
+        needs = torch.zeros_like(is_token)
+        row, place = candidates.nonzero(as_tuple=True)
+        needs[row, columns[row, place]] = True
+        has_region, has_blocks = (
+            self.region[rows, None] >= 0,
+            self.running[int(rows[0])].row.block is not None,
+        )
+        model_block = self.model_block[rows, :stop]
+        if has_blocks:
+            is_new = model_block >= self.cached_blocks[rows, None]
+        else:
+            # With an approximate cache only fresh rows are computed whole.
+            current = block_of == block
+            after = current.long().cumsum(dim=1) > 0
+            is_new = torch.where(self.keeps_prefix[rows, None], current, after)
+            is_new |= (self.step_of[rows] % self.refresh[rows] == 0)[:, None]
+        inputs = DenoiserInput(
+            ids=self.ids[rows, :stop],
+            is_token=is_token,
+            needs_logits=needs,
+            is_computed=is_token & (is_new | ~has_region),
+            region=self.region[rows],
+            block=model_block if has_blocks else None,
+        )
+        is_guided = torch.tensor([self.running[index].is_guided for index in rows.tolist()])
+        guided = is_guided.nonzero()[:, 0]
+        if len(guided):
+            prompt = is_token[guided] & ~self.canvas[rows[guided], :stop]
+            region = self.region[rows[guided]]
+            inputs = DenoiserInput(
+                ids=torch.cat([inputs.ids, inputs.ids[guided].masked_fill(prompt, self.mask_token_id)]),
+                is_token=torch.cat([is_token, is_token[guided]]),
+                needs_logits=torch.cat([needs, needs[guided]]),
+                is_computed=torch.cat([inputs.is_computed, inputs.is_computed[guided]]),
+                region=torch.cat([inputs.region, torch.where(region < 0, -1, region + self.length[rows[guided]])]),
+                block=None if inputs.block is None else torch.cat([inputs.block, inputs.block[guided]]),
+            )
+        return inputs, guided
+
+    def _commit(
+        self, rows: Tensor, columns: Tensor, asked: Tensor, proposal: Proposal, commit: Tensor, remask: Tensor
+    ) -> list[Event]:
+        """Write down what was decided, go on to the next block or end where one is complete, and tell."""
+        row, place = (commit | remask).nonzero(as_tuple=True)
+        at = rows[row], columns[row, place]
+        kept = commit[row, place] & ~remask[row, place]
+        token = torch.where(kept, proposal.token[row, place], self.mask_token_id)
+        self.ids[at], self.masked[at] = token, ~kept
+        self.confidence[at], self.entropy[at] = proposal.confidence[row, place], proposal.entropy[row, place]
+        self.commit_step[at] = self.num_forwards[rows][row]
+        states = [self.running[index] for index in rows.tolist()]
+        for group in _alike([tuple(state.row.config.eos_token_ids) for state in states]):
+            ends = torch.tensor(states[int(group[0])].row.config.eos_token_ids, dtype=torch.long)
+            mine = torch.isin(row, group)
+            line, column = at[0][mine], at[1][mine]
+            self.is_end[line, column] = kept[mine] & torch.isin(token[mine], ends)
+        is_end = self.is_end[rows]
+        self.first_end[rows] = torch.where(is_end.any(dim=1), is_end.to(torch.uint8).argmax(dim=1), _LAST)
+        for state in (state for state, was in zip(states, asked.tolist(), strict=True) if was):
+            if state.regions and state.row.block is not None:
+                self._keep_blocks(state)
+        self.num_forwards[rows] += asked.long()
+        self.step_of[rows] += 1
+
+        # A remasking policy may mask a committed token again: only the steps complete its block.
+        in_block = (columns < self.stop[rows, None]) & (columns >= self.start[rows, None])
+        in_block &= self.block_of[rows[:, None], columns] == self.block[rows, None]
+        is_open = self.masked[rows[:, None], columns] & in_block
+        is_open &= columns <= self.first_end[rows, None]
+        complete = torch.where(
+            self.remasks[rows], self.step_of[rows] >= self.steps_of[rows], ~is_open.any(dim=1)
+        )
+        confidence = self.confidence[at]
+        changed = self._changes(row, self.canvas_index[at], token, kept, confidence, len(rows))
+        masked = self.masked[rows]
+        first_masked = torch.where(masked.any(dim=1), masked.to(torch.uint8).argmax(dim=1), self.length[rows])
+        events = []
+        facts = zip(states, complete.tolist(), first_masked.tolist(), changed, strict=True)
+        for state, is_complete, column, change in facts:
+            events.append(self._event(state, is_complete, column, change))
+        return events
+
+    def _changes(
+        self, row: Tensor, position: Tensor, token: Tensor, kept: Tensor, confidence: Tensor, count: int
+    ) -> list[_Change]:
+        """Gather what was committed and masked again by row."""
+        changes = [_Change([], [], [], []) for _ in range(count)]
+        facts = (values.tolist() for values in (row, position, token, kept, confidence))
+        for index, where, what, is_token, probability in zip(*facts, strict=True):
+            change = changes[index]
+            if is_token:
+                change.positions.append(where)
+                change.tokens.append(what)
+                change.confidence.append(probability)
+            else:
+                change.remasked.append(where)
+        return changes
+
+    def _keep_blocks(self, state: _State) -> None:
+        """Note that everything before the current block has been computed, and may serve later rows."""
+        line, block = state.line, state.row.block
+        assert self.pool is not None and block is not None
+        current = int(block[state.columns[0]]) + int(self.block[line])
+        if current <= int(self.cached_blocks[line]):
+            return
+        self.cached_blocks[line] = current
+        if not state.is_guided:
+            self._name_blocks(state, current, self.ids[line])
+            ends = block.bincount().cumsum(dim=0)[:current].tolist()
+            self.pool.name_blocks(state.regions[0], state.keys, ends)
+
+    def _event(self, state: _State, is_complete: bool, first_masked: int, change: _Change) -> Event:
+        """Tell what a step did, and end the row or its block if it is complete."""
+        line, first_end = state.line, int(self.first_end[state.line])
+        number, done = int(self.block[line]), False
+        if is_complete:
+            number += 1
+            done = number == len(state.sizes) or state.windows[number][0] > first_end
+            if not done:
+                self._begin_block(state, number)
+        stop = first_masked  # the column up to which all is final
+        if state.drafts and not done:
+            stop = min(stop, state.windows[number][0])
+        num_final = int((state.columns < stop).sum())
+        if first_end < _LAST:
+            num_final = min(num_final, int(self.canvas_index[line, first_end]) + 1)
+        if state.row.stopping_criteria:
+            self._ask_criteria(state, num_final)
+            num_final, done = min(num_final, state.limit), done or state.limit < _LAST
+        if "confidence" not in state.row.config.figures:
+            change = change._replace(confidence=[])
+        event = Event(state.slot, len(state.columns), **change._asdict(), num_final=num_final)
+        if not done:
+            return event
+        columns, trace = state.columns[:num_final], state.row.config.return_trace
+        answer = Answer(
+            self.ids[line, columns].tolist(),
+            self.commit_step[line, columns].tolist(),
+            int(self.num_forwards[line]),
+            self.confidence[line, columns].tolist() if trace else [],
+            self.entropy[line, columns].tolist() if trace else [],
+        )
+        self._leave(state)
+        return replace(event, answer=answer)
+
+    def _ask_criteria(self, state: _State, num_final: int) -> None:
         """Ask the stopping criteria about every new token that is final, as are all before it."""
-        for row in (self.limit == _LAST).nonzero()[:, 0].tolist():
-            columns = self.canvas[row].nonzero()[:, 0]
-            prompt = self.ids[row, self.is_token[row] & ~self.canvas[row]]
-            length = int(final[row, columns].long().cumprod(dim=0).sum())
-            for count in range(int(self.tested[row]) + 1, length + 1):
-                ids: Any = torch.cat([prompt, self.ids[row, columns[:count]]])[None]
-                answers = (
-                    criterion(ids, None, prompt_length=len(prompt))
-                    if isinstance(criterion, StoppingCriteria)
-                    else criterion(ids, None)
-                    for criterion in self.criteria
-                )
-                if any(bool(torch.as_tensor(answer).all()) for answer in answers):
-                    self.limit[row] = count
-                    break
-            self.tested[row] = length
+        prompt = state.row.ids[~state.row.canvas]
+        for count in range(state.tested + 1, num_final + 1):
+            ids: Any = torch.cat([prompt, self.ids[state.line, state.columns[:count]]])[None]
+            answers = (
+                criterion(ids, None, prompt_length=len(prompt))
+                if isinstance(criterion, StoppingCriteria)
+                else criterion(ids, None)
+                for criterion in state.row.stopping_criteria
+            )
+            if any(bool(torch.as_tensor(answer).all()) for answer in answers):
+                state.limit = count
+                break
+        state.tested = num_final
+
+
+def _alike(keys: list[tuple[Any, ...]]) -> list[Int[Tensor, "n"]]:
+    """Indices of the entries that are equal, group by group."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    return [torch.tensor(indices) for indices in groups.values()]
+
+
+def _deciding(config: DiffusionGenerationConfig) -> tuple[Any, ...]:
+    """The settings that a decision depends on."""
+    policy = config.policy if callable(config.policy) else config.policy_name
+    own = config.alg_temp, config.threshold, config.factor, config.entropy_bound, config.eta
+    ends = tuple(config.eos_token_ids) if config.defer_end else None
+    return policy, *own, ends, config.sub_block_length, config.first_token_alone
+
+
+def _sampling(row: Row) -> tuple[Any, ...]:
+    """The settings that a draw depends on; logits processors are a row's own."""
+    config = row.config
+    ids = (*config.eos_token_ids,), (*(config.suppress_tokens or ()),), (*(config.unused_tokens or ()),)
+    own = id(row) if row.logits_processors else None
+    filters = config.temperature, config.top_k, config.top_p, config.guidance_scale
+    return *filters, config.min_new_tokens, ids, own, config.figures
+
+
+def _offsets(number: Int[Tensor, "L"], part_of: Bool[Tensor, "L"]) -> Int[Tensor, "L"]:
+    """Index each position within its block, which may begin in the prompt."""
+    group = torch.where(part_of, number - number.amin(), 0) if len(number) else number
+    index = part_of.long().cumsum(dim=0)
+    first = torch.full_like(index, _LAST)
+    first.scatter_reduce_(0, group, torch.where(part_of, index, _LAST), "amin")
+    return index - first.gather(0, group)
+
+
+def _with_ends_last(proposal: Proposal, ends: Int[Tensor, "E"]) -> Proposal:
+    """Let end tokens seem the least likely to the policy, so that it commits them when nothing else is left."""
+    end = torch.isin(proposal.token, ends) & proposal.candidates
+    return proposal._replace(
+        confidence=proposal.confidence.masked_fill(end, -1.0),
+        margin=proposal.margin.masked_fill(end, -1.0),
+        entropy=proposal.entropy.masked_fill(end, torch.inf),
+    )

@@ -180,6 +180,12 @@ ADAPTIVE: dict[str, Callable[..., Tensor]] = {
 }
 REMASK = ("remdm_cap", "remdm_rescale", "remdm_confidence")
 POLICIES = (*RANKED, "origin", *ADAPTIVE, *REMASK)
+FIGURES = {
+    **dict.fromkeys(("maskgit_plus", "threshold", "factor", "remdm_confidence"), "confidence"),
+    "topk_margin": "margin",
+    **dict.fromkeys(("entropy", "entropy_bound"), "entropy"),
+}
+"""What a policy asks of the model besides its tokens; nothing if it is not named."""
 
 
 def share_steps(steps: int, sizes: list[int]) -> list[int]:

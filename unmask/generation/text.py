@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StoppingCriteria
 
-from unmask.data.collate import collate
 from unmask.data.encode import Encoder, Example, document_ids
 from unmask.data.files import read_records
 from unmask.data.records import Conversation, CustomFields, Turn, call_text, to_conversation
 from unmask.data.tokenizer import ids_without_token
 from unmask.errors import UnmaskError, UnmaskWarning
+from unmask.generation.engine import Event
 
 MISSING = "?"  # takes the place of a missing answer, so that a record without one is read like any other
 
@@ -246,70 +248,133 @@ class StopStrings(StoppingCriteria):
         return min((text.partition(string)[0] for string in self.strings), key=len, default=text)
 
 
+@dataclass
+class _Running:
+    """A prompt that is being answered."""
+
+    index: int
+    stop: StopStrings
+    states: list[list[int]] = field(default_factory=list)
+
+    def note(self, event: Event, mask: int) -> None:
+        """Add the canvas as it is after a step."""
+        canvas = list(self.states[-1]) if self.states else [mask] * event.length
+        changes = *zip(event.positions, event.tokens, strict=True), *((at, mask) for at in event.remasked)
+        for position, token in changes:
+            canvas[position] = token
+        self.states.append(canvas)
+
+
 def complete(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], **options: Any
+) -> list[Completion]:
+    """Generate a completion of every prompt, in their order; see `completions`.
+
+    Raises:
+        UnmaskError: a prompt cannot be completed; it is named by its number, from 1.
+    """
+    found = dict(completions(model, tokenizer, prompts, **options))
+    return [found[index] for index in range(len(prompts))]
+
+
+def completions(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int] | Example],
     *,
     batch_size: int = 64,
+    each: Sequence[Mapping[str, Any]] = (),
     stop: Sequence[str] = (),
     keep_states: bool = False,
     advance: Callable[[int], None] | None = None,
+    engine: Any = None,
+    watch: Callable[[Event], None] | None = None,
     **settings: Any,
-) -> list[Completion]:
-    """Generate a completion of every prompt.
+) -> Iterator[tuple[int, Completion]]:
+    """Generate completions; yields (index of the prompt, its completion) as they are done.
 
-    Prompts of similar length are generated together; the answers do not depend on it.
+    Up to `batch_size` prompts are answered at once, and another one begins when one is done. An answer
+    depends on its prompt, settings and seed alone.
 
     Args:
         prompts: token ids, all of them source; or examples, whose `src_mask` says what training would mask,
             such as earlier responses (it matters to block-causal models).
+        each: settings of each prompt, "stop" and "seed" among them, that override those of all.
         stop: strings that end a response, which ends before them.
-        keep_states: also return the canvas after each step.
-        advance: called with the number of prompts done after each batch.
-        **settings: fields of `DiffusionGenerationConfig`, `seed` one number or one for each prompt; or a
-            `streamer`, for a single prompt.
+        keep_states: also return the canvas after each step, and the model's confidence and entropy.
+        advance: called with 1 for each prompt done.
+        engine: of `model.make_engine`, whose cache may know the beginning of the prompts already.
+        watch: called with every event.
+        **settings: fields of `DiffusionGenerationConfig`, `seed` one number or one for each prompt.
     """
     examples = [p if isinstance(p, Example) else Example(p, [True] * len(p)) for p in prompts]
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
-    seeds = settings.pop("seed", None)
-    stop_strings = StopStrings(tokenizer, stop)
     settings.setdefault("unused_tokens", ids_without_token(tokenizer, model.config.vocab_size))
-    if stop:
-        settings["stopping_criteria"] = stop_strings
-    completions: dict[int, Completion] = {}
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        if seeds is not None:
-            settings["seed"] = [seeds[i] for i in indices] if isinstance(seeds, Sequence) else seeds
-        batch = collate([examples[i] for i in indices], pad_token_id=0, padding_side="left")
-        inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask", "src_mask")}
-        inputs["src_mask"] &= inputs["attention_mask"].bool()
-        output = model.generate(**inputs, return_trace=True, **settings)
-        for row, index in enumerate(indices):
-            in_answer = output.commit_step[row] >= 0
-            ids = output.sequences[row, inputs["input_ids"].shape[1] :][in_answer].tolist()
-            states = output.states[row].tolist() if keep_states else []
-            while len(states) > 1 and states[-1] == states[-2]:  # fewer steps than others of the batch
-                states.pop()
-            completions[index] = Completion(
-                stop_strings.cut(str(tokenizer.decode(ids, skip_special_tokens=True))),
-                ids,
-                output.commit_step[row, in_answer].tolist(),
-                output.confidence[row, in_answer].tolist(),
-                output.entropy[row, in_answer].tolist(),
-                int(output.num_forwards[row]),
-                states,
-            )
-        if advance is not None:
-            advance(len(indices))
-    return [completions[index] for index in range(len(prompts))]
+    if isinstance(settings.get("seed"), Sequence):
+        each = [
+            {"seed": s, **own}
+            for s, own in zip(settings.pop("seed"), each or [{}] * len(prompts), strict=True)
+        ]
+    if each and len(each) != len(prompts):
+        raise UnmaskError(f"each: {len(each)} settings for {len(prompts)} prompts; give one for each.")
+    if engine is None:
+        longest = max((len(example.input_ids) for example in examples), default=0)
+        asked = [{**settings, **own}.get("max_new_tokens") for own in each or [{}]]
+        new = max(model.generation_config.max_new_tokens if n is None else n for n in asked)
+        engine = model.make_engine(max_rows=max(1, min(batch_size, len(examples))), longest=longest + new)
+    waiting = deque(range(len(examples)))
+    running: dict[int, _Running] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < 2 * batch_size:  # so that there is always one to begin
+                index = waiting.popleft()
+                own = {"return_trace": keep_states, "stop": stop, **settings, **(each[index] if each else {})}
+                strings = StopStrings(tokenizer, own.pop("stop"))
+                if strings.strings:
+                    own["stopping_criteria"] = strings
+                with _naming(index, len(examples)):
+                    slot = engine.add(examples[index].input_ids, examples[index].src_mask, **own)
+                running[slot] = _Running(index, strings)
+            for event in engine.step():
+                if (row := running.get(event.slot)) is None:
+                    continue
+                if watch is not None:
+                    watch(event)
+                if keep_states:
+                    row.note(event, engine.mask_token_id)
+                if event.done:
+                    del running[event.slot]
+                if event.error is not None:
+                    with _naming(row.index, len(examples)):
+                        raise event.error
+                if (answer := event.answer) is not None:
+                    if advance is not None:
+                        advance(1)
+                    text = row.stop.cut(str(tokenizer.decode(answer.ids, skip_special_tokens=True)))
+                    figures = answer.commit_step, answer.confidence, answer.entropy, answer.num_forwards
+                    yield row.index, Completion(text, answer.ids, *figures, row.states)
+    finally:
+        for slot in running:
+            engine.drop(slot)
+
+
+@contextmanager
+def _naming(index: int, count: int) -> Iterator[None]:
+    """Say which of several prompts an error is about."""
+    try:
+        yield
+    except (UnmaskError, ValueError) as error:
+        if count == 1:
+            raise
+        raise UnmaskError(f"prompt {index + 1} of {count}: {error}") from error
 
 
 # Files of answers.
 
-Answer = Callable[[Sequence[Example], Sequence[int], Callable[[int], None] | None], list[dict[str, Any]]]
-"""(prompts, their seeds, a function called with the number done) -> the fields of the line of each."""
+Answer = Callable[
+    [Sequence[Example], Sequence[int], Callable[[int], None] | None], Iterable[tuple[int, dict[str, Any]]]
+]
+"""(prompts, their seeds, a function called with the number done) -> index and fields of the line of each, in any
+order."""
 
 
 def generate_answers(
@@ -321,17 +386,18 @@ def generate_answers(
     *,
     prefix: str = "",
     **settings: Any,
-) -> list[dict[str, Any]]:
-    """Answer prompts by `complete`; `prefix` is what they already begin the response with."""
-    return [
-        {
-            "response": prefix + done.text,
-            "tokens": len(done.ids),
-            "forward_passes": done.num_forwards,
-            "tokens_per_forward": round(done.tokens_per_forward, 4),
-        }
-        for done in complete(model, tokenizer, examples, seed=list(seeds), advance=advance, **settings)
-    ]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Answer prompts by `completions`; `prefix` is what they already begin the response with."""
+    for index, done in completions(model, tokenizer, examples, seed=list(seeds), advance=advance, **settings):
+        yield (
+            index,
+            {
+                "response": prefix + done.text,
+                "tokens": len(done.ids),
+                "forward_passes": done.num_forwards,
+                "tokens_per_forward": round(done.tokens_per_forward, 4),
+            },
+        )
 
 
 def answer_file(
@@ -343,7 +409,6 @@ def answer_file(
     seed: int = 0,
     resume: bool = False,
     settings: Mapping[str, Any] | None = None,
-    flush_every: int = 64,
     advance: Callable[[int], None] | None = None,
 ) -> dict[str, int]:
     """Answer prompts and write one JSON line an answer, in the order of the prompts; resumable.
@@ -353,7 +418,6 @@ def answer_file(
         samples: answers to each prompt; answer i is drawn from seed + i.
         resume: continue after the lines that `out` has; they must be of these prompts and settings.
         settings: written in every line.
-        flush_every: answers between two writes.
         advance: called with the number of answers done, those already in the file first.
 
     Returns:
@@ -373,14 +437,15 @@ def answer_file(
     with out.open("r+b" if size else "wb") as file:
         file.truncate(size)
         file.seek(size)
-        for start in range(len(lines), len(heads), flush_every):
-            batch = heads[start : start + flush_every]
-            examples = [prompts[head["index"]].example for head in batch]
-            answers = answer(examples, [head["seed"] for head in batch], advance)
-            new = [{**head, **line} for head, line in zip(batch, answers, strict=True)]
-            file.writelines(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in new)
-            file.flush()
-            lines += new
+        left, done = heads[len(lines) :], {}
+        examples = [prompts[head["index"]].example for head in left]
+        written = len(lines)
+        for index, line in answer(examples, [head["seed"] for head in left], advance):
+            done[index] = {**left[index], **line}
+            while (line := done.pop(len(lines) - written, None)) is not None:  # in the order of the prompts
+                file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+                file.flush()
+                lines.append(line)
     sums = {name: sum(line.get(name, 0) for line in lines) for name in ("tokens", "forward_passes")}
     return {"answers": len(lines), **sums}
 

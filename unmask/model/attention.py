@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from functools import cache, partial
 from inspect import signature
-from itertools import accumulate
+from itertools import accumulate, groupby, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -51,45 +51,54 @@ def registered_name(requested: str | None) -> str:
 
 
 class KVCache:
-    """Keys and values (slots * columns, N, E) of each layer, written in place by every forward pass."""
+    """Keys and values (size, N, E) of each layer, written in place by every forward pass."""
 
-    def __init__(self, slots: int, columns: int):
-        self.slots, self.columns = slots, columns
+    def __init__(self, size: int):
+        self.size = size
         self.layers: list[tuple[Tensor, Tensor]] = []
 
     def write(self, layer: int, place: Int[Tensor, "T"], *states: Tensor) -> tuple[Tensor, Tensor]:
         """Write keys and values (1, N, T, E) of a layer at `place`; return all that the layer has."""
         if layer == len(self.layers):
             _, heads, _, size = states[0].shape
-            shape = (self.slots * self.columns, heads, size)
-            self.layers.append((states[0].new_zeros(shape), states[1].new_zeros(shape)))
+            keys, values = (new.new_empty(self.size, heads, size) for new in states)
+            self.layers.append((keys, values))
         for cached, new in zip(self.layers[layer], states, strict=True):
             cached[place] = new[0].transpose(0, 1)
         return self.layers[layer]
 
-    def locate(self, slots: Int[Tensor, "D 1"], columns: Int[Tensor, "D K"]) -> Any:
-        """Index for `read` of columns of some slots; slices, which copy nothing, where they follow one another."""
-        place = slots * self.columns + columns
-        first = int(place[0, 0])
-        slot, column = divmod(first, self.columns)
-        rows, width = (torch.arange(size, device=place.device) for size in place.shape)
-        if torch.equal(place, first + self.columns * rows[:, None] + width):
-            return slice(slot, slot + len(rows)), slice(column, column + len(width))
-        return place
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy what stands in `count` places from `source` on."""
+        for states in (states for layer in self.layers for states in layer):
+            states[target : target + count] = states[source : source + count]
 
-    def read(self, states: Tensor, place: Any) -> Float[Tensor, "D N K E"]:
-        """Take from what `write` returned what `locate` found."""
-        if isinstance(place, Tensor):
-            return states[place].transpose(1, 2)
-        return states.unflatten(0, (self.slots, self.columns))[place].transpose(1, 2)
+
+def _locate(place: Int[Tensor, "D K"], device: torch.device) -> Any:
+    """Index for `_read`: first place, step and shape where places are evenly spaced, which copies nothing."""
+    rows, width = place.shape
+    first, step = int(place[0, 0]), int(place[1, 0] - place[0, 0]) if rows > 1 else width
+    row, column = torch.arange(rows)[:, None], torch.arange(width)
+    if step > 0 and torch.equal(place, first + step * row + column):
+        return first, step, rows, width
+    return place.to(device)
+
+
+def _read(states: Float[Tensor, "size N E"], place: Any) -> Float[Tensor, "D N K E"]:
+    """Take from a layer's keys or values what `_locate` found."""
+    if isinstance(place, Tensor):
+        return states[place].transpose(1, 2)
+    first, step, rows, width = place
+    size = states.stride(0)
+    shape, strides = (rows, width, *states.shape[1:]), (step * size, size, *states.stride()[1:])
+    return states.as_strided(shape, strides, states.storage_offset() + first * size).transpose(1, 2)
 
 
 class CachedRows(NamedTuple):
-    """What a forward pass with a cache computes and sees: one document a row."""
+    """What a forward pass with a cache computes and sees: one document a row; on the CPU."""
 
     cache: KVCache
-    slots: Int[Tensor, "B"]
-    """Slot of each row in the cache."""
+    region: Int[Tensor, "B"]
+    """Where the row's places in the cache begin; -1 = it has none, and all of its tokens are computed."""
     computed: Bool[Tensor, "B L"]
     """True = computed in this pass, and written."""
     block: Int[Tensor, "B L"] | None
@@ -104,15 +113,18 @@ class Documents(NamedTuple):
     mask: Bool[Tensor, "D 1 Q K"] | None = None
     """True = may attend; None = to every key."""
     cached_keys: Any = None
-    """Place of its keys in the cache, see `KVCache.locate`; None = they are those of its queries."""
+    """Place of its keys in the cache, see `_locate`; None = they are those of its queries."""
 
 
 class AttentionInputs:
     """What one forward pass tells every attention layer: the documents of its row, in their order."""
 
-    def __init__(self, documents: list[Documents], cache: KVCache | None = None, place: Any = None):
+    def __init__(
+        self, documents: list[Documents], cache: KVCache | None = None, kept: Any = None, place: Any = None
+    ):
         self.documents = documents
-        self.cache, self.place = cache, place  # where keys and values are written
+        # Keys and values of the tokens `kept` are written at `place`.
+        self.cache, self.kept, self.place = cache, kept, place
         self.layers = 0  # that have asked so far
         self.block_masks: dict[int | None, Any] = {}  # of flex attention, by sliding window
 
@@ -125,34 +137,42 @@ def run_backbone(
     *,
     ragged: bool = True,
     cached: CachedRows | None = None,
-) -> Float[Tensor, "B L H"]:
+    wanted: Int[Tensor, "M"] | None = None,
+    device: torch.device | None = None,
+) -> Float[Tensor, "B L H"] | Float[Tensor, "M H"]:
     """Run a stock backbone with our attention; the output at padding, or what is not computed, means nothing.
 
     Args:
         attend: True = may attend; by default every token attends to those of its document.
         ragged: whether there may be padding, or several documents in a row.
         cached: compute a part of the tokens, with keys and values of others kept from earlier passes.
+        wanted: places in the flattened batch whose output alone is returned.
+        device: where the backbone is, if the batch is somewhere else.
 
     Raises:
         UnmaskError: transformers did not pass the inputs to every layer, so the result would be wrong.
     """
+    device = ids.device if device is None else device
     place = None  # of the tokens in the flattened batch; None = all of it
-    if cached is None and (not ragged or (ids.is_cuda and attend is not None)):
-        mask = None if attend is None else attend[:, None]
-        inputs = AttentionInputs([Documents(layout.position, layout.position, mask)])
+    if cached is None and (not ragged or (device.type == "cuda" and attend is not None)):
+        mask = None if attend is None else attend[:, None].to(device)
+        position = layout.position.to(device)
+        inputs = AttentionInputs([Documents(position, position, mask)])
     else:
         place, row, sizes = _in_documents(layout, layout.is_token if cached is None else cached.computed)
-        documents = _documents(layout, place, row, sizes, attend, cached)
-        inputs = AttentionInputs(documents)
-        if cached is not None:
-            start = cached.slots[place // ids.shape[1]] * cached.cache.columns
-            inputs = AttentionInputs(documents, cached.cache, start + place % ids.shape[1])
+        inputs = AttentionInputs(_documents(layout, place, row, sizes, attend, cached, device))
+        if cached is not None and (has_region := cached.region >= 0).any():
+            start = torch.where(has_region, cached.region, 0)[place // ids.shape[1]]
+            kept = has_region[place // ids.shape[1]]
+            where = (start + place % ids.shape[1])[kept].to(device)
+            kept = slice(None) if kept.all() else kept.to(device)
+            inputs = AttentionInputs(inputs.documents, cached.cache, kept, where)
     tokens, position = ids.flatten(), layout.position.flatten()
     hidden = backbone(
-        input_ids=(tokens if place is None else tokens[place])[None],
+        input_ids=(tokens if place is None else tokens[place])[None].to(device),
         # Complete by broadcasting. Given none, transformers would make a mask of T * T.
-        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
-        position_ids=(position if place is None else position[place])[None],
+        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+        position_ids=(position if place is None else position[place])[None].to(device),
         use_cache=False,
         unmask_inputs=inputs,
     ).last_hidden_state[0]
@@ -162,8 +182,13 @@ def run_backbone(
             f" {backbone.config.num_hidden_layers} layers, so the result would be wrong; install a"
             " version of transformers that unmask was tested with (see constraints.txt)."
         )
+    if wanted is not None:
+        if place is not None:
+            row_of = torch.zeros_like(tokens).index_copy_(0, place, torch.arange(len(place)).to(place))
+            wanted = row_of[wanted]
+        return hidden[wanted.to(device)]
     if place is not None:
-        hidden = hidden.new_zeros(ids.numel(), hidden.shape[-1]).index_copy(0, place, hidden)
+        hidden = hidden.new_zeros(ids.numel(), hidden.shape[-1]).index_copy(0, place.to(device), hidden)
     return hidden.view(*ids.shape, -1)
 
 
@@ -188,30 +213,48 @@ def _documents(
     sizes: list[int],
     attend: Bool[Tensor, "B L L"] | None,
     cached: CachedRows | None,
+    device: torch.device,
 ) -> list[Documents]:
-    """Describe the documents: all at once if they are of equal size, otherwise one after another."""
+    """Describe the documents, those of equal size together that stand next to each other."""
     column = place % layout.position.shape[1]
-    key_column, key_sizes = column, sizes
+    key_column, key_sizes, kinds = column, sizes, [(False, False)] * len(sizes)
     if cached is not None:
         is_key = layout.is_token[row]
         key_column, key_sizes = is_key.nonzero()[:, 1], is_key.sum(dim=1).tolist()
-    count = 1
-    if len(set(zip(sizes, key_sizes, strict=True))) == 1:
-        count, sizes, key_sizes = len(sizes), [sum(sizes)], [sum(key_sizes)]
+        # Whether it has a mask is a document's own affair, and not that of those it is computed with.
+        has_mask = [False] * len(row)
+        if cached.block is not None:
+            block, absent = cached.block[row], torch.iinfo(torch.long).max
+            lowest = block.masked_fill(~cached.computed[row], absent).amin(dim=1)
+            has_mask = (block.masked_fill(~is_key, -1).amax(dim=1) > lowest).tolist()
+        kinds = list(zip((cached.region[row] >= 0).tolist(), has_mask, strict=True))
+    alike = [len(list(group)) for _, group in groupby(zip(sizes, key_sizes, kinds, strict=True))]
+    if attend is not None and len(alike) > 1:
+        alike = [1] * len(sizes)
+    starts = [0, *accumulate(alike)]
     documents = []
-    parts = zip(row.split(count), column.split(sizes), key_column.split(key_sizes), strict=True)
-    for row_D1, query_DQ, key_DK in ((r[:, None], q.view(count, -1), k.view(count, -1)) for r, q, k in parts):
+    parts = zip(
+        row.split(alike),
+        column.split([sum(sizes[a:b]) for a, b in pairwise(starts)]),
+        key_column.split([sum(key_sizes[a:b]) for a, b in pairwise(starts)]),
+        (kinds[start] for start in starts[:-1]),
+        strict=True,
+    )
+    for rows, columns, key_columns, (is_kept, has_mask) in parts:
+        row_D1 = rows[:, None]
+        query_DQ, key_DK = columns.view(len(rows), -1), key_columns.view(len(rows), -1)
         mask, keys = None, None
         if attend is not None:
             mask = attend[row_D1[:, :, None], query_DQ[:, :, None], key_DK[:, None, :]]
         if cached is not None:
-            keys = cached.cache.locate(cached.slots[row_D1], key_DK)
-            if cached.block is not None:
+            if is_kept:
+                keys = _locate(cached.region[row_D1] + key_DK, device)
+            if has_mask:
+                assert cached.block is not None
                 mask = cached.block[row_D1, key_DK][:, None, :] <= cached.block[row_D1, query_DQ][:, :, None]
-                mask = None if mask.all() else mask
-        mask = None if mask is None else mask[:, None]
+        mask = None if mask is None else mask[:, None].to(device)
         position = layout.position[row_D1, query_DQ], layout.position[row_D1, key_DK]
-        documents.append(Documents(*position, mask, keys))
+        documents.append(Documents(position[0].to(device), position[1].to(device), mask, keys))
     return documents
 
 
@@ -242,8 +285,10 @@ def attention(
         out = _attend(kernel, query, key, value, attention_mask, scaling, dropout)
         return out.transpose(1, 2).contiguous(), None
     documents, cache = inputs.documents, inputs.cache
+    cached_key = cached_value = key
     if cache is not None:
-        key, value = cache.write(inputs.layers, inputs.place, key, value)
+        new = key[:, :, inputs.kept], value[:, :, inputs.kept]
+        cached_key, cached_value = cache.write(inputs.layers, inputs.place, *new)
     inputs.layers += 1
     sizes = [one.position.numel() for one in documents]
 
@@ -252,11 +297,11 @@ def attention(
         parts = zip(states[0].split(sizes, dim=1), documents, strict=True)
         return [part.unflatten(1, one.position.shape).transpose(0, 1) for part, one in parts]
 
-    queries = by_document(query)
-    if cache is None:
-        keys, values = by_document(key), by_document(value)
-    else:
-        keys, values = ([cache.read(states, one.cached_keys) for one in documents] for states in (key, value))
+    queries, keys, values = by_document(query), by_document(key), by_document(value)
+    for index, one in enumerate(documents):
+        if one.cached_keys is not None:
+            keys[index] = _read(cached_key, one.cached_keys)
+            values[index] = _read(cached_value, one.cached_keys)
     masked, at_once = any(one.mask is not None for one in documents), len(documents) == 1
     half = query.is_cuda and query.dtype in _HALF
     # The kernel counts a window from the last key, which a cache's queries need not end at.
@@ -265,7 +310,9 @@ def attention(
     )
     if half and run_varlen:
         if cache is not None:
-            key, value = torch.cat(keys, dim=2), torch.cat(values, dim=2)
+            key, value = (
+                torch.cat([one.transpose(0, 1).flatten(1, 2) for one in s], 1)[None] for s in (keys, values)
+            )
         return _varlen(run_varlen, query, key, value, documents, scaling, sliding_window), None
     flex = kernel == "flex_attention" or (kernel == "auto" and half and masked)
     outputs = []
@@ -274,9 +321,8 @@ def attention(
             out = _flex(q, k, v, one, scaling, sliding_window, inputs.block_masks)
         else:
             out = _attend(kernel, q, k, v, _within(one, sliding_window), scaling, dropout)
-        outputs.append(out.transpose(1, 2))
-    out = outputs[0] if at_once else torch.cat(outputs, dim=1)
-    return out.reshape(1, -1, *out.shape[2:]), None
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return (outputs[0] if at_once else torch.cat(outputs))[None], None
 
 
 for _kernel in KERNELS:

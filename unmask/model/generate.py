@@ -1,23 +1,57 @@
-"""`model.generate` and `model.infill`: the generation engine on a stock backbone."""
+"""`model.generate`, `model.infill` and `model.make_engine`: the generation engine on a stock backbone."""
 
 from __future__ import annotations
 
+import copy
+import os
 import warnings
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
 
 import torch
-from jaxtyping import Bool, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.utils.generic import ModelOutput
 
 from unmask.diffusion.attention import attend_block_causal, block_index, predicting_column, row_layout
 from unmask.errors import UnmaskError, UnmaskWarning
 from unmask.generation.config import DiffusionGenerationConfig
-from unmask.generation.engine import DenoiserInput, DiffusionGenerationOutput, Engine, generate_canvas
+from unmask.generation.engine import Answer, DenoiserInput, Engine, Row
+from unmask.generation.pool import KeyPool
+from unmask.generation.sampling import Logits, as_functions
 from unmask.model.attention import CachedRows, KVCache, run_backbone
 from unmask.model.config import block_length_of, mask_token_of
-from unmask.model.head import chunk_rows
+from unmask.model.head import head_logits
+
+
+@dataclass
+class DiffusionGenerationOutput(ModelOutput):
+    """What `generate` returns; a forward pass that only fills a cache is not counted."""
+
+    # Prompt and response (B, P + C); padding after the first end token of a response.
+    sequences: Int[Tensor, "B L"] | None = None
+    # Response tokens, the end token included, per denoising step of the row.
+    tokens_per_forward: Float[Tensor, "B"] | None = None
+    num_forwards: Int[Tensor, "B"] | None = None  # denoising steps of each row
+    # With `return_trace`: the step, from 0, that committed each canvas token, -1 after the end of a response;
+    # the model's probability of the token and its entropy (nats) at that step; and the canvas after each step
+    # of a row, of which rows with fewer steps repeat their last.
+    commit_step: Int[Tensor, "B C"] | None = None
+    confidence: Float[Tensor, "B C"] | None = None
+    entropy: Float[Tensor, "B C"] | None = None
+    states: Int[Tensor, "B F C"] | None = None
+
+
+class _Batch(NamedTuple):
+    """Padded rows on the CPU, masks in their canvases."""
+
+    ids: Int[Tensor, "B L"]
+    is_token: Bool[Tensor, "B L"]
+    canvas: Bool[Tensor, "B L"]
+    maskable: Bool[Tensor, "B L"]
 
 
 class GenerateMixin:
@@ -75,25 +109,27 @@ class GenerateMixin:
             input_ids = torch.zeros(1, 0, dtype=torch.long, device=cast(Any, self).device)
         mode = "pretrain" if src_mask is None else "sft"
         prompts = self.prepare(input_ids, None, attention_mask, src_mask, mode)
-        is_token, new = prompts.layout.is_token, config.max_new_tokens
-        self._check_length(is_token, new)
-        block = None
-        if block_length is not None:
-            canvas, anchor = is_token.new_ones(len(input_ids), new), self.config.block_anchor
-            maskable = prompts.maskable if src_mask is not None else torch.zeros_like(is_token)
-            layout = row_layout(torch.cat([is_token, canvas], dim=1))
-            block = block_index(layout, torch.cat([maskable, canvas], dim=1), block_length, anchor)
-        output = generate_canvas(
-            BackboneDenoiser(self, config, len(input_ids), input_ids.shape[1] + new),
-            input_ids,
-            is_token,
-            config,
-            block=block,
-            cached=block_length is not None and config.use_cache,
-            streamer=streamer,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
+        is_token = prompts.layout.is_token.cpu()
+        maskable = torch.zeros_like(is_token) if src_mask is None else prompts.maskable.cpu()
+        batch = _Batch(
+            ids=F.pad(input_ids.cpu(), (0, config.max_new_tokens), value=cast(int, config.mask_token_id)),
+            is_token=F.pad(is_token, (0, config.max_new_tokens), value=True),
+            canvas=F.pad(torch.zeros_like(is_token), (0, config.max_new_tokens), value=True),
+            maskable=F.pad(maskable, (0, config.max_new_tokens), value=True),
         )
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        output = self._run(batch, config, block_length, logits_processor, stopping_criteria, streamer)
+        length, pad = input_ids.shape[1], config.pad_token_id
+        pad = (config.eos_token_ids or [0])[0] if pad is None else pad
+        assert output.sequences is not None and output.commit_step is not None
+        output.sequences[:, length:][output.commit_step[:, length:] < 0] = pad
+        if streamer is not None:
+            streamer.put(output.sequences[:, length:][output.commit_step[:, length:] >= 0].cpu())
+            streamer.end()
+        for name in ("commit_step", "confidence", "entropy", "states"):
+            output[name] = output[name][..., length:]
+        output = output if config.return_trace else _without_trace(output)
         return output if config.return_dict_in_generate else cast(Tensor, output.sequences)
 
     @torch.no_grad()
@@ -122,31 +158,116 @@ class GenerateMixin:
             ValueError: a gap at padding, or masks of another shape.
         """
         config, block_length = self._settings(generation_config, settings)
-        if block_length is not None:
-            raise UnmaskError(
-                "a block-causal model does not see the text after a gap: infill needs a bidirectional one."
-            )
+        _refuse_blocks(block_length)
         is_token = self.prepare(input_ids, None, attention_mask).layout.is_token
         if is_gap.shape != input_ids.shape or (is_gap & ~is_token).any():
             raise ValueError("is_gap must have the shape of input_ids, and be False at padding.")
-        self._check_length(is_token, 0)
-        config.suppress_tokens = sorted({*(config.suppress_tokens or []), *config.eos_token_ids})
-        config.eos_token_id = []
-        ids = torch.where(is_gap, cast(int, config.mask_token_id), input_ids)
-        denoiser = BackboneDenoiser(self, config, *ids.shape)
-        engine = Engine(denoiser, ids, is_token, is_gap, config, logits_processor=logits_processor)
-        for _ in engine.steps():
-            pass
-        return engine.output(engine.ids, is_gap, slice(None))
+        _write_no_ends(config)
+        gaps, is_token = is_gap.cpu(), is_token.cpu()
+        ids = torch.where(gaps, cast(int, config.mask_token_id), input_ids.cpu())
+        output = self._run(_Batch(ids, is_token, gaps, gaps), config, None, logits_processor)
+        return output if config.return_trace else _without_trace(output)
 
-    def _check_length(self, is_token: Bool[Tensor, "B L"], new: int) -> None:
-        longest = max(is_token.sum(dim=1).tolist(), default=0)
-        most = self.config.max_position_embeddings
-        if longest + new > most:
+    def make_engine(
+        self, *, max_rows: int = 64, longest: int | None = None, cache_tokens: int | None = None
+    ) -> GenerationEngine:
+        """Make an engine that rows can be added to at any time; see `GenerationEngine`.
+
+        Args:
+            max_rows: rows that run at once.
+            longest: tokens of the longest row, prompt and answer; the model's positions by default.
+            cache_tokens: tokens whose keys and values can be kept at one time; by default four times as many
+                as such rows have, but no more than fit an eighth of a CPU's memory, or half of what is free
+                on a GPU.
+        """
+        if cache_tokens is None:
+            config, most = self.config, 4 * max_rows * (longest or self.config.max_position_embeddings)
+            heads = config.num_key_value_heads * getattr(config, "head_dim", 0)
+            heads = heads or config.hidden_size * config.num_key_value_heads // config.num_attention_heads
+            size = 2 * config.num_hidden_layers * heads * cast(Any, self).dtype.itemsize
+            if cast(Any, self).device.type == "cuda":
+                memory = torch.cuda.mem_get_info()[0] // 2
+            else:
+                memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
+            cache_tokens = min(most, memory // size)
+        return GenerationEngine(self, max_rows, cache_tokens)
+
+    def _run(
+        self,
+        batch: _Batch,
+        config: DiffusionGenerationConfig,
+        block_length: int | None,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        streamer: Any = None,
+    ) -> DiffusionGenerationOutput:
+        """Fill the canvases of a batch; positions of no answer have commit step -1."""
+        functions = {
+            "logits_processors": as_functions("logits_processor", logits_processor),
+            "stopping_criteria": as_functions("stopping_criteria", stopping_criteria),
+        }
+        count = len(batch.ids)
+        seeds = config.seed if isinstance(config.seed, list) else [config.seed] * count
+        if len(seeds) == 1:
+            seeds = seeds * count
+        if len(seeds) != count:
             raise UnmaskError(
-                f"a prompt of {longest} tokens and max_new_tokens = {new} need more than the model's {most}"
-                " positions; shorten one of them."
+                f"seed must be one number, or one for each of the {count} rows; got {len(seeds)}."
             )
+        rows = []
+        for parts, seed in zip(zip(*batch, strict=True), seeds, strict=True):
+            ids, canvas, maskable = (part[parts[1]] for part in (parts[0], *parts[2:]))
+            own = copy.copy(config)
+            own.seed = seed
+            rows.append(self._row(ids, canvas, maskable, own, block_length)._replace(**functions))
+        is_cached = config.use_cache if block_length else config.approximate_cache is not None
+        places = sum(len(row.ids) for row in rows) * (1 + (config.guidance_scale > 0)) if is_cached else 0
+        engine = GenerationEngine(self, max(1, count), places)
+        by_slot = {engine.add_row(row): index for index, row in enumerate(rows)}
+        columns = [canvas.nonzero()[:, 0] for canvas in batch.canvas]
+        drafts = batch.ids.clone()
+        states: list[list[Tensor]] = [[] for _ in rows]
+        answers: dict[int, Answer] = {}
+        for event in (event for events in engine.steps() for event in events):
+            index = by_slot[event.slot]
+            if event.error is not None:
+                if count > 1 and isinstance(event.error, UnmaskError):
+                    raise UnmaskError(f"row {index}: {event.error}") from event.error
+                event.error.add_note(f"in row {index} of the batch, from 0")
+                raise event.error
+            drafts[index, columns[index][event.positions]] = torch.tensor(event.tokens, dtype=torch.long)
+            drafts[index, columns[index][event.remasked]] = cast(int, config.mask_token_id)
+            if event.answer is not None:
+                answers[index] = event.answer
+            if config.return_trace:
+                states[index].append(drafts[index].clone())
+            if streamer is not None and hasattr(streamer, "put_draft"):
+                streamer.put_draft(drafts[:, columns[0]])
+        return _output(
+            batch, columns, [answers[index] for index in range(count)], states, cast(Any, self).device
+        )
+
+    def _row(
+        self,
+        ids: Int[Tensor, "L"],
+        canvas: Bool[Tensor, "L"],
+        maskable: Bool[Tensor, "L"],
+        config: DiffusionGenerationConfig,
+        block_length: int | None,
+    ) -> Row:
+        """Check that a row without padding fits, and count its blocks."""
+        most = self.config.max_position_embeddings
+        if len(ids) > most:
+            new = int(canvas.sum())
+            raise UnmaskError(
+                f"a prompt of {len(ids) - new} tokens and max_new_tokens = {new} need more than the model's"
+                f" {most} positions; shorten one of them."
+            )
+        block = None
+        if block_length is not None:
+            layout = row_layout(torch.ones_like(canvas)[None])
+            block = block_index(layout, maskable[None], block_length, self.config.block_anchor)[0]
+        return Row(ids, canvas, config, block)
 
     def _settings(
         self, generation_config: GenerationConfig | None, settings: dict[str, Any]
@@ -175,35 +296,172 @@ class GenerateMixin:
         return config, config.block_length or length
 
 
+def _output(
+    batch: _Batch,
+    columns: list[Tensor],
+    answers: list[Answer],
+    states: list[list[Tensor]],
+    device: torch.device,
+) -> DiffusionGenerationOutput:
+    """Lay the answers out as a batch, with a trace of all its columns."""
+    sequences, shape = batch.ids.clone(), batch.ids.shape
+    commit_step, (confidence, entropy) = torch.full(shape, -1), (torch.zeros(shape) for _ in range(2))
+    for row, answer in enumerate(answers):
+        at = row, columns[row][: len(answer.ids)]
+        sequences[at] = torch.tensor(answer.ids, dtype=torch.long)
+        commit_step[at] = torch.tensor(answer.commit_step, dtype=torch.long)
+        if answer.confidence:
+            confidence[at], entropy[at] = torch.tensor(answer.confidence), torch.tensor(answer.entropy)
+    most = max([1, *(len(of_row) for of_row in states)])
+    for row, of_row in enumerate(states):
+        of_row += (of_row[-1:] or [batch.ids[row]]) * (most - len(of_row))
+    num_forwards = torch.tensor([answer.num_forwards for answer in answers], dtype=torch.long)
+    count = torch.tensor([len(answer.ids) for answer in answers])
+    return DiffusionGenerationOutput(
+        sequences=sequences.to(device),
+        tokens_per_forward=(count / num_forwards.clamp(min=1)).to(device),
+        num_forwards=num_forwards.to(device),
+        commit_step=commit_step.to(device),
+        confidence=confidence.to(device),
+        entropy=entropy.to(device),
+        states=torch.stack([torch.stack(of_row) for of_row in states]).to(device),
+    )
+
+
+def _without_trace(output: DiffusionGenerationOutput) -> DiffusionGenerationOutput:
+    names = ("sequences", "tokens_per_forward", "num_forwards")
+    return DiffusionGenerationOutput(**{name: output[name] for name in names})
+
+
+def _refuse_blocks(block_length: int | None) -> None:
+    if block_length is not None:
+        raise UnmaskError(
+            "a block-causal model does not see the text after a gap: infill needs a bidirectional one."
+        )
+
+
+def _write_no_ends(config: DiffusionGenerationConfig) -> None:
+    """Let end tokens be suppressed, and end nothing."""
+    config.suppress_tokens = sorted({*(config.suppress_tokens or []), *config.eos_token_ids})
+    config.eos_token_id = []
+
+
+def _bias(by_id: Mapping[int, float], vocab_size: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """A logits processor that adds numbers to the logits of some ids."""
+    for token in by_id:
+        if not 0 <= token < vocab_size:
+            raise UnmaskError(f"logit_bias: id {token} is not in the vocabulary of {vocab_size}.")
+    ids, values = torch.tensor(list(by_id)), torch.tensor(list(by_id.values()))
+    return lambda _, logits: logits.index_add(
+        1, ids.to(logits.device), values.to(logits).expand(len(logits), -1)
+    )
+
+
+class GenerationEngine(Engine):
+    """The engine on a model: rows with prompts and settings of their own, added and dropped at any time.
+
+    >>> engine = model.make_engine(max_rows=16)
+    >>> slot = engine.add(prompt_ids, max_new_tokens=32, threshold=0.9)
+    >>> for events in engine.steps():
+    ...     for event in events:
+    ...         print(event.slot, event.positions, event.tokens)
+    """
+
+    def __init__(self, model: Any, max_rows: int, cache_tokens: int):
+        denoiser = BackboneDenoiser(model, cache_tokens)
+        pool = KeyPool(cache_tokens) if cache_tokens else None
+        super().__init__(denoiser, mask_token_of(model.config), max_rows=max_rows, pool=pool)
+        self.model = model
+
+    def add(
+        self,
+        input_ids: Sequence[int],
+        src_mask: Sequence[bool] | None = None,
+        *,
+        is_gap: Sequence[bool] | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: Any = None,
+        logit_bias: Mapping[int, float] | None = None,
+        stopping_criteria: Any = None,
+        **settings: Any,
+    ) -> int:
+        """Add a prompt whose answer is to be generated, or with `is_gap` a text whose gaps are to be filled.
+
+        Args:
+            input_ids: token ids, without padding.
+            src_mask: False = a part of the prompt that training would mask; see `model.generate`.
+            is_gap: True = a position to fill; needs a bidirectional model.
+            logit_bias: numbers added to the logits of some ids, by id.
+            generation_config, logits_processor, stopping_criteria, **settings: as in `model.generate`.
+
+        Returns:
+            The slot that the row's events carry.
+
+        Raises:
+            UnmaskError, ValueError: as `model.generate`; nothing else that runs is touched.
+        """
+        model = self.model
+        config, block_length = model._settings(generation_config, settings)
+        ids = torch.as_tensor(input_ids, dtype=torch.long)
+        source = None if src_mask is None else torch.as_tensor(src_mask, dtype=torch.bool)[None]
+        prepared = model.prepare(ids[None], None, None, source, "pretrain" if source is None else "sft")
+        maskable = torch.zeros_like(ids, dtype=torch.bool) if source is None else prepared.maskable[0]
+        mask_token_id = cast(int, config.mask_token_id)
+        if is_gap is None:
+            new = config.max_new_tokens
+            ids = F.pad(ids, (0, new), value=mask_token_id)
+            canvas = F.pad(torch.zeros_like(maskable), (0, new), value=True)
+            maskable = F.pad(maskable, (0, new), value=True)
+        else:
+            _refuse_blocks(block_length)
+            if len(is_gap) != len(ids):
+                raise ValueError("is_gap must have the length of input_ids.")
+            canvas = maskable = torch.as_tensor(is_gap, dtype=torch.bool)
+            ids = torch.where(canvas, mask_token_id, ids)
+            _write_no_ends(config)
+        row = model._row(ids, canvas, maskable, config, block_length)
+        processors = as_functions("logits_processor", logits_processor)
+        if logit_bias:
+            processors.append(_bias(logit_bias, model.config.vocab_size))
+        criteria = as_functions("stopping_criteria", stopping_criteria)
+        return self.add_row(row._replace(logits_processors=processors, stopping_criteria=criteria))
+
+
 class BackboneDenoiser:
     """Runs a stock backbone and head on the engine's inputs, computing only what is needed.
 
     Args:
-        rows, columns: size of the cache, which takes memory once it is used.
+        cache_tokens: places of the cache of keys and values, which takes memory once it is used.
     """
 
-    def __init__(self, model: Any, config: DiffusionGenerationConfig, rows: int, columns: int):
-        self.model = model
-        self.cache = KVCache(rows * (2 if config.guidance_scale else 1), columns)
+    def __init__(self, model: Any, cache_tokens: int):
+        self.model, self.cache = model, KVCache(cache_tokens)
 
-    def __call__(self, inputs: DenoiserInput) -> Iterator[Tensor]:
-        """Compute the logits of the positions that need them, in chunks."""
+    def __call__(self, inputs: DenoiserInput) -> Logits:
+        """Compute the hidden states of the positions whose logits are needed; `Logits` does the rest."""
         layout, needed = row_layout(inputs.is_token), inputs.needs_logits
-        predicting = torch.arange(needed.shape[1], device=needed.device).expand(needed.shape)
+        row, column = needed.nonzero(as_tuple=True)
         if self.model.config.logit_shift:
-            predicting = predicting_column(layout)
+            column = predicting_column(layout)[row, column]
         attend, cached = None, None
-        if inputs.is_computed is not None:
-            is_predicting = torch.zeros_like(predicting).scatter_add(1, predicting, needed.long()) > 0
-            cached = CachedRows(self.cache, inputs.slots, inputs.is_computed | is_predicting, inputs.block)
+        if (inputs.region >= 0).any():
+            computed = inputs.is_computed.clone()
+            computed[row, column] = True
+            cached = CachedRows(self.cache, inputs.region, computed, inputs.block)
         elif inputs.block is not None:
             attend = attend_block_causal(layout, inputs.block)
-        ragged = not bool(inputs.is_token.all())
-        hidden = run_backbone(self.model.model, inputs.ids, layout, attend, ragged=ragged, cached=cached)
-        row, column = needed.nonzero(as_tuple=True)
-        if not len(row):
-            return iter(())
-        hidden = hidden[row, predicting[row, column]]
-        head = self.model.lm_head
-        size = chunk_rows(len(hidden), self.model.config.vocab_size, hidden.dtype, hidden.device).rows
-        return (head(part) for part in hidden.split(size))
+        hidden = run_backbone(
+            self.model.model,
+            inputs.ids,
+            layout,
+            attend,
+            ragged=not bool(inputs.is_token.all()),
+            cached=cached,
+            wanted=row * needed.shape[1] + column,
+            device=self.model.device,
+        )
+        return head_logits(self.model.lm_head, hidden, self.model.config.vocab_size)
+
+    def copy_keys(self, source: int, target: int, count: int) -> None:
+        """Copy what the cache holds in `count` places from `source` on."""
+        self.cache.copy(source, target, count)
