@@ -316,7 +316,7 @@ def test_a_killed_run_resumes(tmp_path: Path, model: Any, tokenizer: PreTrainedT
         answer_file(answer, prompts, written(tmp_path, "x.jsonl", "what\n"), resume=True, **run)
     assert whole.read_bytes() == data
 
-    def killed(*_: Any) -> list[dict[str, Any]]:
+    def killed(*_: Any) -> list[tuple[int, dict[str, Any]]]:
         raise KeyboardInterrupt
 
     first = data.index(b"\n") + 1

@@ -212,8 +212,8 @@ class DiffusionGenerationConfig(GenerationConfig):
         """What the policy and the trace ask of the model besides its tokens."""
         if callable(self.policy):
             return frozenset({"confidence", "margin", "entropy"})
-        asked = {FIGURES.get(self.policy_name)} - {None}
-        return frozenset(asked | ({"confidence", "entropy"} if self.return_trace else set()))
+        asked = {FIGURES[self.policy_name]} if self.policy_name in FIGURES else set[str]()
+        return frozenset(asked | {"confidence", "entropy"} if self.return_trace else asked)
 
     @property
     def is_random(self) -> bool:

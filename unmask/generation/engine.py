@@ -166,6 +166,7 @@ class Engine:
         self.running: dict[int, _State] = {}  # by line
         self.lines = list(range(max_rows))[::-1]  # free ones
         self.last_slot = -1
+        self.forbidden: dict[Any, Tensor] = {}
         # By line and column.
         self.ids, self.block_of, self.model_block, self.offset, self.commit_step, self.canvas_index = (
             torch.zeros(max_rows, 0, dtype=torch.long) for _ in range(6)
@@ -467,14 +468,8 @@ class Engine:
         for group in _alike([state.samples for state in states]):
             state = states[int(group[0])]
             config, index = state.row.config, torch.isin(row, group).nonzero()[:, 0]
-            never = {self.mask_token_id, *(config.suppress_tokens or []), *(config.unused_tokens or [])}
-            ends = set(config.eos_token_ids)
-            forbidden = [never - ends]
             early = self.canvas_index[line[index], column[index]] < config.min_new_tokens
-            parts = [index]
-            if early.any():
-                parts, forbidden = [index[~early], index[early]], [never - ends, never | ends]
-            for part, ids in zip(parts, forbidden, strict=True):
+            for part, ends in ((index[~early], False), (index[early], True)):
                 if len(part):
                     groups.append(
                         Group(
@@ -483,7 +478,7 @@ class Engine:
                             temperature=config.temperature,
                             top_k=config.top_k,
                             top_p=config.top_p,
-                            forbidden=torch.tensor(sorted(ids), dtype=torch.long),
+                            forbidden=self._forbidden(state, ends),
                             process=self._process(state, line, part) if state.row.logits_processors else None,
                             unconditional=second[part] if config.guidance_scale else None,
                             guidance_scale=config.guidance_scale,
@@ -494,6 +489,17 @@ class Engine:
         if any(group.temperature for group in groups):
             uniform = uniforms(self.seed[line], column, self.num_forwards[line])
         return draw(logits, groups, uniform)
+
+    def _forbidden(self, state: _State, ends: bool) -> Int[Tensor, "K"]:
+        """Ids that a row never writes, with its end tokens or without."""
+        config = state.row.config
+        listed = (config.suppress_tokens or []), (config.unused_tokens or []), config.eos_token_ids
+        key = *map(tuple, listed), ends
+        if key not in self.forbidden:
+            suppressed, unused, end = map(set, listed)
+            never = {self.mask_token_id} | suppressed | unused
+            self.forbidden[key] = torch.tensor(sorted(never | end if ends else never - end), dtype=torch.long)
+        return self.forbidden[key]
 
     def _process(self, state: _State, line: Tensor, part: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """A function of (indices into `part`, their logits) that calls the row's logits processors."""
@@ -559,7 +565,9 @@ class Engine:
                 is_token=torch.cat([is_token, is_token[guided]]),
                 needs_logits=torch.cat([needs, needs[guided]]),
                 is_computed=torch.cat([inputs.is_computed, inputs.is_computed[guided]]),
-                region=torch.cat([inputs.region, torch.where(region < 0, -1, region + self.length[rows[guided]])]),
+                region=torch.cat(
+                    [inputs.region, torch.where(region < 0, -1, region + self.length[rows[guided]])]
+                ),
                 block=None if inputs.block is None else torch.cat([inputs.block, inputs.block[guided]]),
             )
         return inputs, guided

@@ -31,6 +31,8 @@ from unmask.diffusion.attention import Layout
 from unmask.errors import UnmaskError
 
 KERNELS = ("auto", "sdpa", "eager", "flex_attention")
+# A product of fewer rows than this takes other kernels, with other bits, unless they are a multiple of 4.
+_FEW = 16
 _HALF = (torch.bfloat16, torch.float16)  # what the kernels of CUDA compute in
 _PREFIX = "unmask_"  # of the names our function is registered by
 
@@ -168,11 +170,20 @@ def run_backbone(
             kept = slice(None) if kept.all() else kept.to(device)
             inputs = AttentionInputs(inputs.documents, cached.cache, kept, where)
     tokens, position = ids.flatten(), layout.position.flatten()
+    ids_T, position_T = (each if place is None else each[place] for each in (tokens, position))
+    if wanted is not None and device.type == "cpu" and (more := -len(ids_T) % 4) and len(ids_T) < _FEW:
+        # Another document, of which nothing is asked.
+        ids_T, position_T = F.pad(ids_T, (0, more)), F.pad(position_T, (0, more))
+        inputs.documents.append(Documents(*[torch.zeros(1, more, dtype=torch.long, device=device)] * 2))
+        if isinstance(inputs.kept, slice):
+            inputs.kept = slice(len(ids_T) - more)
+        elif inputs.kept is not None:
+            inputs.kept = F.pad(inputs.kept, (0, more))
     hidden = backbone(
-        input_ids=(tokens if place is None else tokens[place])[None].to(device),
+        input_ids=ids_T[None].to(device),
         # Complete by broadcasting. Given none, transformers would make a mask of T * T.
         attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
-        position_ids=(position if place is None else position[place])[None].to(device),
+        position_ids=position_T[None].to(device),
         use_cache=False,
         unmask_inputs=inputs,
     ).last_hidden_state[0]

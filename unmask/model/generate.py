@@ -189,7 +189,7 @@ class GenerateMixin:
                 memory = torch.cuda.mem_get_info()[0] // 2
             else:
                 memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
-            cache_tokens = min(most, memory // size)
+            cache_tokens = int(min(most, memory // size))
         return GenerationEngine(self, max_rows, cache_tokens)
 
     def _run(
@@ -220,9 +220,8 @@ class GenerateMixin:
             own = copy.copy(config)
             own.seed = seed
             rows.append(self._row(ids, canvas, maskable, own, block_length)._replace(**functions))
-        is_cached = config.use_cache if block_length else config.approximate_cache is not None
-        places = sum(len(row.ids) for row in rows) * (1 + (config.guidance_scale > 0)) if is_cached else 0
-        engine = GenerationEngine(self, max(1, count), places)
+        # Places for two copies of each row, the second for guidance; none are taken if nothing is cached.
+        engine = GenerationEngine(self, max(1, count), 2 * sum(len(row.ids) for row in rows))
         by_slot = {engine.add_row(row): index for index, row in enumerate(rows)}
         columns = [canvas.nonzero()[:, 0] for canvas in batch.canvas]
         drafts = batch.ids.clone()
