@@ -468,7 +468,7 @@ def test_limits_hold_without_namespaces():
         CORRECT: "passed",
         "def answer(x): return 5": "wrong",
         "import os\ndef answer(x): os._exit(0)": "error",
-        "def answer(x):\n    while True: pass": "timeout",
+        "import time\ndef answer(x): time.sleep(60)": "timeout",
         "def answer(x): return bytearray(8 << 30)": "memory",
         "import os\nos.kill(0, 9)": "error",
         WAYS_OUT["faked equality"][0]: "wrong",
@@ -482,7 +482,7 @@ import glob, psutil, tempfile
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for solution in {list(programs)!r}:
-        print(run(Program(solution, {TESTS!r}), seconds=0.7, megabytes=256, allow_unsandboxed=True).status)
+        print(run(Program(solution, {TESTS!r}), seconds=2, megabytes=256, allow_unsandboxed=True).status)
 print(len(caught), "limits alone" in str(caught[0].message))
 print(len(glob.glob(tempfile.gettempdir() + "/unmask-sandbox-*")))
 print(sum("97{os.getpid()}" in (each.info["cmdline"] or []) for each in psutil.process_iter(["cmdline"])))
