@@ -280,6 +280,10 @@ WAYS_OUT = {
     ),
     "8 GB": ("def answer(x): return bytearray(8 << 30)", "memory"),
     "8 GB at once": ("data = [0] * (1 << 30)", "memory"),
+    "memory in six processes": (
+        "import os, time\nfor _ in range(6):\n    if not os.fork(): break\ndata = b'x' * (60 << 20)\ntime.sleep(60)",
+        "memory",
+    ),
     "8 GB of files": ("import os\nos.memfd_create('x')", "forbidden"),
     "large file": ("file = open('large', 'wb')\nwhile True: file.write(bytes(1 << 20))", "forbidden"),
     "large files": ("for i in range(99): open(str(i), 'wb').write(bytes(8 << 20))", "forbidden"),
@@ -304,7 +308,7 @@ WAYS_OUT = {
     # reaches out
     "kills its parent": ("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)" + ANSWER, "wrong"),
     "kills all": ("import os\nos.system('kill -9 -1')\nos.kill(0, 9)" + ANSWER, "wrong"),
-    "becomes root": ("import os\nos.setuid(0)", "forbidden|wrong"),
+    "becomes root": ("import os\nos.setuid(0)" + ANSWER, "forbidden|error"),
     "new namespace": (
         "import ctypes\nc = ctypes.CDLL(None, use_errno=True)\nif c.unshare(0x10000000) < 0: "
         "raise OSError(ctypes.get_errno(), 'unshare')" + ANSWER,
@@ -323,6 +327,11 @@ WAYS_OUT = {
     "removes everything": ("import shutil\nshutil.rmtree('/')", "forbidden"),
     "writes to Python": ("import os\nopen(os.__file__, 'a').write('x')", "forbidden"),
     "internet": ("import socket\nsocket.create_connection(('1.1.1.1', 80), 1)", "forbidden"),
+    "the host of this machine": ("import socket\nsocket.socket(socket.AF_VSOCK)", "forbidden"),
+    "crypto of the kernel": (
+        "import socket\nsocket.socket(socket.AF_ALG, socket.SOCK_SEQPACKET)",
+        "forbidden",
+    ),
     "names of hosts": ("import socket\nsocket.getaddrinfo('example.com', 80)", "forbidden"),
 }
 

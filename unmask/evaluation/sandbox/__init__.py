@@ -122,7 +122,11 @@ class _Server:
             self._process = subprocess.Popen(
                 [sys.executable, "-sPc", _START, str(its.fileno()), str(Path(__file__).parents[3])],
                 pass_fds=[its.fileno()],
-                env={"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "MALLOC_ARENA_MAX": "1"},
+                env={
+                    **{"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "MALLOC_ARENA_MAX": "1"},
+                    # Where some Pythons have their library; no program sees it.
+                    **{name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"},
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,

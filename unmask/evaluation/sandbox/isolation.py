@@ -107,7 +107,7 @@ def write(path: str, text: str) -> None:
 def python_folders() -> list[str]:
     """Where this Python has its files, and where the system has its libraries."""
     system = ["/usr", "/bin", "/sbin", *(f"/lib{bits}" for bits in ("", "32", "64", "x32"))]
-    paths = [path for path in sys.path if "/lib" in path or "site-packages" in path]
+    paths = [path for path in sys.path if "site-packages" in path or "dist-packages" in path]
     folders = sorted(
         {os.path.abspath(path) for path in (*system, sys.base_prefix, sys.prefix, *paths)}, key=len
     )
@@ -172,10 +172,10 @@ def give_up_rights(root: bool) -> None:
 
 
 # System calls that a program has no use for: the memory of other processes, namespaces, mounts, keys, programs for
-# the kernel, and memory that no limit counts. AUDIT_ARCH, the number of clone and the numbers, by machine.
+# the kernel, and memory that no limit counts. AUDIT_ARCH, the numbers of clone and of socket, and those, by machine.
 DENIED = {
-    "x86_64": (0xC000003E, 56, "29 101 155 161 165 166 248 249 250 272 298 304 308 310 311 319 321 323"),
-    "aarch64": (0xC00000B7, 220, "39 40 41 51 97 117 194 217 218 219 241 265 268 270 271 279 280 282"),
+    "x86_64": (0xC000003E, 56, 41, "29 101 155 161 165 166 248 249 250 272 298 304 308 310 311 319 321 323"),
+    "aarch64": (0xC00000B7, 220, 198, "39 40 41 51 97 117 194 217 218 219 241 265 268 270 271 279 280 282"),
 }
 DENIED_EVERYWHERE = "425 428 429 430 431 432 433 438 442 447"
 CLONE3, NAMESPACES = 435, 0x7E020000
@@ -185,7 +185,7 @@ def deny_system_calls() -> None:
     """Answer them with "not permitted", by a seccomp filter, on the machines whose numbers are known."""
     if platform.machine() not in DENIED:
         return
-    machine, clone, numbers = DENIED[platform.machine()]
+    machine, clone, new_socket, numbers = DENIED[platform.machine()]
     load, equal, at_least, bits, done = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, deny, missing = 0x7FFF0000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS
     # struct sock_filter: operation, instructions to skip if true and if false, operand
@@ -198,6 +198,15 @@ def deny_system_calls() -> None:
         (done, 0, 0, missing),
     ]  # a filter cannot read its flags; clone comes instead
     code += [(equal, 0, 3, clone), (load, 0, 0, 16), (bits, 0, 1, NAMESPACES), (done, 0, 0, deny)]
+    # Sockets of AF_UNIX, AF_INET and AF_INET6 belong to the namespace; AF_VSOCK does not, which reaches out of it.
+    code += [
+        (equal, 0, 6, new_socket),
+        (load, 0, 0, 16),
+        (equal, 3, 0, 1),
+        (equal, 2, 0, 2),
+        (equal, 1, 0, 10),
+    ]
+    code += [(done, 0, 0, deny), (done, 0, 0, allow)]
     code += [(done, 0, 0, allow)]
     program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in code))
     header = struct.pack("HxxxxxxP", len(code), ctypes.addressof(program))

@@ -79,7 +79,9 @@ def monitor(handles: list[int], server: socket.socket) -> NoReturn:
     with open(source, encoding="ascii") as file:
         job = json.load(file)
     with open("/proc/self/statm", encoding="ascii") as file:
-        job["address_space"] = int(file.read().split()[0]) * resource.getpagesize() + (job["megabytes"] << 20)
+        size, resident = (int(pages) * resource.getpagesize() for pages in file.read().split()[:2])
+    job["address_space"] = size + (job["megabytes"] << 20)
+    processes = os.open("/proc", os.O_RDONLY)  # stays open in the new root
     job["nobody"], folder = isolation.can_be_nobody(), None
     try:
         if job["isolate"]:
@@ -106,20 +108,27 @@ def monitor(handles: list[int], server: socket.socket) -> NoReturn:
     os.close(its)
     isolated = os.read(verdict, 1)
     start = time.monotonic()
-    outcome = "error", "the tests left Python"
-    if not isolated:
-        outcome = "unsandboxed", "no namespaces in a namespace"
-    elif not select.select([verdict], [], [], job["seconds"])[0]:
-        outcome = "timeout", f"it ran longer than {job['seconds']:g} s"
-    elif text := os.read(verdict, 1 << 16):
+    outcome = (
+        ("error", "the tests left Python") if isolated else ("unsandboxed", "no namespaces in a namespace")
+    )
+    while not select.select([verdict], [], [], min(0.1, max(0, start + job["seconds"] - time.monotonic())))[
+        0
+    ]:
+        if time.monotonic() - start >= job["seconds"]:
+            outcome = "timeout", f"it ran longer than {job['seconds']:g} s"
+            break
+        if memory_above(processes, resident) > job["megabytes"] << 20:
+            outcome = "memory", f"its processes together held more than {job['megabytes']} MB"
+            break
+    else:
         with contextlib.suppress(ValueError, TypeError):
-            status, detail = json.loads(text)
+            status, detail = json.loads(os.read(verdict, 1 << 16))
             if status in ("passed", "wrong", "error", "timeout", "memory", "forbidden"):
                 outcome = status, str(detail)
     os.kill(tester, signal.SIGKILL)  # pid 1 of its namespace: everything in there ends with it
     os.waitpid(tester, 0)
     if folder is not None:
-        kill_orphans()
+        kill_orphans(processes)
         shutil.rmtree(folder, ignore_errors=True)
     answer(result, *outcome, time.monotonic() - start)
 
@@ -166,17 +175,34 @@ def confine(job: dict[str, Any], *handles: int) -> None:
         sys.modules["numpy"].random.seed(0)
 
 
-def kill_orphans() -> None:
-    """Without a process namespace: end what the program left, which are children of the monitor."""
-    me = os.getpid()
+def descendants(processes: int) -> dict[int, int]:
+    """Pages that each process below this one holds in memory, by /proc."""
+    parents, pages = {}, {}
+    for name in filter(str.isdigit, os.listdir(processes)):
+        with contextlib.suppress(OSError):
+            file = os.open(f"{name}/stat", os.O_RDONLY, dir_fd=processes)
+            with open(file, encoding="utf-8", errors="replace") as opened:
+                fields = opened.read().rpartition(")")[2].split()
+            parents[int(name)], pages[int(name)] = int(fields[1]), int(fields[21])
+    family = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    return {pid: pages[pid] for pid in family - {os.getpid()}}
+
+
+def memory_above(processes: int, idle: int) -> int:
+    """Bytes of memory that the processes below this one hold, each above those of an idle one."""
+    size = resource.getpagesize()
+    return sum(max(0, pages * size - idle) for pages in descendants(processes).values())
+
+
+def kill_orphans(processes: int) -> None:
+    """Without a process namespace: end what the program left, whose parent is now this one."""
     with contextlib.suppress(ChildProcessError):
         while True:
-            for name in filter(str.isdigit, os.listdir("/proc")):
+            for pid in descendants(processes):
                 with contextlib.suppress(OSError):
-                    with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
-                        parent = int(file.read().rpartition(")")[2].split()[1])
-                    if parent == me:
-                        os.kill(int(name), signal.SIGKILL)
+                    os.kill(pid, signal.SIGKILL)
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
             time.sleep(0.002)
