@@ -6,6 +6,8 @@ approximate caches are measured on a trained model.
 
     python benchmarks/generate.py                      # exact paths; a few minutes
     python benchmarks/generate.py --large              # the 1.7B geometry, 8 layers: 3 GB, minutes
+    python benchmarks/generate.py --vocabulary         # where the time of a step goes at Qwen3's vocabulary
+    python benchmarks/generate.py --ragged             # answers of unlike lengths: fixed batches or none
     python benchmarks/generate.py --model outputs/demo/final --plot policies.png   # after `make demo`
 """
 
@@ -13,16 +15,20 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, Qwen3Config
+from transformers import Qwen3ForCausalLM as StockQwen3
 
 from unmask import Qwen3DiffusionConfig, Qwen3ForCausalLM, load_model, load_tokenizer
 from unmask.data.encode import Encoder
 from unmask.data.files import read_records
+from unmask.data.tokenizer import byte_tokenizer
 from unmask.evaluation.exact_match import exact_share
 from unmask.generation.text import complete, make_prompts
 
@@ -44,6 +50,8 @@ LARGE: dict[str, Any] = {
     "num_key_value_heads": 8,
     "head_dim": 128,
 }
+# Qwen3's vocabulary under a small backbone: here a sampler shows what it costs.
+VOCABULARY: dict[str, Any] = {**SMALL, "vocab_size": 151936, "num_hidden_layers": 4}
 
 
 def make(sizes: dict[str, Any], dtype: torch.dtype, **fields: Any) -> Any:
@@ -164,6 +172,171 @@ def exact(large: bool) -> None:
     batched()
 
 
+class StockSampler:
+    """One token a step for each row, as published samplers do it, on the stock model with its own cache.
+
+    At each step all logits of the block's positions, their softmax and its maximum; keys and values of
+    everything outside the block are kept. It shares no code with `generate`.
+    """
+
+    def __init__(self, model: Any):
+        self.mask, sizes = model.config.mask_token_id, model.config.to_dict()
+        names = [*VOCABULARY, "max_position_embeddings", "tie_word_embeddings"]
+        self.model = StockQwen3(Qwen3Config(**{name: sizes[name] for name in names})).eval()
+        self.model.load_state_dict(model.state_dict())
+        self.model.config.is_causal = False
+
+    def commit(self, block: Tensor, hidden: Tensor) -> None:
+        """Write the most confident token of each row."""
+        logits = self.model.lm_head(hidden).float()
+        logits[..., self.mask] = -torch.inf
+        confidence, token = torch.softmax(logits, dim=-1).max(dim=-1)
+        row = torch.arange(len(block))
+        place = confidence.masked_fill(block != self.mask, -1).argmax(dim=1)
+        block[row, place] = token[row, place]
+
+    def hidden(self, ids: Tensor, start: int, cache: DynamicCache, mask: Tensor | None = None) -> Tensor:
+        """Run the backbone on ids (B, n) whose first position is `start`, next to what is in the cache."""
+        positions = torch.arange(start, start + ids.shape[1])[None]
+        if mask is None:
+            mask = torch.ones(1, 1, ids.shape[1], cache.get_seq_length() + ids.shape[1], dtype=torch.bool)
+        # By position: transformers renames the cache's argument.
+        return self.model.model(ids, mask, positions, cache, use_cache=True).last_hidden_state
+
+    @torch.no_grad()
+    def block_causal(self, prompts: Tensor, new: int, length: int) -> Tensor:
+        """Fill a canvas block by block; the keys of the prompt and of complete blocks are kept."""
+        ids, cache = torch.nn.functional.pad(prompts, (0, new), value=self.mask), DynamicCache()
+        block = torch.arange(prompts.shape[1]) // length
+        self.hidden(prompts, 0, cache, (block[:, None] >= block)[None, None])
+        for start in range(prompts.shape[1], ids.shape[1], length):
+            current = ids[:, start : start + length]
+            for _ in range(length):
+                self.commit(current, self.hidden(current, start, cache))
+                cache.crop(-length)
+            self.hidden(current, start, cache)
+        return ids
+
+    @torch.no_grad()
+    def dual(self, prompts: Tensor, new: int, length: int) -> Tensor:
+        """Fast-dLLM's dual cache: a block's first step computes all tokens, the others those of the block."""
+        ids = torch.nn.functional.pad(prompts, (0, new), value=self.mask)
+        for start in range(prompts.shape[1], ids.shape[1], length):
+            current, cache = ids[:, start : start + length], DynamicCache()
+            self.commit(current, self.hidden(ids, 0, cache)[:, start : start + length])
+            outside = torch.cat([torch.arange(start), torch.arange(start + length, ids.shape[1])])
+            kept = DynamicCache()  # keys have their positions: their order does not matter
+            for number, layer in enumerate(cast(Any, cache.layers)):
+                kept.update(layer.keys[:, :, outside], layer.values[:, :, outside], number)
+            for _ in range(length - 1):
+                self.commit(current, self.hidden(current, start, kept))
+                kept.crop(-length)
+        return ids
+
+
+@contextmanager
+def timer(module: torch.nn.Module) -> Iterator[list[float]]:
+    """Collect the seconds of each call of a module."""
+    seconds: list[float] = []
+
+    def start(*_: Any) -> None:
+        seconds.append(-time.process_time())
+
+    def stop(*_: Any) -> None:
+        seconds[-1] += time.process_time()
+
+    hooks = [module.register_forward_pre_hook(start), module.register_forward_hook(stop)]
+    try:
+        yield seconds
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def head_seconds(model: Any, rows: int) -> float:
+    """Seconds of the head's product for so many positions, by pieces of its weight that stay in a cache."""
+    hidden, weight = torch.randn(rows, model.config.hidden_size), model.lm_head.weight
+    out = torch.empty(4096 * rows)
+
+    def product() -> None:
+        for piece in weight.split(4096):
+            torch.mm(hidden, piece.t(), out=out[: rows * len(piece)].view(rows, -1))
+
+    return sorted(timed(product)[1] for _ in range(3))[1]
+
+
+def vocabulary() -> None:
+    """The divided step at Qwen3's vocabulary, block-causal and with an approximate cache."""
+    rows, block = 8, 32
+    print(f"vocabulary {VOCABULARY['vocab_size']}, fp32, batch {rows}, blocks of {block}, one token a step")
+    model = make(VOCABULARY, torch.float32, attention="block_causal", block_length=block)
+    # A step of a block has rows * n positions, n the tokens still masked.
+    head = sum(head_seconds(model, rows * masked) for masked in range(1, block + 1)) / block
+    prompts = torch.cat(random_prompts(model, *[512] * rows))
+    sampler = StockSampler(model)
+    divided("block-causal", model, prompts, 128, head, lambda: sampler.block_causal(prompts, 128, block))
+    model = make(VOCABULARY, torch.float32)
+    shorter, other = torch.cat(random_prompts(model, *[128] * rows)), StockSampler(model)
+    settings = {"approximate_cache": "dual", "block_length": block}
+    divided("dual cache", model, shorter, 64, head, lambda: other.dual(shorter, 64, block), **settings)
+
+
+def divided(
+    name: str,
+    model: Any,
+    prompts: Tensor,
+    new: int,
+    head: float,
+    run: Callable[[], Tensor],
+    **settings: Any,
+) -> None:
+    """Divide the time of a step into the head's product, the backbone and the rest; time `run` too."""
+    generate = {"max_new_tokens": new, "eos_token_id": [], "return_dict_in_generate": False, **settings}
+    model.generate(prompts[:, :8], **{**generate, "steps": 4})  # warm
+    with timer(model.model) as backbone:
+        found, total = timed(lambda: model.generate(prompts, **generate))
+    expected, slow = timed(run)
+    same = (found == expected)[:, prompts.shape[1] :].float().mean().item()
+    step, in_backbone = total / new, sum(backbone) / new
+    print(
+        f"{name}, prompt {prompts.shape[1]}, {new} new tokens: all logits and their softmax {slow:.1f} s, generate"
+        f" {total:.1f} s, {slow / total:.2f} times faster; {same:.1%} of the tokens the same. A step of"
+        f" {1000 * step:.0f} ms: head {head / step:.0%}, backbone {in_backbone / step:.0%}, rest"
+        f" {1 - (head + in_backbone) / step:.0%}",
+        flush=True,
+    )
+
+
+def ragged() -> None:
+    """Answers of unlike lengths, eight at a time: batches that wait for their slowest row, or none."""
+    rows, new = 8, 128
+    model, tokenizer = (
+        make(VOCABULARY, torch.float32, attention="block_causal", block_length=16),
+        byte_tokenizer(),
+    )
+    lengths = torch.randint(8, 64, (64,), generator=torch.Generator().manual_seed(2)).tolist()
+    prompts = [prompt[0].tolist() for prompt in random_prompts(model, *lengths)]
+    # One id in 40 ends an answer, so that a response has 40 tokens in the mean and its end is anywhere.
+    ends = list(range(0, VOCABULARY["vocab_size"] - 1, 40))
+    settings = {"max_new_tokens": new, "eos_token_id": ends, "unused_tokens": None}
+
+    def generate(prompts: list[list[int]]) -> list[Any]:
+        return complete(model, tokenizer, prompts, batch_size=rows, **settings)
+
+    batches = [prompts[start : start + rows] for start in range(0, len(prompts), rows)]
+    waiting, slow = timed(lambda: [answer for batch in batches for answer in generate(batch)])
+    answers, fast = timed(lambda: generate(prompts))
+    sizes = sorted(len(answer.ids) for answer in answers)
+    same = sum(one.ids == other.ids for one, other in zip(waiting, answers, strict=True))
+    print(
+        f"{len(prompts)} prompts, {rows} at a time, answers of {sizes[0]} to {sizes[-1]} tokens, median"
+        f" {sizes[len(sizes) // 2]}: in batches {sum(sizes) / slow:.1f} tokens/s, together"
+        f" {sum(sizes) / fast:.1f}, {slow / fast:.2f} times; {same} of {len(answers)} answers the same",
+        flush=True,
+    )
+
+
 def batched() -> None:
     """Eight ragged prompts together against one by one."""
     model = make(SMALL, torch.float32, attention="block_causal", block_length=4)
@@ -261,6 +434,8 @@ def main() -> None:
     """Measure exact paths, or policies on a trained model."""
     parser = argparse.ArgumentParser(description="What do the fast paths of generation save?")
     parser.add_argument("--large", action="store_true", help="the 1.7B geometry cut to 8 layers")
+    parser.add_argument("--vocabulary", action="store_true", help="where a step's time goes at 151,936 ids")
+    parser.add_argument("--ragged", action="store_true", help="answers of unlike lengths")
     parser.add_argument("--model", help="a trained checkpoint: measure policies and approximate caches")
     parser.add_argument("--prompts", default="recipes/tiny/heldout.jsonl", help="held-out records")
     parser.add_argument("--limit", type=int, default=300, help="records")
@@ -268,6 +443,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.model is not None:
         quality(args.model, args.prompts, args.limit, args.plot)
+    elif args.vocabulary:
+        vocabulary()
+    elif args.ragged:
+        ragged()
     else:
         exact(args.large)
 
