@@ -7,6 +7,7 @@ import hashlib
 import os
 import platform
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -97,6 +98,21 @@ def sha256(path: Path) -> str:
     """Checksum of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def git_commit(folder: Path, file: str = ".") -> str | None:
+    """The git commit of a folder, ending in -dirty if tracked files have changed since; None if git does not
+    know the file: a package may be installed inside another project's folder."""
+
+    def git(*command: str) -> str:
+        command = ("git", "-C", str(folder), *command)
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "--", file)
+        return git("describe", "--always", "--dirty", "--exclude=*", "--abbrev=40")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def sync(path: Path) -> None:

@@ -87,10 +87,19 @@ class Likelihood(Score):
     """With "chain": -log of the mean probability over the orders. It is at most `nll`, and bounds -log p from
     above in expectation (Burda et al., arXiv:1509.00519); where all sets are enumerated it is the exact
     -log p of the model that decodes in a random order."""
-    num_forwards: int
-    """Sequences that went through the model."""
+    draw_nll: Float[Tensor, "R S"]
+    """The bound of each draw, of which `nll` is the mean: draws 2i and 2i + 1 are of one stratum. Where all sets
+    are enumerated every entry is `nll`. The difference of two records with one key has the standard error that
+    `error_of_pairs` finds for the difference of their rows."""
+    passes: Int[Tensor, "R"]
+    """Forward passes of each record."""
     record_key: Int[Tensor, "R"]
-    """Hash of each record: equal records are masked alike, so their errors add up and do not cancel."""
+    """What the masks of each record are drawn from: equal records are masked alike, so their errors add up."""
+
+    @property
+    def num_forwards(self) -> int:
+        """Sequences that went through the model."""
+        return int(self.passes.sum())
 
     def total(self) -> Score:
         """The sum over the records, with the standard error of independent estimates."""
@@ -198,11 +207,18 @@ def sampled_sets(is_masked: Bool[Tensor, "S N"], weight: Float[Tensor, "S N"]) -
     drawn = is_masked.any(dim=1).nonzero()[:, 0]
 
     def finish(values: Tensor) -> tuple[Tensor, float, float]:
-        # (a - b)^2 / 4 estimates the variance of a pair's mean without bias, whatever its stratum's mean is.
-        a, b = values.sum(dim=1).reshape(-1, 2).T
-        return values.mean(dim=0), ((a - b).square().sum().sqrt() / 2 / len(a)).item(), math.nan
+        return values.mean(dim=0), error_of_pairs(values.sum(dim=1)).item(), math.nan
 
     return Plan(drawn, len(weight), zip(is_masked[drawn], weight[drawn], strict=True), finish)
+
+
+def error_of_pairs(draws: Float[Tensor, "*R S"]) -> Float[Tensor, "*R"]:
+    """Standard error of the mean of draws, each two of which are of one stratum.
+
+    (a - b)^2 / 4 estimates the variance of a pair's mean without bias, whatever its stratum's mean is.
+    """
+    a, b = draws.unflatten(-1, (-1, 2)).unbind(dim=-1)
+    return (a - b).square().sum(dim=-1).sqrt() / draws.shape[-1]
 
 
 def sampled_chains(block: Int[Tensor, "N"], rank: Int[Tensor, "S N"]) -> Plan:
@@ -295,6 +311,7 @@ def likelihood(
     seed: int = 0,
     eps: float | None = None,
     batch_size: int = 16,
+    record_key: Int[Tensor, "R"] | None = None,
     advance: Callable[[float], object] | None = None,
 ) -> Likelihood:
     """Estimate an upper bound on -log p of each record of a batch, in nats, with its standard error.
@@ -309,6 +326,9 @@ def likelihood(
         seed: what the masks are drawn from, with the record's own tokens.
         eps: smallest t of "continuous", in (0, 1); that of the model's training by default.
         batch_size: sequences in one forward pass; it changes no result.
+        record_key: what the masks of each record are drawn from, instead of `seed` and its own tokens. Records
+            with one key are masked alike wherever they have the same positions (common random numbers), so
+            that their difference has a smaller error than either.
         advance: told after each forward pass how many records it amounts to, a fraction.
 
     Raises:
@@ -336,6 +356,9 @@ def likelihood(
     source, lengths, position = is_token & ~maskable, is_token.sum(dim=1), torch.arange(ids.shape[1])
     each = keyed_hash(seed, STREAM_SCORE, position, ids, source.long())
     keys = keyed_hash(torch.where(is_token, each, 0).sum(dim=1), lengths)
+    keys = keys if record_key is None else record_key
+    draw_nll = torch.zeros(len(keys), num_samples, dtype=torch.float64)
+    passes = torch.zeros_like(keys)
     token_nll = torch.zeros(ids.shape, dtype=torch.float64)
     nll, stderr, mixture = torch.zeros(3, len(keys), dtype=torch.float64)
     begun: dict[int, tuple[Plan, list[Tensor]]] = {}  # plans of records, with the weighted nlls of each pass
@@ -354,7 +377,7 @@ def likelihood(
                 advance(1.0)
             yield from ((row, *one) for one in plan.passes)
 
-    todo, num_forwards = all_passes(), 0
+    todo = all_passes()
     with _eval_mode(model):
         while some := list(islice(todo, batch_size)):
             of_pass, is_masked, weight = zip(*some, strict=True)
@@ -375,11 +398,13 @@ def likelihood(
                     values.index_add_(0, plan.draw, torch.stack(parts))
                     per_token, stderr[row], mixture[row] = plan.finish(values)
                     token_nll[row, maskable[row]], nll[row] = per_token, per_token.sum()
+                    enumerated = plan.num_draws != num_samples or stderr[row] == 0
+                    draw_nll[row] = nll[row] if enumerated else values.sum(dim=1)
+                    passes[row] = len(plan.draw)
                     del begun[row]
-            num_forwards += len(some)
     token_nll = torch.zeros_like(token_nll).scatter(1, columns, token_nll)
     mixture_nll = mixture if estimator == "chain" else None
-    return Likelihood(nll, stderr, maskable.sum(dim=1), token_nll, mixture_nll, num_forwards, keys)
+    return Likelihood(nll, stderr, maskable.sum(dim=1), token_nll, mixture_nll, draw_nll, passes, keys)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import glob
 import json
 import platform
 import shlex
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +18,7 @@ import unmask
 from unmask.config import Recipe
 from unmask.data.dataset import listed
 from unmask.data.prepare import tokenizer_fingerprint
-from unmask.io import sha256
+from unmask.io import git_commit, sha256
 from unmask.training.build import loss_unit
 from unmask.training.parallel import Processes
 
@@ -76,8 +75,8 @@ def provenance(recipe: Recipe, tokenizer: Any, group: Processes) -> dict[str, An
         "command": sys.argv,
         "versions": versions,
         "git": {
-            "working_folder": _commit(Path.cwd()),
-            "package": _commit(Path(unmask.__file__).parent, unmask.__file__),
+            "working_folder": git_commit(Path.cwd()),
+            "package": git_commit(Path(unmask.__file__).parent, unmask.__file__),
         },
         "device": torch.cuda.get_device_name(group.device) if gpu else f"{group.device} {platform.machine()}",
         "processes": group.ranks,
@@ -86,21 +85,6 @@ def provenance(recipe: Recipe, tokenizer: Any, group: Processes) -> dict[str, An
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "started_from": None if model is None else _contents(model, "*.safetensors"),
     }
-
-
-def _commit(folder: Path, file: str = ".") -> str | None:
-    """The git commit of a folder, ending in -dirty if tracked files have changed since; None if git does not
-    know the file: a package may be installed inside another project's folder."""
-
-    def git(*command: str) -> str:
-        command = ("git", "-C", str(folder), *command)
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", "--", file)
-        return git("describe", "--always", "--dirty", "--exclude=*", "--abbrev=40")
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _contents(name: str, pattern: str = "*") -> dict[str, Any]:

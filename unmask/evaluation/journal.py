@@ -1,0 +1,145 @@
+"""Results of an evaluation as they come: kept in a file that a killed run resumes from, dealt out to processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from unmask.errors import UnmaskError
+
+Item = TypeVar("Item")
+Result = dict[str, Any]
+JOURNAL = "requests*.jsonl"
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Number of this process and of all of them: (0, 1) unless torch.distributed is initialized."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def request_keys(requests: Iterable[Any]) -> list[tuple[str, int]]:
+    """What identifies each request: its text as JSON, and how many equal ones come before it."""
+    seen: Counter[str] = Counter()
+    keys = []
+    for request in requests:
+        text = json.dumps(request, ensure_ascii=False, sort_keys=True)
+        keys.append((text, seen[text]))
+        seen[text] += 1
+    return keys
+
+
+def request_seed(seed: int, context: str, occurrence: int) -> int:
+    """Hash the seed of a run, the context of a request and the number of its occurrence to 64 bits."""
+    text = json.dumps([seed, context, occurrence])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
+
+
+class Journal:
+    """Computes results of requests, each once, over all runs and processes.
+
+    Each process appends to its own file; the first line holds the settings.
+
+    Args:
+        folder: where the files are; None keeps nothing.
+        settings: all that results depend on, as JSON values.
+        resume: take up the results that are there.
+
+    Raises:
+        UnmaskError: with `resume`, a file of other settings or one that is not a journal.
+    """
+
+    def __init__(
+        self, folder: Path | None = None, settings: Mapping[str, Any] | None = None, resume: bool = False
+    ):
+        self.done: dict[str, Result] = {}
+        self._path, self._file = None, None
+        if folder is None:
+            return
+        rank, size = rank_and_size()
+        told = json.loads(json.dumps(dict(settings or {})))
+        for file in sorted(folder.glob(JOURNAL)) if resume else ():
+            self._read(file, told)
+        if size > 1:
+            dist.barrier()  # all have read before one writes
+        if not resume and rank == 0:
+            for file in folder.glob(JOURNAL):
+                file.unlink()
+        if size > 1:
+            dist.barrier()
+        self._path = folder / (f"requests-{rank}.jsonl" if rank else "requests.jsonl")
+        self._head = {"settings": told}
+
+    def _read(self, file: Path, settings: dict[str, Any]) -> None:
+        data = file.read_bytes()
+        lines = data[: data.rfind(b"\n") + 1].splitlines()
+        try:
+            before, *rest = [json.loads(line) for line in lines] or [{"settings": settings}]
+            before, found = before["settings"], {line["key"]: line["result"] for line in rest}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UnmaskError(f"{file}: not a journal of `unmask eval`; remove it.") from error
+        for name in (*settings, *before):
+            if before.get(name) != settings.get(name):
+                raise UnmaskError(
+                    f"{file}: {name} was {json.dumps(before.get(name))}, now it would be"
+                    f" {json.dumps(settings.get(name))}; resume with the same settings, or name another folder."
+                )
+        self.done |= found
+
+    def _write(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        if self._path is None:
+            return
+        if self._file is None:  # not before there is something to keep
+            data = self._path.read_bytes() if self._path.exists() else b""
+            kept = data.rfind(b"\n") + 1  # of whole lines
+            self._file = self._path.open("r+b" if kept else "wb")
+            self._file.truncate(kept)
+            self._file.seek(kept)
+            lines = lines if kept else [self._head, *lines]
+        self._file.writelines(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)
+        self._file.flush()
+
+    def results(
+        self,
+        keys: Sequence[str],
+        items: Sequence[Item],
+        compute: Callable[[list[Item]], list[Result]],
+        at_once: int,
+        advance: Callable[[int], object] | None = None,
+    ) -> list[Result]:
+        """Results of all items, in their order: those of the journal, or computed and written.
+
+        Items are computed in fixed groups, which are dealt out to the processes; a group of which a result is
+        missing is computed as a whole, so that a resumed run computes what the first would have.
+
+        Args:
+            keys: identify the items; unique.
+            compute: results of some items, as JSON values.
+            at_once: items of a group.
+            advance: called with the number of items done.
+        """
+        rank, size = rank_and_size()
+        at_once = max(1, min(at_once, -(-len(items) // size)))
+        keys = [hashlib.sha256(key.encode()).hexdigest()[:32] for key in keys]
+        for number, start in enumerate(range(0, len(items), at_once)):
+            group = slice(start, start + at_once)
+            missing = any(key not in self.done for key in keys[group])
+            if missing and number % size == rank:
+                # Through JSON, so that a computed result is what a resumed run reads.
+                found = json.loads(json.dumps(compute(list(items[group]))))
+                new = dict(zip(keys[group], found, strict=True))
+                self._write({"key": key, "result": result} for key, result in new.items())
+                self.done |= new
+            if advance is not None and (number % size == rank or not missing):
+                advance(len(keys[group]))
+        if size > 1:
+            theirs: list[Any] = [None] * size
+            dist.all_gather_object(theirs, {key: self.done[key] for key in keys if key in self.done})
+            for found in theirs:
+                self.done |= found
+        return [self.done[key] for key in keys]
