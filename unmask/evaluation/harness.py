@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -30,7 +30,7 @@ from unmask.evaluation.questions import Question, greedy_matches, score_question
 from unmask.evaluation.requests import Decoding, PromptEncoder, decoding_of
 from unmask.generation.config import DiffusionGenerationConfig
 from unmask.generation.infill import Gap, infill_text
-from unmask.generation.text import StopStrings, complete
+from unmask.generation.text import StopStrings, completions
 from unmask.model.bf16 import place_for_inference
 from unmask.model.checkpoint import load_model
 
@@ -206,29 +206,21 @@ class UnmaskLM(LM):
 
     # From requests to results, some at a time.
 
-    def _generate(self, asked: list[Asked]) -> list[dict[str, Any]]:
-        results: dict[int, dict[str, Any]] = {}
-        alike: dict[str, list[int]] = defaultdict(list)
+    def _generate(self, asked: list[Asked]) -> Iterator[tuple[int, dict[str, Any]]]:
+        written = [index for index, one in enumerate(asked) if one.decoding.suffix is None]
+        each = [
+            {**one.decoding.settings, "stop": one.decoding.stop, "seed": one.seed}
+            for one in (asked[index] for index in written)
+        ]
+        examples = [asked[index].example for index in written]
+        for number, done in completions(
+            self.model, self.tokenizer, examples, each=each, batch_size=self.batch_size
+        ):
+            details = {"tokens": len(done.ids), "forward_passes": done.num_forwards}
+            yield written[number], {"text": done.text, "details": details}
         for index, one in enumerate(asked):
-            if one.decoding.suffix is None:
-                alike[json.dumps([one.decoding.settings, one.decoding.stop])].append(index)
-            else:
-                results[index] = self._infill(one)
-        for indices in alike.values():
-            decoding = asked[indices[0]].decoding
-            done = complete(
-                self.model,
-                self.tokenizer,
-                [asked[index].example for index in indices],
-                batch_size=self.batch_size,
-                stop=decoding.stop,
-                seed=[asked[index].seed for index in indices],
-                **decoding.settings,
-            )
-            for index, one in zip(indices, done, strict=True):
-                details = {"tokens": len(one.ids), "forward_passes": one.num_forwards}
-                results[index] = {"text": one.text, "details": details}
-        return [results[index] for index in range(len(asked))]
+            if one.decoding.suffix is not None:
+                yield index, self._infill(one)
 
     def _infill(self, one: Asked) -> dict[str, Any]:
         low, _, high = one.decoding.gap.partition("-")
@@ -246,22 +238,20 @@ class UnmaskLM(LM):
         details = {"tokens": done.tried[0][0][0], "forward_passes": done.num_forwards}
         return {"text": StopStrings(self.tokenizer, one.decoding.stop).cut(text), "details": details}
 
-    def _score(self, questions: list[Question]) -> list[dict[str, Any]]:
+    def _score(self, questions: list[Question]) -> Iterator[tuple[int, dict[str, Any]]]:
         sizes = {"draws": self.draws, "max_draws": self.max_draws}
         scored = score_questions(self.model, questions, batch_size=self.batch_size, **sizes)
         examples = [example for question in questions for example in question.examples]
         greedy = iter(greedy_matches(self.model, self.tokenizer, examples, self.batch_size))
-        results = []
-        for one in scored:
+        for index, one in enumerate(scored):
             bounds, written = [self._figures(asdict(bound)) for bound in one.bounds], []
             for bound in bounds:
                 is_greedy, forward_passes = next(greedy)
                 bound["forward_passes"] += forward_passes
                 written.append(is_greedy)
-            results.append({"bounds": bounds, "greedy": written, "open": one.open})
-        return results
+            yield index, {"bounds": bounds, "greedy": written, "open": one.open}
 
-    def _score_texts(self, documents: list[list[Question]]) -> list[dict[str, Any]]:
+    def _score_texts(self, documents: list[list[Question]]) -> Iterator[tuple[int, dict[str, Any]]]:
         windows = iter(
             score_questions(
                 self.model,
@@ -271,13 +261,11 @@ class UnmaskLM(LM):
                 batch_size=self.batch_size,
             )
         )
-        results = []
-        for document in documents:
+        for index, document in enumerate(documents):
             parts = [asdict(next(windows).bounds[0]) for _ in document]
             whole = {name: sum(part[name] for part in parts) for name in ("nats", "tokens", "forward_passes")}
             error = sum(part["stderr"] ** 2 for part in parts) ** 0.5
-            results.append(self._figures({**whole, "stderr": error, "draws": self.draws}))
-        return results
+            yield index, self._figures({**whole, "stderr": error, "draws": self.draws})
 
     # Keeping results.
 

@@ -108,18 +108,17 @@ class Journal:
         self,
         keys: Sequence[str],
         items: Sequence[Item],
-        compute: Callable[[list[Item]], list[Result]],
+        compute: Callable[[list[Item]], Iterable[tuple[int, Result]]],
         at_once: int,
         advance: Callable[[int], object] | None = None,
     ) -> list[Result]:
-        """Results of all items, in their order: those of the journal, or computed and written.
+        """Results of all items, in their order: those of the journal, or computed, and written as they come.
 
-        Items are computed in fixed groups, which are dealt out to the processes; a group of which a result is
-        missing is computed as a whole, so that a resumed run computes what the first would have.
+        Items are computed in groups, which are dealt out to the processes.
 
         Args:
             keys: identify the items; unique.
-            compute: results of some items, as JSON values.
+            compute: yields (index, result) of some items, as JSON values.
             at_once: items of a group.
             advance: called with the number of items done.
         """
@@ -127,16 +126,18 @@ class Journal:
         at_once = max(1, min(at_once, -(-len(items) // size)))
         keys = [hashlib.sha256(key.encode()).hexdigest()[:32] for key in keys]
         for number, start in enumerate(range(0, len(items), at_once)):
-            group = slice(start, start + at_once)
-            missing = any(key not in self.done for key in keys[group])
-            if missing and number % size == rank:
-                # Through JSON, so that a computed result is what a resumed run reads.
-                found = json.loads(json.dumps(compute(list(items[group]))))
-                new = dict(zip(keys[group], found, strict=True))
-                self._write({"key": key, "result": result} for key, result in new.items())
-                self.done |= new
-            if advance is not None and (number % size == rank or not missing):
-                advance(len(keys[group]))
+            group = range(start, min(start + at_once, len(items)))
+            missing = [index for index in group if keys[index] not in self.done]
+            if advance is not None:
+                advance(len(group) - len(missing))
+            if not missing or number % size != rank:
+                continue
+            for index, result in compute([items[index] for index in missing]):
+                key = keys[missing[index]]
+                self.done[key] = json.loads(json.dumps(result))  # what a resumed run reads
+                self._write([{"key": key, "result": result}])
+                if advance is not None:
+                    advance(1)
         if size > 1:
             theirs: list[Any] = [None] * size
             dist.all_gather_object(theirs, {key: self.done[key] for key in keys if key in self.done})

@@ -155,7 +155,7 @@ def greedy_matches(
             continue
         if model.config.attention == "bidirectional":
             left, first_passes = [], 1
-            for index, done in zip(some, write(some, length, steps=1), strict=True):
+            for index, done in zip(some, write(some, length, steps=1, keep_states=True), strict=True):
                 best = max(range(len(done.ids)), key=done.confidence.__getitem__, default=0)
                 if len(done.ids) == length and done.ids[best] != examples[index].input_ids[best - length]:
                     answers[index] = False, 1
