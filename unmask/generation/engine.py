@@ -281,7 +281,7 @@ class Engine:
                 assert self.pool is not None
                 if state.row.block is not None and not state.is_guided:
                     self._name_blocks(state, int(state.row.block[state.columns[0]]), state.row.ids)
-                    keys = state.keys
+                    keys = state.keys[:-1]  # the last predicts the first token, for which it is computed
                 if (taken := self.pool.take(size, keys)) is None:
                     break
                 region, source, known = taken

@@ -96,13 +96,19 @@ def _read(states: Float[Tensor, "size N E"], place: Any) -> Float[Tensor, "D N K
 
 
 class CachedRows(NamedTuple):
-    """What a forward pass with a cache computes and sees: one document a row; on the CPU."""
+    """What a forward pass with a cache computes and sees; on the CPU.
+
+    A row is a document, and with blocks each of its blocks is one, whose keys end with the block: so keys and
+    values of a block are the same to the bit whatever comes after it, and can serve other rows.
+    """
 
     cache: KVCache
     region: Int[Tensor, "B"]
     """Where the row's places in the cache begin; -1 = it has none, and all of its tokens are computed."""
     computed: Bool[Tensor, "B L"]
-    """True = computed in this pass, and written."""
+    """True = computed in this pass."""
+    written: Bool[Tensor, "B L"]
+    """True = its keys and values are written to the row's region."""
     block: Int[Tensor, "B L"] | None
     """Every token sees those of its own block and of earlier ones; None = every token of its row."""
 
@@ -161,12 +167,16 @@ def run_backbone(
         position = layout.position.to(device)
         inputs = AttentionInputs([Documents(position, position, mask)])
     else:
-        place, row, sizes = _in_documents(layout, layout.is_token if cached is None else cached.computed)
+        flag, number = layout.is_token, layout.document
+        if cached is not None:
+            flag = cached.computed
+            if cached.block is not None:
+                number = torch.where((cached.region >= 0)[:, None], cached.block, number)
+        place, row, sizes = _in_documents(number, flag)
         inputs = AttentionInputs(_documents(layout, place, row, sizes, attend, cached, device))
-        if cached is not None and (has_region := cached.region >= 0).any():
-            start = torch.where(has_region, cached.region, 0)[place // ids.shape[1]]
-            kept = has_region[place // ids.shape[1]]
-            where = (start + place % ids.shape[1])[kept].to(device)
+        if cached is not None:
+            kept = cached.written.flatten()[place]
+            where = (cached.region[place // ids.shape[1]] + place % ids.shape[1])[kept].to(device)
             kept = slice(None) if kept.all() else kept.to(device)
             inputs = AttentionInputs(inputs.documents, cached.cache, kept, where)
     tokens, position = ids.flatten(), layout.position.flatten()
@@ -203,8 +213,10 @@ def run_backbone(
     return hidden.view(*ids.shape, -1)
 
 
-def _in_documents(layout: Layout, flag: Bool[Tensor, "B L"]) -> tuple[Tensor, Tensor, list[int]]:
+def _in_documents(number: Int[Tensor, "B L"], flag: Bool[Tensor, "B L"]) -> tuple[Tensor, Tensor, list[int]]:
     """Place in the flattened batch of the flagged tokens, document after document; and each one's row and size.
+
+    `number` is that of each token's document in its row, below L.
 
     Where nothing is flagged the first column is taken.
     """
@@ -212,7 +224,7 @@ def _in_documents(layout: Layout, flag: Bool[Tensor, "B L"]) -> tuple[Tensor, Te
     if not len(place):
         place = place.new_zeros(1)
     length = flag.shape[1]
-    document, order = ((place // length) * length + layout.document.flatten()[place]).sort(stable=True)
+    document, order = ((place // length) * length + number.flatten()[place]).sort(stable=True)
     document, sizes = document.unique_consecutive(return_counts=True)
     return place[order], document // length, sizes.tolist()
 
@@ -228,18 +240,15 @@ def _documents(
 ) -> list[Documents]:
     """Describe the documents, those of equal size together that stand next to each other."""
     column = place % layout.position.shape[1]
-    key_column, key_sizes, kinds = column, sizes, [(False, False)] * len(sizes)
+    key_column, key_sizes, is_kept = column, sizes, [False] * len(sizes)
     if cached is not None:
-        is_key = layout.is_token[row]
-        key_column, key_sizes = is_key.nonzero()[:, 1], is_key.sum(dim=1).tolist()
-        # Whether it has a mask is a document's own affair, and not that of those it is computed with.
-        has_mask = [False] * len(row)
+        is_key, is_kept = layout.is_token[row], (cached.region[row] >= 0).tolist()
         if cached.block is not None:
-            block, absent = cached.block[row], torch.iinfo(torch.long).max
-            lowest = block.masked_fill(~cached.computed[row], absent).amin(dim=1)
-            has_mask = (block.masked_fill(~is_key, -1).amax(dim=1) > lowest).tolist()
-        kinds = list(zip((cached.region[row] >= 0).tolist(), has_mask, strict=True))
-    alike = [len(list(group)) for _, group in groupby(zip(sizes, key_sizes, kinds, strict=True))]
+            first = torch.tensor([0, *accumulate(sizes[:-1])])
+            later = cached.block[row] > cached.block[row, column[first]][:, None]
+            is_key &= ~later | (cached.region[row] < 0)[:, None]
+        key_column, key_sizes = is_key.nonzero()[:, 1], is_key.sum(dim=1).tolist()
+    alike = [len(list(group)) for _, group in groupby(zip(sizes, key_sizes, is_kept, strict=True))]
     if attend is not None and len(alike) > 1:
         alike = [1] * len(sizes)
     starts = [0, *accumulate(alike)]
@@ -248,21 +257,20 @@ def _documents(
         row.split(alike),
         column.split([sum(sizes[a:b]) for a, b in pairwise(starts)]),
         key_column.split([sum(key_sizes[a:b]) for a, b in pairwise(starts)]),
-        (kinds[start] for start in starts[:-1]),
+        (is_kept[start] for start in starts[:-1]),
         strict=True,
     )
-    for rows, columns, key_columns, (is_kept, has_mask) in parts:
+    for rows, columns, key_columns, is_cached in parts:
         row_D1 = rows[:, None]
         query_DQ, key_DK = columns.view(len(rows), -1), key_columns.view(len(rows), -1)
         mask, keys = None, None
         if attend is not None:
             mask = attend[row_D1[:, :, None], query_DQ[:, :, None], key_DK[:, None, :]]
-        if cached is not None:
-            if is_kept:
-                keys = _locate(cached.region[row_D1] + key_DK, device)
-            if has_mask:
-                assert cached.block is not None
-                mask = cached.block[row_D1, key_DK][:, None, :] <= cached.block[row_D1, query_DQ][:, :, None]
+        if is_cached:
+            assert cached is not None
+            keys = _locate(cached.region[row_D1] + key_DK, device)
+        elif cached is not None and cached.block is not None:  # a row of several blocks, without a region
+            mask = cached.block[row_D1, key_DK][:, None, :] <= cached.block[row_D1, query_DQ][:, :, None]
         mask = None if mask is None else mask[:, None].to(device)
         position = layout.position[row_D1, query_DQ], layout.position[row_D1, key_DK]
         documents.append(Documents(position[0].to(device), position[1].to(device), mask, keys))

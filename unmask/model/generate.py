@@ -444,9 +444,11 @@ class BackboneDenoiser:
             column = predicting_column(layout)[row, column]
         attend, cached = None, None
         if (inputs.region >= 0).any():
+            # The token before a block, which predicts its first one, is computed again but not kept again.
             computed = inputs.is_computed.clone()
             computed[row, column] = True
-            cached = CachedRows(self.cache, inputs.region, computed, inputs.block)
+            written = inputs.is_computed & (inputs.region >= 0)[:, None]
+            cached = CachedRows(self.cache, inputs.region, computed, written, inputs.block)
         elif inputs.block is not None:
             attend = attend_block_causal(layout, inputs.block)
         hidden = run_backbone(
