@@ -6,13 +6,14 @@ import json
 import math
 import subprocess
 import sys
+import time
 from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
-from eval_tasks import metric, write_task, write_tasks
+from eval_tasks import WORDS, metric, write_task, write_tasks
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
@@ -318,16 +319,26 @@ def test_the_harness_is_imported_by_its_users_alone() -> None:
     assert done.stdout == "False False\n"
 
 
+NAMES = "tiny_write,tiny_choose,tiny_text"
+
+
+def command(place: Path, out: str) -> list[str]:
+    """`-m unmask eval` as `evaluate_folder` runs it."""
+    arguments = ["-m", "unmask", "eval", place / "model", "--tasks", NAMES, "--out", place / out]
+    arguments += ["--include-path", place / "tasks", "--draws", "8", "--max-draws", "16"]
+    return [str(argument) for argument in arguments]
+
+
+def results_in(folder: Path) -> dict[str, bytes]:
+    kept = {"timing.json", "requests.jsonl", "requests-1.jsonl"}
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name not in kept}
+
+
 def evaluate_folder(place: Path, out: str, *more: str) -> dict[str, bytes]:
     """Run `unmask eval`; the files that are to be the same bytes."""
-    names = "tiny_write,tiny_choose,tiny_text"
-    said = run_cli(
-        *("eval", place / "model", "--tasks", names, "--include-path", place / "tasks", "--out", place / out),
-        *("--draws", "8", "--max-draws", "16", *more),
-    )
+    said = run_cli(*command(place, out)[2:], *more)
     assert said.code == 0, said.err
-    kept = {"timing.json", "requests.jsonl", "requests-1.jsonl"}
-    return {file.name: file.read_bytes() for file in (place / out).iterdir() if file.name not in kept}
+    return results_in(place / out)
 
 
 @pytest.fixture(scope="module")
@@ -402,6 +413,49 @@ def test_the_files_say_how_they_were_made(whole: dict[str, bytes]) -> None:
             one["draws"] for one in line["requests"]
         ) >= 8
         assert line["acc"] == float(nats.index(min(nats)) == line["doc"]["label"])
+
+
+def test_the_page_shows_the_items(place: Path, whole: dict[str, bytes]) -> None:
+    page, card = whole["report.html"].decode(), whole["card.md"].decode()
+    for word in WORDS[:4]:
+        assert f"Reverse the word {word}." in page
+    samples = [json.loads(line) for line in whole["samples_tiny_choose.jsonl"].splitlines()]
+    for line in samples:
+        for one in line["requests"]:
+            assert f"{one['nats']:.3f} ± {one['stderr']:.3f} nats" in page
+    assert page.count("the likeliest") == 4 and page.count("<article>") == 12 and "<script" not in page
+    results = json.loads(whole["results.json"])
+    accuracy = results["results"]["tiny_choose"]["acc,none"]
+    assert f"| tiny_choose | 1.5 | acc | {accuracy:.4f} ± " in card and "canvas task" in card
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_files_of_one(place: Path, whole: dict[str, bytes]) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    done = subprocess.run([*launch, *command(place, "two")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("results: ") == 1
+    assert results_in(place / "two") == whole
+    shares = [file.read_bytes().count(b"\n") for file in sorted((place / "two").glob("requests*.jsonl"))]
+    assert len(shares) == 2 and sum(shares) == 2 + 16 and min(shares) > 4
+    # One process resumes what two have begun.
+    (place / "begun").mkdir()
+    (place / "begun" / "requests-1.jsonl").write_bytes((place / "two" / "requests-1.jsonl").read_bytes())
+    assert evaluate_folder(place, "begun", "--resume") == whole
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_files(place: Path, whole: dict[str, bytes]) -> None:
+    run, kept = [sys.executable, *command(place, "killed")], place / "killed" / "requests.jsonl"
+    process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (kept.exists() and kept.read_bytes().count(b"\n") > 2):
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert 2 < kept.read_bytes().count(b"\n") < 17 and not (kept.parent / "results.json").exists()
+    done = subprocess.run([*run, "--resume"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert results_in(place / "killed") == whole
 
 
 # Bad input.

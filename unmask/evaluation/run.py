@@ -33,6 +33,7 @@ from unmask.data.files import read_records
 from unmask.errors import UnmaskError
 from unmask.evaluation.harness import UnmaskLM
 from unmask.evaluation.journal import Journal, rank_and_size
+from unmask.evaluation.report import card_lines, write_page
 from unmask.evaluation.requests import decoding_of
 from unmask.evaluation.tasks import TASKS
 from unmask.io import atomic_write, git_commit, reason, sha256
@@ -157,6 +158,8 @@ def run_eval(
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         atomic_write(out / f"samples_{name}.jsonl", text)
     atomic_write(out / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_page(out / "report.html", results, samples)
+    atomic_write(out / "card.md", card_lines(results))
     seconds = time.perf_counter() - started - loading
     timing = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
