@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from typer import Argument, Option
 
-from unmask import __version__, cli_eval, cli_generate
+from unmask import __version__, cli_eval, cli_generate, cli_serve
 from unmask.cli_generate import hide_progress_bars
 from unmask.cli_options import Model
 from unmask.errors import UnmaskError, UnmaskNote
@@ -266,6 +266,7 @@ app.command()(cli_generate.generate)
 app.command()(cli_generate.chat)
 app.command()(cli_generate.infill)
 app.command("eval")(cli_eval.evaluate)
+app.command()(cli_serve.serve)
 
 
 @app.command()

@@ -1,0 +1,1 @@
+"""`unmask serve`: OpenAI's routes on the generation engine."""

@@ -1,0 +1,390 @@
+"""Answers in OpenAI's form: whole, or streamed as what can no longer change."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from unmask.generation.trace import token_texts
+from unmask.serving.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    RequestError,
+    Row,
+    Served,
+    chat_prompt,
+    read_request,
+    rows,
+    text_prompt,
+)
+from unmask.serving.scheduler import Job
+from unmask.serving.text import CALL, TextStream, split_calls
+
+if TYPE_CHECKING:
+    from unmask.serving.app import Call, Server
+
+_LEAST = 1e-45  # a probability that has a logarithm
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer."""
+
+    text: str  # up to a stop string, without special tokens
+    tokens: list[tuple[int, float]]  # of this text, with the model's probability when each was committed
+    num_tokens: int  # the end token and what a stop string cut off included
+    num_forwards: int
+    reason: str  # "stop" or "length"
+
+
+def model_object(served: Served) -> dict[str, Any]:
+    """What /v1/models says of a model."""
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "unmask",
+        "max_model_len": served.positions,
+    }
+
+
+class Shape:
+    """The fields of /v1/completions, as one object and as chunks."""
+
+    kinds = ("text_completion", "text_completion")
+
+    def __init__(self, call: Call, served: Served, request: Any):
+        self.call, self.served, self.request = call, served, request
+
+    def object(self, choices: Sequence[Any], chunk: bool = False, **more: Any) -> dict[str, Any]:
+        """The object around choices."""
+        call = self.call
+        head = {
+            "id": call.identity,
+            "object": self.kinds[chunk],
+            "created": call.created,
+            "model": self.served.name,
+        }
+        return {**head, "choices": list(choices), **more}
+
+    def choice(self, index: int, answer: Answer, before: str = "") -> dict[str, Any]:
+        """A finished choice."""
+        logprobs = None if self.request.logprobs is None else self.logprobs(answer.tokens, len(before))
+        return {
+            "index": index,
+            "text": before + answer.text,
+            "logprobs": logprobs,
+            "finish_reason": answer.reason,
+        }
+
+    def first(self, index: int) -> dict[str, Any] | None:
+        """The choice of the chunk that a stream begins with."""
+        return None
+
+    def delta(self, index: int, text: str) -> dict[str, Any]:
+        """The choice of a chunk with a piece of text."""
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": None}
+
+    def last(self, index: int, stream: TextStream, answer: Answer) -> list[dict[str, Any]]:
+        """The choices of the chunks that an answer ends with."""
+        logprobs = None if self.request.logprobs is None else self.logprobs(answer.tokens)
+        ends = {"index": index, "text": stream.finish(answer.text), "logprobs": logprobs}
+        return [{**ends, "finish_reason": answer.reason}]
+
+    def logprobs(self, tokens: Iterable[tuple[int, float]], offset: int = 0) -> dict[str, Any]:
+        """Log-probabilities of tokens; the only alternative that is known is the token itself."""
+        table: dict[str, list[Any]] = {
+            "tokens": [],
+            "token_logprobs": [],
+            "top_logprobs": [],
+            "text_offset": [],
+        }
+        for token, probability in tokens:
+            text, logprob = self.token_text(token), math.log(max(probability, _LEAST))
+            for name, value in zip(table, (text, logprob, {text: logprob}, offset), strict=True):
+                table[name].append(value)
+            offset += len(text)
+        return table
+
+    def token_text(self, token: int) -> str:
+        """A token as text."""
+        return str(self.served.tokenizer.decode([token]))
+
+
+class ChatShape(Shape):
+    """The fields of /v1/chat/completions."""
+
+    kinds = ("chat.completion", "chat.completion.chunk")
+
+    def choice(self, index: int, answer: Answer, before: str = "") -> dict[str, Any]:
+        """A finished choice."""
+        text, calls, reason = self._called(answer)
+        message = {"role": "assistant", "content": text.strip() or None if calls else text, "refusal": None}
+        if calls:
+            message["tool_calls"] = calls
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": self._content(answer),
+            "finish_reason": reason,
+        }
+
+    def first(self, index: int) -> dict[str, Any] | None:
+        """The choice of the chunk that a stream begins with."""
+        return self._delta(index, {"role": "assistant", "content": ""})
+
+    def delta(self, index: int, text: str) -> dict[str, Any]:
+        """The choice of a chunk with a piece of text."""
+        return self._delta(index, {"content": text} if text else {})
+
+    def last(self, index: int, stream: TextStream, answer: Answer) -> list[dict[str, Any]]:
+        """The choices of the chunks that an answer ends with."""
+        text, calls, reason = self._called(answer)
+        rest = stream.finish(text)
+        parts: list[dict[str, Any]] = [{"content": rest}] if rest else []
+        if calls:
+            parts.append({"tool_calls": [{"index": number, **call} for number, call in enumerate(calls)]})
+        ends = {**self._delta(index, {}), "finish_reason": reason}
+        if self.request.logprobs:
+            ends["logprobs"] = self._content(answer)
+        return [*(self._delta(index, part) for part in parts), ends]
+
+    def _delta(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def _called(self, answer: Answer) -> tuple[str, list[dict[str, Any]], str]:
+        """Text and tool calls, if tools were offered, and why the answer ended."""
+        text, calls = split_calls(answer.text) if offers_tools(self.request) else (answer.text, [])
+        named = [
+            {
+                "id": f"call_{self.call.identity[-12:]}_{number}",
+                "type": "function",
+                "function": {
+                    "name": call["name"],
+                    "arguments": json.dumps(call["arguments"], ensure_ascii=False),
+                },
+            }
+            for number, call in enumerate(calls)
+        ]
+        return text, named, "tool_calls" if calls else answer.reason
+
+    def _content(self, answer: Answer) -> dict[str, Any] | None:
+        if not self.request.logprobs:
+            return None
+        content = []
+        for token, probability in answer.tokens:
+            text = self.token_text(token)
+            of_bytes = None if "\ufffd" in text else list(text.encode())
+            logprob = math.log(max(probability, _LEAST))
+            content.append({"token": text, "logprob": logprob, "bytes": of_bytes, "top_logprobs": []})
+        return {"content": content, "refusal": None}
+
+
+def offers_tools(request: Any) -> bool:
+    """Whether the model may call tools."""
+    return bool(getattr(request, "tools", None)) and request.tool_choice != "none"
+
+
+def _check_request(request: Any) -> None:
+    if request.stream_options is not None and not request.stream:
+        raise RequestError("stream_options has no effect without stream.", "stream_options")
+    if request.unmask.drafts and not request.stream:
+        raise RequestError("unmask.drafts has no effect without stream.", "unmask.drafts")
+
+
+def _prepare_chat(server: Server, body: bytes) -> tuple[ChatRequest, Served, list[Row], list[str]]:
+    request: ChatRequest = read_request(ChatRequest, body)
+    served = server.find(request.model)
+    _check_request(request)
+    for name in ("max_completion_tokens", "max_tokens"):
+        if getattr(request, name) == 0:
+            raise RequestError(f"{name} must be at least 1; got 0.", name)
+    if request.max_completion_tokens is not None:
+        if request.max_tokens not in (None, request.max_completion_tokens):
+            raise RequestError("max_tokens and max_completion_tokens differ; give one.", "max_tokens")
+        request.max_tokens = request.max_completion_tokens
+    prompt = chat_prompt(served, request.messages, request.tools if offers_tools(request) else None)
+    return request, served, rows(served, request, [prompt]), [""]
+
+
+def _prepare_text(server: Server, body: bytes) -> tuple[CompletionRequest, Served, list[Row], list[str]]:
+    request: CompletionRequest = read_request(CompletionRequest, body)
+    served = server.find(request.model)
+    _check_request(request)
+    prompts = [text_prompt(served, prompt) for prompt in request.prompt]
+    before = [""] * len(prompts)
+    if request.echo:
+        before = [
+            prompt if isinstance(prompt, str) else str(served.tokenizer.decode(prompt))
+            for prompt in request.prompt
+        ]
+    return request, served, rows(served, request, prompts), before
+
+
+async def chat(call: Call) -> None:
+    """Answer /v1/chat/completions."""
+    request, served, todo, before = await call.server.encoded(_prepare_chat, call.server, call.body)
+    await _generate(call, ChatShape(call, served, request), todo, before)
+
+
+async def completions(call: Call) -> None:
+    """Answer /v1/completions."""
+    request, served, todo, before = await call.server.encoded(_prepare_text, call.server, call.body)
+    await _generate(call, Shape(call, served, request), todo, before)
+
+
+async def _generate(call: Call, shape: Shape, todo: Sequence[Row], before: Sequence[str]) -> None:
+    request, served = shape.request, shape.served
+    call.within(request.unmask.timeout)
+    if request.logprobs not in (None, False) or request.unmask.drafts:
+        for row in todo:
+            row.settings["return_trace"] = True
+    markers = [CALL] if offers_tools(request) else []
+    streams = [TextStream(served.tokenizer, request.stop or [], served.end_ids, markers) for _ in todo]
+    jobs = [Job(served, row, row.tokens, each=bool(request.stream)) for row in todo]
+    count = request.n or 1  # answers to each prompt
+    usage = Usage(sum(len(row.prompt.input_ids) for row in todo[::count]))
+    if request.stream:
+        await _stream(call, shape, jobs, streams, usage, [before[i // count] for i in range(len(todo))])
+    else:
+        choices: list[Any] = [None] * len(todo)
+        async for index, event in call.run(jobs):
+            answer = finished(streams[index], served, event.answer)
+            usage.add(answer)
+            choices[index] = shape.choice(index, answer, before[index // count])
+        await call.json(shape.object(choices, usage=usage.object()))
+    usage.count(call.server)
+
+
+async def _stream(
+    call: Call,
+    shape: Shape,
+    jobs: Sequence[Job],
+    streams: Sequence[TextStream],
+    usage: Usage,
+    before: Sequence[str],
+) -> None:
+    """Send what is final as it becomes final."""
+    request, served = shape.request, shape.served
+    canvases = [Canvas(job) for job in jobs]
+    has_content = False
+
+    async def chunk(choice: Any, **more: Any) -> None:
+        await call.event(shape.object([choice] if choice else [], chunk=True, **more))
+
+    async for index, event in call.run(jobs):
+        canvas, stream = canvases[index], streams[index]
+        if not canvas.steps:
+            if (opening := shape.first(index)) is not None:
+                await chunk(opening)
+            if before[index]:
+                await chunk(shape.delta(index, before[index]))
+        text = stream.push(canvas.final) if canvas.take(event) else ""
+        drafts = {"unmask": canvas.draft(served)} if request.unmask.drafts else {}
+        if text or drafts:
+            await chunk(shape.delta(index, text), **drafts)
+        if text and not has_content:
+            has_content = True
+            call.server.metrics.observe("unmask_first_content_seconds", call.seconds_so_far)
+        if event.done:
+            answer = finished(stream, served, event.answer)
+            usage.add(answer)
+            *parts, ends = shape.last(index, stream, answer)
+            for part in parts:
+                await chunk(part)
+            await chunk(ends, **({"unmask": canvas.whole(served, event.answer)} if drafts else {}))
+    if request.stream_options is not None and request.stream_options.include_usage:
+        await chunk(None, usage=usage.object())
+    await call.event(None)
+
+
+class Canvas:
+    """The canvas of a row, by its events."""
+
+    def __init__(self, job: Job):
+        assert isinstance(job.work, Row)
+        self.tokens: list[int | None] = [None] * job.work.new_tokens
+        self.new: list[int] = []  # positions committed in the last forward pass
+        self.confidence: dict[int, float] = {}  # the model's probability of committed tokens
+        self.num_final = self.steps = 0
+
+    @property
+    def final(self) -> list[int]:
+        """The tokens that can no longer change, from the first on."""
+        return [token for token in self.tokens[: self.num_final] if token is not None]
+
+    def take(self, event: Any) -> bool:
+        """Note what a forward pass did; whether more is final."""
+        self.steps += 1
+        self.new = list(event.positions)
+        for position in event.remasked:
+            self.tokens[position] = None
+            self.confidence.pop(position, None)
+        self.confidence |= zip(event.positions, event.confidence, strict=False)
+        for position, token in zip(event.positions, event.tokens, strict=True):
+            self.tokens[position] = token
+        more, self.num_final = event.num_final > self.num_final, max(self.num_final, event.num_final)
+        return more
+
+    def draft(self, served: Served) -> dict[str, Any]:
+        """The canvas as it stands: texts, null = masked; their probability when committed, and what is new."""
+        mask = served.model.config.mask_token_id
+        ids = [mask if token is None else token for token in self.tokens]
+        texts = [
+            None if id == mask else text
+            for id, text in zip(ids, token_texts(ids, served.tokenizer), strict=True)
+        ]
+        confidence = [round(self.confidence.get(position, 0.0), 4) for position in range(len(texts))]
+        shown = {"canvas": texts, "confidence": confidence, "new": self.new}
+        return {**shown, "num_final": self.num_final, "forward_passes": self.steps}
+
+    def whole(self, served: Served, answer: Any) -> dict[str, Any]:
+        """The finished canvas, with what is known of the answer's tokens."""
+        return {
+            **self.draft(served),
+            "ids": answer.ids,
+            "canvas_ids": self.tokens,
+            "commit_step": answer.commit_step,
+            "forward_passes": answer.num_forwards,
+        }
+
+
+class Usage:
+    """Tokens and forward passes of a request."""
+
+    def __init__(self, prompt: int):
+        self.prompt, self.completion, self.forwards = prompt, 0, 0
+
+    def add(self, answer: Answer) -> None:
+        """Add an answer."""
+        self.completion += answer.num_tokens
+        self.forwards += answer.num_forwards
+
+    def object(self) -> dict[str, int]:
+        """What the response says."""
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "forward_passes": self.forwards,
+        }
+
+    def count(self, server: Server) -> None:
+        """Add it to the metrics."""
+        server.metrics.add("unmask_prompt_tokens_total", self.prompt)
+        server.metrics.add("unmask_completion_tokens_total", self.completion)
+
+
+def finished(stream: TextStream, served: Served, answer: Any) -> Answer:
+    """Cut an engine's answer at a stop string, and say why it ended."""
+    text, ended = stream.text(answer.ids), bool(answer.ids) and answer.ids[-1] in served.end_ids
+    ids = answer.ids[: len(answer.ids) - ended]
+    cut = stream.stop.strings and text != str(served.tokenizer.decode(ids, skip_special_tokens=True))
+    shown = ids
+    while cut and shown and len(str(served.tokenizer.decode(shown, skip_special_tokens=True))) > len(text):
+        shown = shown[:-1]
+    tokens = list(zip(shown, answer.confidence, strict=False))
+    return Answer(text, tokens, len(answer.ids), answer.num_forwards, "stop" if ended or cut else "length")

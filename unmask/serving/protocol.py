@@ -1,0 +1,516 @@
+"""Requests in OpenAI's fields -> jobs for the engine, every field checked first.
+
+What is not given has the checkpoint's default. `unmask` has the settings of `DiffusionGenerationConfig` that
+OpenAI's fields do not name.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from transformers import PreTrainedTokenizerBase
+
+from unmask.data.encode import Encoder, Example
+from unmask.data.records import MESSAGE, Conversation, RecordError, check_text, to_conversation
+from unmask.data.template import NO_REASONING, DropRecord
+from unmask.data.tokenizer import ids_without_token
+from unmask.diffusion.likelihood import ESTIMATORS
+from unmask.errors import UnmaskError
+from unmask.generation.config import DiffusionGenerationConfig
+from unmask.generation.infill import Gap, parse_gaps
+from unmask.generation.text import StopStrings, chat_encoder, following_ids, raw_example
+
+MOST_ANSWERS = 128  # of a request: prompts times n
+MOST_STOPS = 16
+MOST_SAMPLES = 1024  # draws of /v1/score
+LONGEST_STOP = 256  # characters
+LONGEST_REQUEST = 3600.0  # seconds
+EXTRA = (  # settings under `unmask`
+    *("policy", "alg_temp", "threshold", "factor", "entropy_bound", "eta", "steps", "block_length"),
+    *("sub_block_length", "first_token_alone", "defer_end", "canvas", "guidance_scale", "top_k"),
+    *("min_new_tokens", "approximate_cache", "refresh_interval"),
+)
+# Fields of OpenAI's messages that say nothing to a model of text.
+IGNORED_IN_MESSAGES = ("refusal", "annotations", "audio")
+
+
+class RequestError(UnmaskError):
+    """A request that is refused: a status of HTTP, and the field that is wrong."""
+
+    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None):
+        super().__init__(message)
+        self.param, self.status, self.code = param, status, code
+        self.headers: dict[str, str] = {}
+
+    def body(self) -> dict[str, Any]:
+        """What OpenAI's clients read."""
+        kinds = {401: "authentication_error", 429: "rate_limit_error", 404: "not_found_error"}
+        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+# Fields.
+
+
+def _texts(value: Any) -> Any:
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(one, str) and one for one in value):
+        raise ValueError("must be a text or a list of texts, none of them empty")
+    if len(value) > MOST_STOPS or max(map(len, value), default=0) > LONGEST_STOP:
+        raise ValueError(f"must be at most {MOST_STOPS} texts of at most {LONGEST_STOP} characters")
+    return value
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(one) is int for one in value) and bool(value)
+
+
+def _prompts(value: Any) -> Any:
+    """One prompt or several, each a text or a list of ids -> several."""
+    if isinstance(value, str) or _is_ids(value):
+        return [value]
+    if isinstance(value, list) and value and all(isinstance(one, str) or _is_ids(one) for one in value):
+        return value
+    raise ValueError("must be a text, a list of token ids, or a list of these; an empty list is none")
+
+
+def _bias(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError("must be an object of token ids with numbers from -100 to 100")
+    bias = {}
+    for token, amount in value.items():
+        is_number = isinstance(amount, int | float) and not isinstance(amount, bool)
+        if (
+            not token.isascii()
+            or not token.isdigit()
+            or len(token) > 9
+            or not is_number
+            or not -100 <= amount <= 100
+        ):
+            raise ValueError("must be an object of token ids with numbers from -100 to 100")
+        bias[int(token)] = float(amount)
+    return bias
+
+
+def _only(*values: Any, why: str) -> BeforeValidator:
+    """Let a field of OpenAI's have the values that change nothing here."""
+
+    def check(value: Any) -> Any:
+        if value is not None and not any(value == one and type(value) is type(one) for one in values):
+            raise ValueError(why)
+        return value
+
+    return BeforeValidator(check)
+
+
+_NO_PENALTY = _only(0, 0.0, why="is not supported: leave it out or 0")
+_FORMAT = (
+    "only {'type': 'text'} is supported: a canvas is filled in any order, which a JSON schema does not constrain"
+    " yet; say the format in the prompt"
+)
+
+
+def _format(value: Any) -> Any:
+    if value is not None and value != {"type": "text"}:
+        raise ValueError(_FORMAT)
+    return value
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+_kinds = {**DiffusionGenerationConfig.__annotations__, "policy": str}
+_extra_fields: Any = {name: (_kinds[name] | None, None) for name in EXTRA}
+Extra: Any = create_model("Extra", __base__=_Fields, **_extra_fields)
+
+
+class GenerationExtra(Extra):
+    """What a request may have under `unmask`."""
+
+    preset: str | None = None
+    drafts: bool = False  # with `stream`: also send the canvas after each forward pass
+    timeout: Annotated[float, Field(gt=0, le=LONGEST_REQUEST)] | None = None  # seconds
+
+
+class _StreamOptions(_Fields):
+    include_usage: bool = False
+
+
+class _Request(_Fields):
+    model: str | None = None
+
+
+class _Generation(_Request):
+    n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] | None = None
+    stop: Annotated[list[str], BeforeValidator(_texts)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_bias)] | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    unmask: GenerationExtra = Field(default_factory=GenerationExtra)
+    # Without effect: names of whom a request is for, and values that ask for what is done anyway.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: Annotated[Any, _only(False, why="is not supported: nothing is stored")] = None
+    service_tier: Annotated[Any, _only("auto", "default", why="is not supported: leave it out")] = None
+    frequency_penalty: Annotated[Any, _NO_PENALTY] = None
+    presence_penalty: Annotated[Any, _NO_PENALTY] = None
+    response_format: Annotated[Any, BeforeValidator(_format)] = None
+
+    def settings(self) -> dict[str, Any]:
+        """Fields of `DiffusionGenerationConfig`."""
+        given = self.unmask.model_dump(exclude={"drafts", "timeout"}, exclude_none=True)
+        given |= {"temperature": self.temperature, "seed": self.seed, "max_new_tokens": self.max_tokens}
+        given["top_p"] = None if self.top_p == 1 else self.top_p  # all tokens
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class ChatRequest(_Generation):
+    """`/v1/chat/completions`."""
+
+    messages: list[Any]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[
+        Any, _only(0, why="is not supported: alternatives are not kept; leave it out")
+    ] = None
+    tools: list[Any] | None = None
+    tool_choice: Annotated[
+        Any, _only("auto", "none", why="must be 'auto' or 'none': calls are not forced")
+    ] = None
+    parallel_tool_calls: Annotated[Any, _only(True, why="must be true: the model decides")] = None
+
+
+class CompletionRequest(_Generation):
+    """`/v1/completions`."""
+
+    prompt: Annotated[list[Any], BeforeValidator(_prompts)]
+    suffix: str | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=1)] | None = None
+    best_of: Annotated[Any, _only(1, why="is not supported: use n")] = None
+
+
+class ScoreRequest(_Request):
+    """`/v1/score`: a conversation whose last turn is scored, or a text after a prompt."""
+
+    messages: list[Any] | None = None
+    tools: list[Any] | None = None
+    prompt: Annotated[list[Any], BeforeValidator(_prompts)] | None = None
+    text: Annotated[list[Any], BeforeValidator(_prompts)] | None = None
+    estimator: str = "exact_k"
+    samples: Annotated[int, Field(ge=2, le=MOST_SAMPLES, multiple_of=2)] = 64
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] = 0
+
+
+class InfillRequest(_Request):
+    """`/v1/infill`: a text with gaps, or a canvas of which some tokens are masked again."""
+
+    text: str | None = None
+    messages: list[Any] | None = None
+    canvas: list[Annotated[int, Field(ge=0)] | None] | None = None  # null = a token to fill
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    unmask: GenerationExtra = Field(default_factory=GenerationExtra)
+
+    settings = _Generation.settings
+    max_tokens: Literal[None] = None
+
+
+def read_request(kind: type[BaseModel], body: bytes) -> Any:
+    """Read a body of JSON; raises a `RequestError` that names the field."""
+    try:
+        values = json.loads(body.decode(), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the body is not JSON: {' '.join(str(error).split())[:200]}.") from error
+    if not isinstance(values, dict):
+        raise RequestError("the body must be a JSON object.")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise _refusal(kind, error) from error
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+_INNER: dict[str, type[BaseModel]] = {"unmask": GenerationExtra, "stream_options": _StreamOptions}
+
+
+def _refusal(kind: type[BaseModel], error: ValidationError) -> RequestError:
+    """Name the first field that is wrong."""
+    first = error.errors()[0]
+    path = [str(part)[:80] for part in first["loc"][:2]]
+    parent = _INNER.get(path[0], kind) if len(path) > 1 else kind
+    if path[0] not in _INNER:  # what follows is the place within a list, or a kind
+        path = path[:1]
+    name = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(path[-1], parent.model_fields, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(parent.model_fields)}."
+        if parent is kind and "unmask" in kind.model_fields and path[0] in GenerationExtra.model_fields:
+            hint = "it is a field of 'unmask'."
+        return RequestError(f"unknown field {name!r}; {hint}", name, code="unknown_field")
+    if first["type"] == "missing":
+        return RequestError(f"{name} is missing.", name)
+    said = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    got = json.dumps(first["input"], default=str)
+    shown = f"; got {got}" if len(got) <= 60 else ""
+    return RequestError(f"{name}: {said}{shown}.", name)
+
+
+# Models and jobs.
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that requests can name."""
+
+    name: str
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    config: DiffusionGenerationConfig  # its defaults
+    adapter: str | None = None  # the name of LoRA adapters that share the model's weights
+    created: int = 0
+    encoder: Encoder | None = field(init=False)
+    unused: list[int] = field(init=False)  # ids without a token
+    end_ids: list[int] = field(init=False)
+    thread_tokenizer: PreTrainedTokenizerBase = field(init=False)  # a copy for the thread of the models
+
+    def __post_init__(self) -> None:
+        encoder = chat_encoder(self.tokenizer) if self.tokenizer.chat_template else None
+        ends = (
+            self.config.eos_token_ids
+            or DiffusionGenerationConfig.from_model_config(self.model.config).eos_token_ids
+        )
+        own = {
+            "encoder": encoder,
+            "unused": ids_without_token(self.tokenizer, self.vocab_size),
+            "end_ids": ends,
+        }
+        own["thread_tokenizer"] = copy.deepcopy(self.tokenizer)
+        for name, value in own.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def positions(self) -> int:
+        """Tokens of a sequence at most."""
+        return self.model.config.max_position_embeddings
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return self.model.config.vocab_size
+
+
+@dataclass(frozen=True)
+class Row:
+    """One answer to generate."""
+
+    prompt: Example
+    settings: dict[str, Any]  # fields of `DiffusionGenerationConfig`
+    new_tokens: int  # length of the canvas
+    stop: StopStrings | None = None
+    logit_bias: dict[int, float] | None = None
+    guided: bool = False
+
+    def add(self, engine: Any) -> int:
+        """Add it to an engine; returns its slot."""
+        prompt = self.prompt
+        extra = {"stopping_criteria": self.stop, "logit_bias": self.logit_bias}
+        given = {name: value for name, value in extra.items() if value is not None}
+        return engine.add(prompt.input_ids, prompt.src_mask, **given, **self.settings)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a forward pass computes."""
+        return (len(self.prompt.input_ids) + self.new_tokens) * (1 + self.guided)
+
+
+def conversation(messages: list[Any], tools: list[Any] | None, *, answered: bool = False) -> Conversation:
+    """Read messages of OpenAI's form; `answered`: the last turn is an assistant's."""
+    kept = [
+        {key: value for key, value in message.items() if key not in IGNORED_IN_MESSAGES}
+        if isinstance(message, dict)
+        else message
+        for message in messages
+    ]
+    record: dict[str, Any] = {"messages": kept, **({"tools": tools} if tools else {})}
+    try:
+        read = to_conversation(record, "messages", where="messages", answered=answered)
+    except RecordError as error:
+        reason = f"{error.reason}{error.detail}"
+        place = error.where.removeprefix("messages, ")
+        raise RequestError(
+            f"{place}: {reason}.", "tools" if "tools" in error.where else "messages"
+        ) from error
+    if read.unused:
+        name = read.unused[0].removeprefix("messages.")[:80]
+        known = [key for keys in MESSAGE.values() for key in keys]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "remove it."
+        raise RequestError(f"messages: unknown field {name!r}; {hint}", "messages", code="unknown_field")
+    is_answer = read.turns[-1].role == "assistant"
+    if answered and not is_answer:
+        raise RequestError("messages: the last one must be an assistant's, which is scored.", "messages")
+    if is_answer and not answered:
+        raise RequestError("messages: the last one is an assistant's; ask something after it.", "messages")
+    return read
+
+
+def chat_prompt(served: Served, messages: list[Any], tools: list[Any] | None) -> Example:
+    """The prompt that training would show for these messages."""
+    encoder = _encoder(served)
+    read = conversation(messages, tools)
+    trained = [turn.role == "assistant" for turn in read.turns]
+    rendered = encoder.layout.render_prompt(read.turns, trained, "messages", read.tools)
+    _refuse_lost(rendered.lost)
+    [(ids, source)] = encoder.tokenize([rendered])
+    return Example(ids, source)
+
+
+def _refuse_lost(lost: Sequence[str]) -> None:
+    for note in lost:
+        if note != NO_REASONING:  # which templates leave out of earlier turns on purpose
+            param = "tools" if "tools" in note else "messages"
+            raise RequestError(f"{param}: not with this model: {note}.", param)
+
+
+def _encoder(served: Served) -> Encoder:
+    if served.encoder is None:
+        raise RequestError(f"{served.name} has no chat template; use /v1/completions.", "messages")
+    return served.encoder
+
+
+def text_prompt(served: Served, prompt: str | list[int], param: str = "prompt") -> Example:
+    """The beginning of a plain text, or ids as they are."""
+    if isinstance(prompt, str):
+        return raw_example(served.tokenizer, _checked(prompt, param))
+    if outside := [token for token in prompt if not 0 <= token < served.vocab_size]:
+        raise RequestError(f"{param}: ids must be in [0, {served.vocab_size}); got {outside[0]}.", param)
+    return Example(list(prompt), [False] * len(prompt))
+
+
+def _checked(text: str, param: str) -> str:
+    try:
+        return check_text(text, param, "the request")
+    except RecordError as error:
+        raise RequestError(f"{param}: {error.reason}{error.detail}.", param) from error
+
+
+def rows(served: Served, request: _Generation, prompts: Sequence[Example]) -> list[Row]:
+    """The answers that a request asks for, `n` to each prompt, drawn from seed, seed + 1, ...
+
+    Raises:
+        RequestError: a setting cannot be used, or a prompt and its canvas are too long.
+    """
+    count = request.n or 1
+    if len(prompts) * count > MOST_ANSWERS:
+        raise RequestError(
+            f"a request has at most {MOST_ANSWERS} answers; got {len(prompts)} prompts and n = {count}.", "n"
+        )
+    strings = [_checked(one, "stop") for one in request.stop or []]
+    stop = StopStrings(served.thread_tokenizer, strings) if strings else None
+    config, settings = checked_settings(served, request.settings())
+    bias = request.logit_bias
+    if bias and max(bias) >= served.vocab_size:
+        raise RequestError(
+            f"logit_bias: ids must be below {served.vocab_size}; got {max(bias)}.", "logit_bias"
+        )
+    new = config.max_new_tokens
+    for prompt in prompts:
+        check_length(served, len(prompt.input_ids), new)
+    seed, highest = cast(int, config.seed), 2**63 - 1
+    if seed + count - 1 > highest:
+        raise RequestError(f"seed must be at most {highest - count + 1} with n = {count}.", "seed")
+    guided = bool(config.guidance_scale)
+    return [
+        Row(prompt, {**settings, "seed": seed + i}, new, stop, bias or None, guided)
+        for prompt in prompts
+        for i in range(count)
+    ]
+
+
+def checked_settings(
+    served: Served, given: Mapping[str, Any]
+) -> tuple[DiffusionGenerationConfig, dict[str, Any]]:
+    """The config that these settings make of the model's defaults; and the settings to run with."""
+    try:
+        config = served.config.updated(None, **given)
+    except UnmaskError as error:
+        said = str(error)
+        raise RequestError(said, next((name for name in given if name in said), None)) from error
+    return config, {"unused_tokens": served.unused, **given}
+
+
+def check_length(served: Served, prompt: int, new: int) -> None:
+    """Refuse a prompt that leaves no room for its canvas."""
+    if prompt + new > served.positions:
+        raise RequestError(
+            f"a prompt of {prompt} tokens and {new} new ones need more than the model's {served.positions}"
+            " positions; shorten the prompt or lower max_tokens.",
+            "max_tokens",
+            code="context_length_exceeded",
+        )
+
+
+def score_examples(served: Served, request: ScoreRequest) -> list[Example]:
+    """What `/v1/score` scores: src_mask True = given."""
+    if request.estimator not in ESTIMATORS:
+        raise RequestError(f"estimator must be one of {', '.join(ESTIMATORS)}.", "estimator")
+    if (request.messages is None) == (request.text is None):
+        raise RequestError("give messages, of which the last is scored, or text, one of them.", "text")
+    if request.messages is not None:
+        if request.prompt is not None:
+            raise RequestError("prompt has no effect with messages; remove it.", "prompt")
+        read, encoder = conversation(request.messages, request.tools, answered=True), _encoder(served)
+        trained = [False] * (len(read.turns) - 1) + [True]
+        try:
+            rendered = encoder.layout.render(read.turns, trained, "messages", read.tools)
+        except DropRecord as error:
+            raise RequestError(f"messages: {error}.", "messages") from error
+        _refuse_lost(rendered.lost)
+        del rendered.pieces[-1]  # what follows the end token
+        [(ids, source)] = encoder.tokenize([rendered])
+        examples = [Example(ids, source)]
+    else:
+        texts = request.text or []
+        prompts = request.prompt or [""]
+        if len(prompts) not in (1, len(texts)):
+            raise RequestError(f"prompt must be one, or one for each of the {len(texts)} texts.", "prompt")
+        if len(prompts) == 1:
+            prompts = prompts * len(texts)
+        examples = []
+        for prompt, text in zip(prompts, texts, strict=True):
+            before = text_prompt(served, prompt) if prompt else Example([], [])
+            ids = text_prompt(served, text, "text").input_ids
+            if isinstance(text, str) and before.input_ids:
+                ids = following_ids(before, text, served.tokenizer)
+            source = [True] * len(before.input_ids) + [False] * len(ids)
+            examples.append(Example(before.input_ids + ids, source))
+    for example in examples:
+        check_length(served, len(example.input_ids), 0)
+    if len(examples) > MOST_ANSWERS:
+        raise RequestError(f"text: at most {MOST_ANSWERS} texts; got {len(examples)}.", "text")
+    return examples
+
+
+def gap_parts(text: str) -> list[str | Gap]:
+    """Split a text at its gaps."""
+    try:
+        return parse_gaps(_checked(text, "text"))
+    except UnmaskError as error:
+        raise RequestError(str(error), "text") from error
