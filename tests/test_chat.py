@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unmask.data.records import Turn
 from unmask.generation.chat import LiveDraft, chat
-from unmask.generation.engine import Event
+from unmask.generation.rows import Event
 from unmask.generation.text import chat_encoder, complete
 
 MASK, END = 259, 258

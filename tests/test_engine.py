@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase, TextDiffusionStreamer, TextStr
 
 from unmask import DiffusionGenerationConfig
 from unmask.errors import UnmaskError
-from unmask.generation.engine import Answer, DenoiserInput, Engine, Row
+from unmask.generation.engine import DenoiserInput, Engine
 from unmask.generation.policy import POLICIES, share_steps
+from unmask.generation.rows import Answer, Row
 from unmask.generation.sampling import Logits
 
 PAD, END, MASK = 0, 1, 31

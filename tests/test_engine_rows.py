@@ -15,9 +15,10 @@ from torch import Tensor
 
 from unmask import DiffusionGenerationConfig
 from unmask.errors import UnmaskError
-from unmask.generation.engine import Answer, DenoiserInput, Engine, Event, Row
+from unmask.generation.engine import DenoiserInput, Engine
 from unmask.generation.policy import POLICIES, Proposal
 from unmask.generation.pool import KeyPool
+from unmask.generation.rows import Answer, Event, Row
 from unmask.generation.sampling import Logits
 
 MASK = 31

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from unmask.data.inspect import visible
 from unmask.data.records import Turn, check_text
 from unmask.errors import UnmaskError
-from unmask.generation.engine import Event
+from unmask.generation.rows import Event
 from unmask.generation.text import Completion, chat_encoder, complete
 from unmask.generation.trace import drawn, token_texts
 

@@ -15,10 +15,9 @@ M positions whose logits are needed, N blocks.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from hashlib import sha256
-from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -30,25 +29,10 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 
 from unmask.diffusion.rng import keyed_hash
 from unmask.errors import UnmaskError
-from unmask.generation.config import DiffusionGenerationConfig
-from unmask.generation.policy import REMASK, Decision, Policy, Proposal, share_steps
-from unmask.generation.pool import KeyPool, Region
+from unmask.generation.policy import REMASK, Decision, Proposal
+from unmask.generation.pool import KeyPool
+from unmask.generation.rows import LAST, Answer, Event, Row, State, prepare
 from unmask.generation.sampling import Group, Logits, Sampled, draw, uniforms
-
-_LAST = torch.iinfo(torch.long).max
-
-
-class Row(NamedTuple):
-    """What is to be filled."""
-
-    ids: Int[Tensor, "L"]  # tokens alone, without padding; the mask token in the canvas
-    canvas: Bool[Tensor, "L"]  # True = a position to fill
-    config: DiffusionGenerationConfig  # settings, `mask_token_id` filled in
-    block: Int[Tensor, "L"] | None = None  # blocks as a block-causal model was trained on
-    logits_processors: Sequence[Callable[..., Tensor]] = ()  # of (ids (m, L), logits (m, V))
-    # Functions of (ids (1, n), None); transformers' own also get `prompt_length`. Asked about the ids up to
-    # each token that is final, as are all before it.
-    stopping_criteria: Sequence[Callable[..., Any]] = ()
 
 
 class DenoiserInput(NamedTuple):
@@ -76,38 +60,6 @@ class Denoiser(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Answer:
-    """The tokens of a finished row, the end token included."""
-
-    ids: list[int]
-    commit_step: list[int]  # denoising step, from 0, that committed each token
-    num_forwards: int  # denoising steps
-    # With `return_trace`: the model's probability of each token and its entropy (nats) at that step.
-    confidence: list[float] = field(default_factory=list)
-    entropy: list[float] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Event:
-    """What one forward pass did to one row; positions are counted from the start of its canvas."""
-
-    slot: int
-    length: int = 0  # positions of the canvas
-    positions: list[int] = field(default_factory=list)  # committed
-    confidence: list[float] = field(default_factory=list)  # of those tokens, if the settings ask for it
-    tokens: list[int] = field(default_factory=list)  # their ids
-    remasked: list[int] = field(default_factory=list)  # positions masked again
-    num_final: int = 0  # leading tokens of the answer that can no longer change
-    answer: Answer | None = None  # once the row has ended
-    error: Exception | None = None  # why it ended without one
-
-    @property
-    def done(self) -> bool:
-        """Whether the row has ended."""
-        return self.answer is not None or self.error is not None
-
-
 class _Change(NamedTuple):
     """What a step changed in a row, see `Event`."""
 
@@ -115,38 +67,6 @@ class _Change(NamedTuple):
     tokens: list[int]
     confidence: list[float]
     remasked: list[int]
-
-
-@dataclass(eq=False)
-class _State:
-    """A row with what does not fit a table."""
-
-    row: Row
-    slot: int
-    decides: tuple[Any, ...]  # settings of the decision, by which rows are put together
-    samples: tuple[Any, ...]  # settings of the draw
-    policy: Policy
-    sizes: list[int]  # tokens of the canvas in each block
-    steps: list[int]  # denoising steps of each block
-    windows: list[tuple[int, int]]  # columns of each block, from and to
-    columns: Tensor  # of the canvas
-    block_of: Tensor
-    offset: Tensor
-    line: int = -1  # in the tables
-    regions: list[Region] = field(default_factory=list)  # of the cache; with guidance a second one
-    keys: list[bytes] = field(default_factory=list)  # names of its complete blocks, by content
-    limit: int = _LAST  # length of the answer, by the stopping criteria
-    tested: int = 0  # tokens that the criteria have been asked about
-    drafts: bool = False  # whether what is committed may be masked again while its block is not complete
-
-    @property
-    def is_guided(self) -> bool:
-        return self.row.config.guidance_scale > 0
-
-    @property
-    def is_cached(self) -> bool:
-        config = self.row.config
-        return config.approximate_cache is not None if self.row.block is None else config.use_cache
 
 
 class Engine:
@@ -162,8 +82,8 @@ class Engine:
         self, denoiser: Denoiser, mask_token_id: int, *, max_rows: int = 64, pool: KeyPool | None = None
     ):
         self.denoiser, self.mask_token_id, self.pool = denoiser, mask_token_id, pool
-        self.waiting: deque[_State] = deque()
-        self.running: dict[int, _State] = {}  # by line
+        self.waiting: deque[State] = deque()
+        self.running: dict[int, State] = {}  # by line
         self.lines = list(range(max_rows))[::-1]  # free ones
         self.last_slot = -1
         self.forbidden: dict[Any, Tensor] = {}
@@ -199,36 +119,10 @@ class Engine:
             UnmaskError: fewer steps than blocks, a seed that is not one number, or a row that needs more
                 places than the cache has.
         """
-        config = row.config
-        if not isinstance(config.seed, int):
-            raise UnmaskError(f"seed must be one number for one row; got {config.seed!r}.")
-        columns = row.canvas.nonzero()[:, 0]
-        index = (row.canvas.long().cumsum(dim=0) - 1).clamp(min=0)
-        if row.block is None:
-            number, part_of = index // (config.block_length or max(1, len(index))), row.canvas
-        else:
-            number, part_of = row.block - row.block[columns[:1]], torch.ones_like(row.canvas)
-        sizes = number[columns].bincount().tolist()
-        steps = share_steps(min(config.steps or len(columns), len(columns)), sizes) if sizes else []
-        ends = [0]
-        for size in sizes:
-            ends.append(ends[-1] + size)
-        windows = [(int(columns[start]), int(columns[stop - 1]) + 1) for start, stop in pairwise(ends)]
         self.last_slot += 1
-        state = _State(
-            row,
-            self.last_slot,
-            _deciding(config),
-            _sampling(row),
-            config.make_policy(),
-            sizes,
-            steps,
-            windows,
-            columns,
-            torch.where(row.canvas, number, -1),
-            _offsets(number, part_of),
-        )
-        size = self._places(state)
+        state = prepare(row, self.last_slot)
+        size = state.places
+        size = state.places
         if size and (self.pool is None or size > self.pool.size):
             raise UnmaskError(
                 f"a row of {len(row.ids)} tokens needs {size} places of the cache, which has"
@@ -268,15 +162,12 @@ class Engine:
             events += self._advance(rows)
         return events
 
-    def _places(self, state: _State) -> int:
-        return len(state.row.ids) * (1 + state.is_guided) if state.is_cached else 0
-
     def _admit(self) -> list[Event]:
         """Let rows begin, first come first served, as long as there is room; returns those with no canvas."""
         events = []
         while self.waiting and self.lines:
             state = self.waiting[0]
-            size, keys, source, known = self._places(state), [], None, 0
+            size, keys, source, known = state.places, [], None, 0
             if size:
                 assert self.pool is not None
                 if state.row.block is not None and not state.is_guided:
@@ -296,7 +187,7 @@ class Engine:
                 self._leave(state)
         return events
 
-    def _begin(self, state: _State) -> None:
+    def _begin(self, state: State) -> None:
         """Write a row into the tables."""
         line, row, config = self.lines.pop(), state.row, state.row.config
         state.line, length = line, len(row.ids)
@@ -320,31 +211,31 @@ class Engine:
             table[line, length:] = 0
         self.is_end[line], self.commit_step[line] = False, -1
         self.confidence[line], self.entropy[line] = 0.0, 0.0
-        self.length[line], self.first_end[line] = length, _LAST
+        self.length[line], self.first_end[line] = length, LAST
         self.seed[line] = keyed_hash(int(config.seed))  # type: ignore[arg-type]
         self.num_forwards[line] = self.cached_blocks[line] = 0
         self.hides[line] = row.block is not None or config.canvas == "growing"
         self.remasks[line] = config.policy_name in REMASK
         self.keeps_prefix[line] = config.approximate_cache == "dual"
-        self.refresh[line] = config.refresh_interval or _LAST
+        self.refresh[line] = config.refresh_interval or LAST
         self.region[line] = state.regions[0].start if state.regions else -1
         if state.sizes:
             self._begin_block(state, 0)
 
-    def _begin_block(self, state: _State, number: int) -> None:
+    def _begin_block(self, state: State, number: int) -> None:
         line = state.line
         self.block[line], self.step_of[line] = number, 0
         self.start[line], self.stop[line] = state.windows[number]
         self.size[line], self.steps_of[line] = state.sizes[number], state.steps[number]
 
-    def _leave(self, state: _State) -> None:
+    def _leave(self, state: State) -> None:
         del self.running[state.line]
         self.lines.append(state.line)
         for region in state.regions:
             assert self.pool is not None
             self.pool.give_back(region)
 
-    def _name_blocks(self, state: _State, count: int, ids: Tensor) -> None:
+    def _name_blocks(self, state: State, count: int, ids: Tensor) -> None:
         """Name the first `count` blocks by their content and that of all before them."""
         assert state.row.block is not None
         while len(state.keys) < count:
@@ -446,7 +337,7 @@ class Engine:
             config = self.running[int(rows[group[0]])].row.config
             offset, part = self.offset[rows[group, None], columns[group]], candidates[group]
             if config.sub_block_length is not None:
-                number = torch.where(part, offset // config.sub_block_length, _LAST)
+                number = torch.where(part, offset // config.sub_block_length, LAST)
                 part = part & (number == number.amin(dim=1, keepdim=True))
             if config.first_token_alone:
                 first = part & (offset == 0)
@@ -490,7 +381,7 @@ class Engine:
             uniform = uniforms(self.seed[line], column, self.num_forwards[line])
         return draw(logits, groups, uniform)
 
-    def _forbidden(self, state: _State, ends: bool) -> Int[Tensor, "K"]:
+    def _forbidden(self, state: State, ends: bool) -> Int[Tensor, "K"]:
         """Ids that a row never writes, with its end tokens or without."""
         config = state.row.config
         listed = (config.suppress_tokens or []), (config.unused_tokens or []), config.eos_token_ids
@@ -501,7 +392,7 @@ class Engine:
             self.forbidden[key] = torch.tensor(sorted(never | end if ends else never - end), dtype=torch.long)
         return self.forbidden[key]
 
-    def _process(self, state: _State, line: Tensor, part: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    def _process(self, state: State, line: Tensor, part: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """A function of (indices into `part`, their logits) that calls the row's logits processors."""
         processors: Any = LogitsProcessorList(state.row.logits_processors)
 
@@ -590,7 +481,7 @@ class Engine:
             line, column = at[0][mine], at[1][mine]
             self.is_end[line, column] = kept[mine] & torch.isin(token[mine], ends)
         is_end = self.is_end[rows]
-        self.first_end[rows] = torch.where(is_end.any(dim=1), is_end.to(torch.uint8).argmax(dim=1), _LAST)
+        self.first_end[rows] = torch.where(is_end.any(dim=1), is_end.to(torch.uint8).argmax(dim=1), LAST)
         for state in (state for state, was in zip(states, asked.tolist(), strict=True) if was):
             if state.regions and state.row.block is not None:
                 self._keep_blocks(state)
@@ -631,7 +522,7 @@ class Engine:
                 change.remasked.append(where)
         return changes
 
-    def _keep_blocks(self, state: _State) -> None:
+    def _keep_blocks(self, state: State) -> None:
         """Note that everything before the current block has been computed, and may serve later rows."""
         line, block = state.line, state.row.block
         assert self.pool is not None and block is not None
@@ -644,7 +535,7 @@ class Engine:
             ends = block.bincount().cumsum(dim=0)[:current].tolist()
             self.pool.name_blocks(state.regions[0], state.keys, ends)
 
-    def _event(self, state: _State, is_complete: bool, first_masked: int, change: _Change) -> Event:
+    def _event(self, state: State, is_complete: bool, first_masked: int, change: _Change) -> Event:
         """Tell what a step did, and end the row or its block if it is complete."""
         line, first_end = state.line, int(self.first_end[state.line])
         number, done = int(self.block[line]), False
@@ -657,11 +548,11 @@ class Engine:
         if state.drafts and not done:
             stop = min(stop, state.windows[number][0])
         num_final = int((state.columns < stop).sum())
-        if first_end < _LAST:
+        if first_end < LAST:
             num_final = min(num_final, int(self.canvas_index[line, first_end]) + 1)
         if state.row.stopping_criteria:
             self._ask_criteria(state, num_final)
-            num_final, done = min(num_final, state.limit), done or state.limit < _LAST
+            num_final, done = min(num_final, state.limit), done or state.limit < LAST
         if "confidence" not in state.row.config.figures:
             change = change._replace(confidence=[])
         event = Event(state.slot, len(state.columns), **change._asdict(), num_final=num_final)
@@ -678,7 +569,7 @@ class Engine:
         self._leave(state)
         return replace(event, answer=answer)
 
-    def _ask_criteria(self, state: _State, num_final: int) -> None:
+    def _ask_criteria(self, state: State, num_final: int) -> None:
         """Ask the stopping criteria about every new token that is final, as are all before it."""
         prompt = state.row.ids[~state.row.canvas]
         for count in range(state.tested + 1, num_final + 1):
@@ -701,32 +592,6 @@ def _alike(keys: list[tuple[Any, ...]]) -> list[Int[Tensor, "n"]]:
     for index, key in enumerate(keys):
         groups.setdefault(key, []).append(index)
     return [torch.tensor(indices) for indices in groups.values()]
-
-
-def _deciding(config: DiffusionGenerationConfig) -> tuple[Any, ...]:
-    """The settings that a decision depends on."""
-    policy = config.policy if callable(config.policy) else config.policy_name
-    own = config.alg_temp, config.threshold, config.factor, config.entropy_bound, config.eta
-    ends = tuple(config.eos_token_ids) if config.defer_end else None
-    return policy, *own, ends, config.sub_block_length, config.first_token_alone
-
-
-def _sampling(row: Row) -> tuple[Any, ...]:
-    """The settings that a draw depends on; logits processors are a row's own."""
-    config = row.config
-    ids = (*config.eos_token_ids,), (*(config.suppress_tokens or ()),), (*(config.unused_tokens or ()),)
-    own = id(row) if row.logits_processors else None
-    filters = config.temperature, config.top_k, config.top_p, config.guidance_scale
-    return *filters, config.min_new_tokens, ids, own, config.figures
-
-
-def _offsets(number: Int[Tensor, "L"], part_of: Bool[Tensor, "L"]) -> Int[Tensor, "L"]:
-    """Index each position within its block, which may begin in the prompt."""
-    group = torch.where(part_of, number - number.amin(), 0) if len(number) else number
-    index = part_of.long().cumsum(dim=0)
-    first = torch.full_like(index, _LAST)
-    first.scatter_reduce_(0, group, torch.where(part_of, index, _LAST), "amin")
-    return index - first.gather(0, group)
 
 
 def _with_ends_last(proposal: Proposal, ends: Int[Tensor, "E"]) -> Proposal:

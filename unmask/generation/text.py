@@ -22,7 +22,7 @@ from unmask.data.files import read_records
 from unmask.data.records import Conversation, CustomFields, Turn, call_text, to_conversation
 from unmask.data.tokenizer import ids_without_token
 from unmask.errors import UnmaskError, UnmaskWarning
-from unmask.generation.engine import Event
+from unmask.generation.rows import Event
 
 MISSING = "?"  # takes the place of a missing answer, so that a record without one is read like any other
 
