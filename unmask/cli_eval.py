@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 from rich.console import Console
-from typer import Option
+from typer import Argument, Option
 
-from unmask.cli_options import BatchSize, Model, System, decoding_options
+from unmask.cli_options import DECODING, BatchSize, System, decoding_options, refuse_unused
 from unmask.errors import UnmaskError
 
 SETTINGS = (
@@ -36,9 +37,13 @@ SETTINGS = (
 
 @decoding_options(*SETTINGS)
 def evaluate(
-    model: Model,
-    tasks: Annotated[str, Option(metavar="A,B", help="Tasks of lm-evaluation-harness, ours, or your own.")],
-    out: Annotated[Path, Option(metavar="DIR", help="Folder for the results.")],
+    model: Annotated[
+        list[str] | None, Argument(metavar="MODEL", help="Diffusion checkpoint: folder or hub name.")
+    ] = None,
+    tasks: Annotated[
+        str, Option(metavar="A,B", help="Tasks of lm-evaluation-harness, ours, or your own.")
+    ] = "",
+    out: Annotated[Path | None, Option(metavar="DIR", help="Folder for the results.")] = None,
     include_path: Annotated[
         list[Path] | None, Option(metavar="DIR", help="Folder with task files; repeatable.")
     ] = None,
@@ -49,6 +54,16 @@ def evaluate(
     seed: Annotated[int, Option(help="Seed of the run; each request has one of its own.")] = 0,
     batch_size: BatchSize = 16,
     resume: Annotated[bool, Option("--resume", help="Continue an interrupted evaluation.")] = False,
+    sweep: Annotated[
+        str | None,
+        Option(
+            metavar="NAME=A,B",
+            help="Accuracy against tokens per forward pass, by a setting; MODELs compared.",
+        ),
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, Option(metavar="A B", help="Paired differences of two folders of results.")
+    ] = None,
     chat: Annotated[bool, Option("--chat", help="Apply the chat template.")] = False,
     system: System = None,
     num_fewshot: Annotated[
@@ -83,6 +98,18 @@ def evaluate(
     the batch size; an interrupted evaluation is resumable. On several devices:
     torchrun --nproc_per_node=N -m unmask eval ...
     """
+    if compare is not None:
+        refuse_unused(True, "with --compare", model=model, tasks=tasks, sweep=sweep, out=out)
+        from unmask.evaluation.sweep import compare as run_compare
+        from unmask.evaluation.sweep import show_differences
+
+        show_differences(run_compare(*compare), Console())
+        return
+    if not model or (len(model) > 1 and sweep is None):
+        raise UnmaskError("name a MODEL; several are for --sweep.")
+    if out is None:
+        raise UnmaskError("--out: name a folder for the results.")
+    setting, values = _sweep_values(sweep, decoding) if sweep is not None else ("", [])
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise UnmaskError("--tasks: name at least one task.")
@@ -114,10 +141,40 @@ def evaluate(
         code=code,
     )
     how: dict[str, Any] = {"include_path": include_path or [], "batch_size": batch_size, "resume": resume}
-    results = run_eval(model, out, settings, allow_code_execution=allow_code_execution, **how)
+    how["allow_code_execution"] = allow_code_execution
+    if sweep is not None:
+        from unmask.evaluation.sweep import run_sweep, show_sweep
+
+        found = run_sweep(model, out, settings, setting, values, **how)
+        if found is not None:
+            show_sweep(found, Console())
+            print(f"picture: {out / 'sweep.png'}")
+        return
+    results = run_eval(model[0], out, settings, **how)
     if results is not None:
         show_results(results, Console())
         print(f"results: {out / 'results.json'}")
+
+
+def _sweep_values(sweep: str, decoding: dict[str, Any]) -> tuple[str, list[Any]]:
+    """The setting of --sweep and its values."""
+    name, _, texts = sweep.partition("=")
+    name = name.strip().replace("-", "_")
+    if name not in SETTINGS:
+        near = difflib.get_close_matches(name, SETTINGS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it can be one of {', '.join(SETTINGS)}."
+        raise UnmaskError(f"--sweep: unknown setting {name!r}; {hint}")
+    if name in decoding:
+        raise UnmaskError(f"--sweep: {name} is also given by itself; remove one of them.")
+    kind, values = DECODING[name][0], []
+    for text in texts.split(","):
+        try:
+            values.append(text.strip().lower() == "true" if kind is bool else kind(text.strip()))
+        except ValueError as error:
+            raise UnmaskError(f"--sweep: {text.strip()!r} is not a value of {name}.") from error
+    if not texts or len(set(values)) < len(values):
+        raise UnmaskError(f"--sweep: give different values: {name}=A,B,C; got {sweep!r}.")
+    return name, values
 
 
 def _code_settings(

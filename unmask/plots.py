@@ -1,4 +1,4 @@
-"""The pictures: losses, losses by noise level, the curriculum, and how answers were denoised.
+"""The pictures: losses, losses by noise level, the curriculum, how answers were denoised, and what they cost.
 
 Each function draws data into one file, whose suffix chooses the format (.png, .pdf, .svg).
 """
@@ -171,6 +171,31 @@ def draw_curriculum(curriculum: Curriculum, max_steps: int, steps_per_epoch: int
     )
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     grid[-1].set_xlabel("optimizer step")
+    _save(figure, file)
+
+
+def draw_sweep(tasks: Mapping[str, Mapping[str, Any]], file: Path, setting: str) -> None:
+    """Plot accuracy against tokens per forward pass, a panel for each task and a curve for each model.
+
+    Args:
+        tasks: as `unmask.evaluation.sweep` writes them.
+        setting: whose values are written at the points.
+    """
+    figure = _figure(7, 0.6 + 3.4 * len(tasks))
+    grid = figure.subplots(len(tasks), squeeze=False)[:, 0]
+    for axes, (task, found) in zip(grid, tasks.items(), strict=True):
+        for curve in found["curves"]:
+            points = curve["points"]
+            x, y = ([point[name] for point in points] for name in ("tokens_per_forward", "score"))
+            error = [point["stderr"] or 0 for point in points]
+            label = f"{curve['model']}: AUP {curve['aup']:.1f}"
+            axes.errorbar(x, y, yerr=error, fmt="o-", capsize=3, label=label)
+            for point, at in zip(points, zip(x, y, strict=True), strict=True):
+                text = str(point["value"])
+                axes.annotate(text, at, fontsize=8, xytext=(4, 4), textcoords="offset points")
+        axes.set(xlabel="tokens per forward pass", ylabel=found["metric"])
+        axes.set_title(f"{task}, by {setting}", fontsize=10, loc="left", parse_math=False)
+        axes.legend(frameon=False, fontsize=9)
     _save(figure, file)
 
 
