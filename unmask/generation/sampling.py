@@ -120,7 +120,7 @@ def draw(logits: Logits, groups: Sequence[Group], uniform: Float64[Tensor, "M"] 
     by_pieces = sorted((group for group in groups if group.by_pieces), key=lambda group: group.temperature)
     for part in _parts(by_pieces, logits.most):
         columns = logits.take(torch.cat([group.source for group in part]))
-        _write(drawn, part, _scan(columns, logits.shape[1], wide, part, uniform))
+        _write(drawn, part, _scan(columns, _edges(logits), part, uniform, wide))
     rows = max(1, min(logits.most, _WHOLE_ROWS // logits.shape[1]))
     for group in groups:
         if not group.by_pieces:
@@ -174,9 +174,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _edges(vocab_size: int, device: torch.device) -> list[int]:
+def _edges(logits: Logits) -> list[int]:
     """Where pieces of the vocabulary begin, and its end: the same for any positions."""
-    return [*range(0, vocab_size, _PIECE if device.type == "cpu" else _LARGE_PIECE), vocab_size]
+    size = logits.shape[1]
+    return [*range(0, size, _PIECE if logits.device.type == "cpu" else _LARGE_PIECE), size]
 
 
 def _fills(groups: Sequence[Group], edges: list[int]) -> list[list[tuple[slice, Tensor]]]:
@@ -244,10 +245,10 @@ class _Choice:
 
 def _scan(
     columns: Columns,
-    vocab_size: int,
-    wide: torch.dtype,
+    edges: list[int],
     groups: Sequence[Group],
     uniform: Float64[Tensor, "M"] | None,
+    wide: torch.dtype,
 ) -> _Scan:
     """Go through the vocabulary once, for groups that need no whole rows; temperatures above 0 come last.
 
@@ -268,7 +269,6 @@ def _scan(
         choice = _Choice(uniform[torch.cat([group.index for group in groups])[greedy:]])
     scaled = not asked or any(each != 1 for each in temperatures[greedy:])
 
-    edges = _edges(vocab_size, device)
     fills = _fills(groups, edges)
     peaks = torch.empty(count, len(edges) - 1, dtype=wide, device=device)
     sums, spread = torch.ones_like(peaks), torch.zeros_like(peaks)
@@ -329,18 +329,30 @@ def _scan(
 
 def _draw_from_rows(logits: Logits, group: Group, uniform: Float64[Tensor, "M"] | None) -> _Scan:
     """Draw where whole rows are needed: for filters, guidance and logits processors."""
-    wide, vocab_size = _wide(logits.dtype), logits.shape[1]
-    own = logits.take(group.source)(0, vocab_size).to(wide)
-    if group.unconditional is not None:
-        masked = logits.take(group.unconditional)(0, vocab_size).to(wide)
-        own = own + group.guidance_scale * (own - masked)
-    if group.forbidden is not None:
-        suppress_(own, group.forbidden)
+    size, wide = logits.shape[1], _wide(logits.dtype)
+    conditional = logits.take(group.source)(0, size)
+    masked = None if group.unconditional is None else logits.take(group.unconditional)(0, size)
+    # In rows that stay in a core's cache, so that memory is read once and not by each operation.
+    rows = len(conditional) if conditional.is_cuda else max(1, _CACHED // size)
+    scans = []
+    for start in range(0, len(conditional), rows):
+        part = group.part(start, start + rows)
+        own = conditional[start : start + rows].to(wide)
+        if masked is not None:
+            own = own + group.guidance_scale * (own - masked[start : start + rows].to(wide))
+        if group.forbidden is not None:
+            suppress_(own, group.forbidden)
+        scans.append(_draw_from_whole(own, part, uniform))
+    return _Scan(*(torch.cat(field) for field in zip(*scans, strict=True)))
+
+
+def _draw_from_whole(own: Float[Tensor, "m V"], group: Group, uniform: Tensor | None) -> _Scan:
+    """Draw from logits that exist and allow what is allowed."""
     plain = Group(group.index, group.source, figures=group.figures)
-    scan = _scan(lambda first, last: own[:, first:last], vocab_size, wide, [plain], None)
+    scan = _scan(lambda first, last: own, [0, own.shape[1]], [plain], None, own.dtype)
     if group.process is None and group.temperature == 0:
         return scan
-    changed = own if group.process is None else group.process(group.index, own.clone()).to(wide)
+    changed = own if group.process is None else group.process(group.index, own.clone()).to(own.dtype)
     if group.temperature == 0:
         allowed, token = changed.max(dim=1)
     else:
@@ -458,22 +470,26 @@ def keep_top_k(logits: Float[Tensor, "M V"], k: int) -> Float[Tensor, "M V"]:
 
 def keep_top_p(logits: Float[Tensor, "M V"], p: float) -> Float[Tensor, "M V"]:
     """Keep the fewest most likely tokens whose probabilities reach p (Holtzman et al., arXiv:1904.09751)."""
-    size, normaliser = 512, logits.logsumexp(dim=-1, keepdim=True)
-    while True:  # the most likely tokens alone are sorted, as many as are needed
-        size = min(2 * size, logits.shape[-1])
-        top = logits.topk(size, dim=-1).values
-        probability = (top - normaliser).exp()
+    normaliser, size = logits.logsumexp(dim=-1, keepdim=True), 128
+    least, count = torch.empty_like(normaliser), torch.empty_like(normaliser, dtype=torch.long)
+    tied = torch.zeros_like(count, dtype=torch.bool)
+    rows = torch.arange(len(logits), device=logits.device)
+    while len(rows):  # the most likely tokens alone are sorted, as many as each row needs
+        size = min(8 * size, logits.shape[-1])
+        top = (logits if len(rows) == len(logits) else logits[rows]).topk(size, dim=-1).values
+        probability = (top - normaliser[rows]).exp()
         before = probability.cumsum(dim=-1) - probability
-        if size == logits.shape[-1] or (before[:, -1] >= p).all():
-            break
-    count = (before < p).sum(dim=-1, keepdim=True).clamp(min=1)  # none of NaN
-    least = top.gather(-1, count - 1)
+        needed = (before < p).sum(dim=-1, keepdim=True).clamp(min=1)  # none are of NaN
+        least[rows], count[rows] = top.gather(-1, needed - 1), needed
+        following = top.gather(-1, needed.clamp(max=size - 1))
+        tied[rows] = (following == least[rows]) & (needed < size)
+        rows = rows[(needed == size)[:, 0]] if size < logits.shape[-1] else rows[:0]
     keep = logits >= least
-    if (keep.count_nonzero(dim=-1)[:, None] > count).any():  # of equal logits those of the lower ids
-        above = logits > least
-        room = count - above.count_nonzero(dim=-1)[:, None]
-        equal = keep & ~above
-        keep = above | (equal & (equal.cumsum(dim=-1) <= room))
+    if len(rows := tied.nonzero()[:, 0]):  # of equal logits those of the lower ids
+        above = logits[rows] > least[rows]
+        room = count[rows] - above.count_nonzero(dim=-1)[:, None]
+        equal = keep[rows] & ~above
+        keep[rows] = above | (equal & (equal.cumsum(dim=-1) <= room))
     return torch.where(keep, logits, -torch.inf)
 
 
