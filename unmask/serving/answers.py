@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from unmask.generation.trace import token_texts
 from unmask.serving.protocol import (
     ChatRequest,
     CompletionRequest,
+    InfillRequest,
     RequestError,
     Row,
+    ScoreRequest,
     Served,
     chat_prompt,
+    gap_row,
     read_request,
     rows,
+    score_examples,
     text_prompt,
 )
 from unmask.serving.scheduler import Job
+from unmask.serving.scoring import TokenScore, bounds, left_to_right
 from unmask.serving.text import CALL, TextStream, split_calls
 
 if TYPE_CHECKING:
+    from unmask.data.encode import Example
     from unmask.serving.app import Call, Server
 
 _LEAST = 1e-45  # a probability that has a logarithm
@@ -34,7 +42,8 @@ class Answer:
     """A finished answer."""
 
     text: str  # up to a stop string, without special tokens
-    tokens: list[tuple[int, float]]  # of this text, with the model's probability when each was committed
+    # Of this text, and the end token, with the model's probability when each was committed.
+    tokens: list[tuple[int, float]]
     num_tokens: int  # the end token and what a stop string cut off included
     num_forwards: int
     reason: str  # "stop" or "length"
@@ -70,15 +79,13 @@ class Shape:
         }
         return {**head, "choices": list(choices), **more}
 
-    def choice(self, index: int, answer: Answer, before: str = "") -> dict[str, Any]:
-        """A finished choice."""
-        logprobs = None if self.request.logprobs is None else self.logprobs(answer.tokens, len(before))
-        return {
-            "index": index,
-            "text": before + answer.text,
-            "logprobs": logprobs,
-            "finish_reason": answer.reason,
-        }
+    def choice(
+        self, index: int, answer: Answer, before: str = "", scores: Sequence[TokenScore] = ()
+    ) -> dict[str, Any]:
+        """A finished choice; `before` is the prompt, if it is to be repeated, with its scores."""
+        logprobs = None if self.request.logprobs is None else self.logprobs(answer.tokens, before, scores)
+        text = before + answer.text
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": answer.reason}
 
     def first(self, index: int) -> dict[str, Any] | None:
         """The choice of the chunk that a stream begins with."""
@@ -94,17 +101,28 @@ class Shape:
         ends = {"index": index, "text": stream.finish(answer.text), "logprobs": logprobs}
         return [{**ends, "finish_reason": answer.reason}]
 
-    def logprobs(self, tokens: Iterable[tuple[int, float]], offset: int = 0) -> dict[str, Any]:
-        """Log-probabilities of tokens; the only alternative that is known is the token itself."""
+    def logprobs(
+        self, tokens: Iterable[tuple[int, float]], before: str = "", scores: Sequence[TokenScore] = ()
+    ) -> dict[str, Any]:
+        """Log-probabilities: of a repeated prompt's tokens, each given all before it, and of new ones.
+
+        The likeliest token is known of the prompt alone.
+        """
         table: dict[str, list[Any]] = {
             "tokens": [],
             "token_logprobs": [],
             "top_logprobs": [],
             "text_offset": [],
         }
-        for token, probability in tokens:
-            text, logprob = self.token_text(token), math.log(max(probability, _LEAST))
-            for name, value in zip(table, (text, logprob, {text: logprob}, offset), strict=True):
+        offset = 0
+        found = [(one.token, one.logprob, {one.best: one.best_logprob}) for one in scores]
+        found += [(token, math.log(max(probability, _LEAST)), {}) for token, probability in tokens]
+        for number, (token, logprob, best) in enumerate(found):
+            if number == len(scores):
+                offset = len(before)
+            text = self.token_text(token)
+            top = {text: logprob} | {self.token_text(other): value for other, value in best.items()}
+            for name, value in zip(table, (text, logprob, top, offset), strict=True):
                 table[name].append(value)
             offset += len(text)
         return table
@@ -119,7 +137,9 @@ class ChatShape(Shape):
 
     kinds = ("chat.completion", "chat.completion.chunk")
 
-    def choice(self, index: int, answer: Answer, before: str = "") -> dict[str, Any]:
+    def choice(
+        self, index: int, answer: Answer, before: str = "", scores: Sequence[TokenScore] = ()
+    ) -> dict[str, Any]:
         """A finished choice."""
         text, calls, reason = self._called(answer)
         message = {"role": "assistant", "content": text.strip() or None if calls else text, "refusal": None}
@@ -176,6 +196,8 @@ class ChatShape(Shape):
             return None
         content = []
         for token, probability in answer.tokens:
+            if token in self.served.end_ids:
+                continue
             text = self.token_text(token)
             of_bytes = None if "\ufffd" in text else list(text.encode())
             logprob = math.log(max(probability, _LEAST))
@@ -214,6 +236,19 @@ def _prepare_text(server: Server, body: bytes) -> tuple[CompletionRequest, Serve
     request: CompletionRequest = read_request(CompletionRequest, body)
     served = server.find(request.model)
     _check_request(request)
+    if request.max_tokens == 0 and not request.echo:
+        raise RequestError("max_tokens must be at least 1 without echo; got 0.", "max_tokens")
+    for name, refused, why in (
+        ("echo", request.echo and request.suffix is not None, "does not go with suffix"),
+        ("stop", request.stop and request.suffix is not None, "has no effect with suffix: the gap is filled"),
+        (
+            "echo",
+            request.echo and request.stream and request.logprobs is not None,
+            "with logprobs is not streamed",
+        ),
+    ):
+        if refused:
+            raise RequestError(f"{name} {why}.", name)
     prompts = [text_prompt(served, prompt) for prompt in request.prompt]
     before = [""] * len(prompts)
     if request.echo:
@@ -221,7 +256,11 @@ def _prepare_text(server: Server, body: bytes) -> tuple[CompletionRequest, Serve
             prompt if isinstance(prompt, str) else str(served.tokenizer.decode(prompt))
             for prompt in request.prompt
         ]
-    return request, served, rows(served, request, prompts), before
+    new = request.max_tokens
+    request.max_tokens = 1 if new == 0 else new  # the other settings are checked either way
+    made = rows(served, request, prompts, request.suffix)
+    request.max_tokens = new
+    return request, served, made, before
 
 
 async def chat(call: Call) -> None:
@@ -242,21 +281,38 @@ async def _generate(call: Call, shape: Shape, todo: Sequence[Row], before: Seque
     if request.logprobs not in (None, False) or request.unmask.drafts:
         for row in todo:
             row.settings["return_trace"] = True
+    count = request.n or 1  # answers to each prompt
     markers = [CALL] if offers_tools(request) else []
     streams = [TextStream(served.tokenizer, request.stop or [], served.end_ids, markers) for _ in todo]
     jobs = [Job(served, row, row.tokens, each=bool(request.stream)) for row in todo]
-    count = request.n or 1  # answers to each prompt
-    usage = Usage(sum(len(row.prompt.input_ids) for row in todo[::count]))
+    usage = Usage(sum(row.prompt_tokens for row in todo[::count]))
     if request.stream:
         await _stream(call, shape, jobs, streams, usage, [before[i // count] for i in range(len(todo))])
     else:
-        choices: list[Any] = [None] * len(todo)
-        async for index, event in call.run(jobs):
-            answer = finished(streams[index], served, event.answer)
-            usage.add(answer)
-            choices[index] = shape.choice(index, answer, before[index // count])
+        of_prompt = [row.prompt.input_ids for row in todo[::count]]
+        scores: list[list[TokenScore]] = [[] for _ in of_prompt]
+        answers = [Answer("", [], 0, 0, "length") for _ in todo]
+        if request.max_tokens == 0:
+            jobs = []
+        generated = len(jobs)
+        if getattr(request, "echo", None) and request.logprobs is not None:
+            jobs += [Job(served, partial(_score_prompt, ids), 0) for ids in of_prompt]
+        async for index, found in call.run(jobs):
+            if index >= generated:
+                scores[index - generated] = found
+            else:
+                answers[index] = finished(streams[index], served, found.answer)
+                usage.add(answers[index])
+        choices = [
+            shape.choice(index, answer, before[index // count], scores[index // count])
+            for index, answer in enumerate(answers)
+        ]
         await call.json(shape.object(choices, usage=usage.object()))
     usage.count(call.server)
+
+
+def _score_prompt(ids: list[int], model: Any, pause: Callable[[], None]) -> list[TokenScore]:
+    return left_to_right(model, ids, pause)
 
 
 async def _stream(
@@ -269,7 +325,7 @@ async def _stream(
 ) -> None:
     """Send what is final as it becomes final."""
     request, served = shape.request, shape.served
-    canvases = [Canvas(job) for job in jobs]
+    canvases = [Canvas([None] * job.work.new_tokens) for job in jobs if isinstance(job.work, Row)]
     has_content = False
 
     async def chunk(choice: Any, **more: Any) -> None:
@@ -301,12 +357,88 @@ async def _stream(
     await call.event(None)
 
 
-class Canvas:
-    """The canvas of a row, by its events."""
+# Scores and gaps.
 
-    def __init__(self, job: Job):
-        assert isinstance(job.work, Row)
-        self.tokens: list[int | None] = [None] * job.work.new_tokens
+
+def _prepare_score(server: Server, body: bytes) -> tuple[ScoreRequest, Served, list[Example]]:
+    request: ScoreRequest = read_request(ScoreRequest, body)
+    served = server.find(request.model)
+    return request, served, score_examples(served, request)
+
+
+async def score(call: Call) -> None:
+    """Answer /v1/score: a bound on -log p, its standard error, and what each token contributes, in nats."""
+    request, served, examples = await call.server.encoded(_prepare_score, call.server, call.body)
+    settings = {"estimator": request.estimator, "num_samples": request.samples, "seed": request.seed}
+    job = Job(served, lambda model, pause: bounds(model, examples, pause, **settings), 0)
+    async for _, found in call.run([job]):
+        mean, perplexity = found.nats_per_token(), found.perplexity()
+        scores = []
+        for row, example in enumerate(examples):
+            is_scored = [not given for given in example.src_mask]
+            ids, nats = (
+                list(compress(one, is_scored)) for one in (example.input_ids, found.token_nll[row].tolist())
+            )
+            texts = [str(served.tokenizer.decode([token])) for token in ids]
+            scores.append(
+                {
+                    "nats": found.nll[row].item(),
+                    "stderr": found.stderr[row].item(),
+                    "tokens": len(ids),
+                    "nats_per_token": mean.value[row].item(),
+                    "perplexity": perplexity.value[row].item(),
+                    "token_nats": [list(pair) for pair in zip(texts, nats, strict=True)],
+                }
+            )
+        usage = {"sequences": found.num_forwards}
+        await call.json({"object": "score", "model": served.name, "scores": scores, "usage": usage})
+
+
+def _prepare_infill(server: Server, body: bytes) -> tuple[InfillRequest, Served, Row, list[int | None]]:
+    request: InfillRequest = read_request(InfillRequest, body)
+    served = server.find(request.model)
+    _check_request(request)
+    row, canvas = gap_row(served, request)
+    row.settings["return_trace"] = True
+    return request, served, row, canvas
+
+
+async def infill(call: Call) -> None:
+    """Answer /v1/infill: the whole text; with `stream` also the canvas after each forward pass."""
+    request, served, row, tokens = await call.server.encoded(_prepare_infill, call.server, call.body)
+    call.within(request.unmask.timeout)
+    canvas, usage = Canvas(tokens), Usage(row.prompt_tokens)
+    async for _, event in call.run([Job(served, row, row.tokens, each=bool(request.stream))]):
+        canvas.take(event)
+        if event.answer is None:
+            await call.event({"object": "infill.chunk", "unmask": canvas.draft(served)})
+            continue
+        if not request.stream:  # the last event alone was told
+            canvas.fill(event.answer)
+        usage.add(Answer("", [], len(event.answer.ids), event.answer.num_forwards, "stop"))
+        text = str(served.tokenizer.decode([token for token in canvas.tokens if token is not None]))
+        ends = {
+            "object": "infill",
+            "model": served.name,
+            "text": text,
+            "unmask": canvas.whole(served, event.answer),
+        }
+        await (call.event if request.stream else call.json)({**ends, "usage": usage.object()})
+    if request.stream:
+        await call.event(None)
+    usage.count(call.server)
+
+
+class Canvas:
+    """The canvas of a row, by its events.
+
+    Args:
+        tokens: None = to fill; the events of the row count these positions alone.
+    """
+
+    def __init__(self, tokens: Sequence[int | None]):
+        self.tokens = list(tokens)
+        self.gaps = [position for position, token in enumerate(tokens) if token is None]
         self.new: list[int] = []  # positions committed in the last forward pass
         self.confidence: dict[int, float] = {}  # the model's probability of committed tokens
         self.num_final = self.steps = 0
@@ -314,20 +446,25 @@ class Canvas:
     @property
     def final(self) -> list[int]:
         """The tokens that can no longer change, from the first on."""
-        return [token for token in self.tokens[: self.num_final] if token is not None]
+        found = (self.tokens[position] for position in self.gaps[: self.num_final])
+        return [token for token in found if token is not None]
 
     def take(self, event: Any) -> bool:
         """Note what a forward pass did; whether more is final."""
         self.steps += 1
-        self.new = list(event.positions)
+        self.new = [self.gaps[position] for position in event.positions]
         for position in event.remasked:
-            self.tokens[position] = None
-            self.confidence.pop(position, None)
-        self.confidence |= zip(event.positions, event.confidence, strict=False)
-        for position, token in zip(event.positions, event.tokens, strict=True):
+            self.tokens[self.gaps[position]] = None
+        for position, token in zip(self.new, event.tokens, strict=True):
             self.tokens[position] = token
+        self.confidence |= zip(self.new, event.confidence, strict=False)
         more, self.num_final = event.num_final > self.num_final, max(self.num_final, event.num_final)
         return more
+
+    def fill(self, answer: Any) -> None:
+        """Take the tokens of a finished answer."""
+        for position, token, probability in zip(self.gaps, answer.ids, answer.confidence, strict=False):
+            self.tokens[position], self.confidence[position] = token, probability
 
     def draft(self, served: Served) -> dict[str, Any]:
         """The canvas as it stands: texts, null = masked; their probability when committed, and what is new."""
@@ -386,5 +523,6 @@ def finished(stream: TextStream, served: Served, answer: Any) -> Answer:
     shown = ids
     while cut and shown and len(str(served.tokenizer.decode(shown, skip_special_tokens=True))) > len(text):
         shown = shown[:-1]
+    shown = shown if cut else answer.ids
     tokens = list(zip(shown, answer.confidence, strict=False))
     return Answer(text, tokens, len(answer.ids), answer.num_forwards, "stop" if ended or cut else "length")

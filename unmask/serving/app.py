@@ -317,6 +317,8 @@ def make_app(server: Server) -> Starlette:
     for path, respond in (
         ("/v1/chat/completions", answers.chat),
         ("/v1/completions", answers.completions),
+        ("/v1/infill", answers.infill),
+        ("/v1/score", answers.score),
     ):
         routes.append(Route(path, Endpoint(server, respond), methods=["POST"]))
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: not_found})

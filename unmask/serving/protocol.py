@@ -11,7 +11,7 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 from transformers import PreTrainedTokenizerBase
@@ -214,19 +214,16 @@ class ScoreRequest(_Request):
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] = 0
 
 
-class InfillRequest(_Request):
-    """`/v1/infill`: a text with gaps, or a canvas of which some tokens are masked again."""
+class InfillRequest(_Generation):
+    """`/v1/infill`: a text with gaps, or the canvas of an answer of which some tokens are masked again."""
 
     text: str | None = None
     messages: list[Any] | None = None
     canvas: list[Annotated[int, Field(ge=0)] | None] | None = None  # null = a token to fill
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    unmask: GenerationExtra = Field(default_factory=GenerationExtra)
-
-    settings = _Generation.settings
-    max_tokens: Literal[None] = None
+    n: Annotated[Any, _only(1, why="is not supported here")] = None
+    stop: Annotated[Any, _only(why="has no effect in a gap")] = None
+    max_tokens: Annotated[Any, _only(why="has no effect: the gaps say their lengths")] = None
+    logit_bias: Annotated[Any, _only(why="is not supported here")] = None
 
 
 def read_request(kind: type[BaseModel], body: bytes) -> Any:
@@ -271,6 +268,8 @@ def _refusal(kind: type[BaseModel], error: ValidationError) -> RequestError:
     shown = f"; got {got}" if len(got) <= 60 else ""
     return RequestError(f"{name}: {said}{shown}.", name)
 
+
+_MIDDLE = Example([0], [False])  # what a text in the middle of another follows
 
 # Models and jobs.
 
@@ -318,26 +317,34 @@ class Served:
 
 @dataclass(frozen=True)
 class Row:
-    """One answer to generate."""
+    """One answer to generate, or with `is_gap` the gaps of `prompt` to fill."""
 
     prompt: Example
     settings: dict[str, Any]  # fields of `DiffusionGenerationConfig`
     new_tokens: int  # length of the canvas
+    is_gap: list[bool] | None = None
     stop: StopStrings | None = None
     logit_bias: dict[int, float] | None = None
     guided: bool = False
 
     def add(self, engine: Any) -> int:
         """Add it to an engine; returns its slot."""
-        prompt = self.prompt
-        extra = {"stopping_criteria": self.stop, "logit_bias": self.logit_bias}
-        given = {name: value for name, value in extra.items() if value is not None}
-        return engine.add(prompt.input_ids, prompt.src_mask, **given, **self.settings)
+        more = {"stopping_criteria": self.stop, "logit_bias": self.logit_bias, "is_gap": self.is_gap}
+        if self.is_gap is None:
+            more["src_mask"] = self.prompt.src_mask
+        given = {name: value for name, value in more.items() if value is not None}
+        return engine.add(self.prompt.input_ids, **given, **self.settings)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens that are given."""
+        return len(self.prompt.input_ids) - sum(self.is_gap or ())
 
     @property
     def tokens(self) -> int:
         """Tokens that a forward pass computes."""
-        return (len(self.prompt.input_ids) + self.new_tokens) * (1 + self.guided)
+        new = self.new_tokens if self.is_gap is None else 0
+        return (len(self.prompt.input_ids) + new) * (1 + self.guided)
 
 
 def conversation(messages: list[Any], tools: list[Any] | None, *, answered: bool = False) -> Conversation:
@@ -411,8 +418,12 @@ def _checked(text: str, param: str) -> str:
         raise RequestError(f"{param}: {error.reason}{error.detail}.", param) from error
 
 
-def rows(served: Served, request: _Generation, prompts: Sequence[Example]) -> list[Row]:
+def rows(
+    served: Served, request: _Generation, prompts: Sequence[Example], suffix: str | None = None
+) -> list[Row]:
     """The answers that a request asks for, `n` to each prompt, drawn from seed, seed + 1, ...
+
+    With a suffix they are what comes between the prompt and it.
 
     Raises:
         RequestError: a setting cannot be used, or a prompt and its canvas are too long.
@@ -430,18 +441,24 @@ def rows(served: Served, request: _Generation, prompts: Sequence[Example]) -> li
         raise RequestError(
             f"logit_bias: ids must be below {served.vocab_size}; got {max(bias)}.", "logit_bias"
         )
-    new = config.max_new_tokens
+    new, is_gap = config.max_new_tokens, None
+    after = [] if suffix is None else following_ids(_MIDDLE, _checked(suffix, "suffix"), served.tokenizer)
     for prompt in prompts:
-        check_length(served, len(prompt.input_ids), new)
+        check_length(served, len(prompt.input_ids) + len(after), new)
     seed, highest = cast(int, config.seed), 2**63 - 1
     if seed + count - 1 > highest:
         raise RequestError(f"seed must be at most {highest - count + 1} with n = {count}.", "seed")
-    guided = bool(config.guidance_scale)
-    return [
-        Row(prompt, {**settings, "seed": seed + i}, new, stop, bias or None, guided)
-        for prompt in prompts
-        for i in range(count)
-    ]
+    guided, made = bool(config.guidance_scale), []
+    for prompt in prompts:
+        if suffix is not None:
+            ids = prompt.input_ids + [0] * new + after
+            is_gap = [len(prompt.input_ids) <= i < len(prompt.input_ids) + new for i in range(len(ids))]
+            prompt = Example(ids, [True] * len(ids))
+        made += [
+            Row(prompt, {**settings, "seed": seed + i}, new, is_gap, stop, bias or None, guided)
+            for i in range(count)
+        ]
+    return made
 
 
 def checked_settings(
@@ -508,9 +525,45 @@ def score_examples(served: Served, request: ScoreRequest) -> list[Example]:
     return examples
 
 
-def gap_parts(text: str) -> list[str | Gap]:
-    """Split a text at its gaps."""
+def gap_row(served: Served, request: InfillRequest) -> tuple[Row, list[int | None]]:
+    """The row that `/v1/infill` asks for, and its canvas (None = to fill)."""
+    if (request.text is None) == (request.canvas is None):
+        raise RequestError("give text with gaps, or canvas with messages, one of them.", "text")
+    before = Example([], [])
+    if request.messages is not None:
+        before = chat_prompt(served, request.messages, None)
+    canvas = list(request.canvas or [])
+    if request.text is not None:
+        if request.messages is not None:
+            raise RequestError("messages have no effect with text; remove them.", "messages")
+        for part in _gap_parts(request.text):
+            if isinstance(part, Gap):
+                canvas += [None] * part.low
+            else:
+                canvas += following_ids(_MIDDLE if canvas else before, part, served.tokenizer)
+    if outside := [token for token in canvas if token is not None and token >= served.vocab_size]:
+        raise RequestError(f"canvas: ids must be below {served.vocab_size}; got {outside[0]}.", "canvas")
+    if None not in canvas:
+        raise RequestError(
+            "there is nothing to fill: write a gap as [[gap:5]], or null in the canvas.", "canvas"
+        )
+    config, settings = checked_settings(served, {**request.settings(), "max_new_tokens": len(canvas)})
+    check_length(served, len(before.input_ids), len(canvas))
+    ids = before.input_ids + [0 if token is None else token for token in canvas]
+    is_gap = [False] * len(before.input_ids) + [token is None for token in canvas]
+    whole = Example(ids, [True] * len(ids))
+    row = Row(whole, settings, canvas.count(None), is_gap, guided=bool(config.guidance_scale))
+    return row, canvas
+
+
+def _gap_parts(text: str) -> list[str | Gap]:
     try:
-        return parse_gaps(_checked(text, "text"))
+        parts = parse_gaps(_checked(text, "text"))
     except UnmaskError as error:
         raise RequestError(str(error), "text") from error
+    for part in parts:
+        if isinstance(part, Gap) and part.low < part.high:
+            raise RequestError(
+                "a gap has one length here, such as [[gap:5]]; `unmask infill` tries several.", "text"
+            )
+    return parts

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from unmask.data.tokenizer import check_vocabulary, load_tokenizer
@@ -56,7 +58,7 @@ def load_models(
         )
     from peft import PeftModel
 
-    weights, with_adapters = fingerprint(model), None
+    weights, with_adapters, learns_mask = fingerprint(model), None, set()
     for number, (served_as, folder) in enumerate(adapters.items()):
         if served_as == name or not served_as:
             raise UnmaskError(
@@ -67,6 +69,7 @@ def load_models(
                 f"--adapter: {folder} is not a folder of LoRA adapters: it has no {ADAPTER_CONFIG}."
             )
         values = read_config(folder)
+        own_config = json.loads((Path(folder).expanduser() / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         for key in (key for key in FIELDS if key != "noise_eps"):  # which is of the training alone
             if key in values and values[key] != getattr(model.config, key, None):
                 raise UnmaskError(
@@ -76,6 +79,11 @@ def load_models(
         if values.get("base_fingerprint") not in (None, weights):
             raise UnmaskError(
                 f"--adapter: {folder} was trained on other weights than those of {name}; serve it alone."
+            )
+        learns_mask.add(bool(own_config.get("trainable_token_indices")))
+        if len(learns_mask) > 1:
+            raise UnmaskError(
+                "--adapter: adapters with lora.learn_mask and without it cannot be served together."
             )
         try:
             if with_adapters is None:
