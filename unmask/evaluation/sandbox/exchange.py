@@ -90,13 +90,10 @@ class Encoder:
             value = value.item()
         if value is None or value is True or value is False:
             return value
-        if isinstance(value, int):
-            small = -(2**63) < value < 2**63
-            return int.__int__(value) if small else ["int", hex(int.__int__(value))]
-        if isinstance(value, float):
-            return float.__float__(value)
-        if isinstance(value, str):
-            return str.__str__(value)
+        if isinstance(value, int) and not -(2**63) < value < 2**63:
+            return ["int", hex(value)]
+        if isinstance(value, int | float | str):  # of a subclass, JSON takes the plain value
+            return value
         kind: Any
         for kind in (list, tuple, set, frozenset, deque):
             if isinstance(value, kind):

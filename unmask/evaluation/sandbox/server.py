@@ -56,14 +56,14 @@ def main(control: socket.socket) -> None:
     control.send(b"r")
     while handles := socket.recv_fds(control, 1, 3)[1]:
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        pid = os.fork()
+        server, pid = os.getpid(), os.fork()
         if pid == 0:
             with contextlib.suppress(BaseException):
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 os.setsid()
                 control.close()
                 ours.close()
-                monitor(handles, its)
+                monitor(handles, its, server)
             os._exit(1)
         its.close()
         for handle in handles:
@@ -73,7 +73,7 @@ def main(control: socket.socket) -> None:
                 ours.send(isolation.map_users(pid).encode())
 
 
-def monitor(handles: list[int], server: socket.socket) -> NoReturn:
+def monitor(handles: list[int], sync: socket.socket, server: int) -> NoReturn:
     """Run one program, and write its outcome to the last of the open files."""
     source, tests, result = handles
     with open(source, encoding="ascii") as file:
@@ -87,17 +87,23 @@ def monitor(handles: list[int], server: socket.socket) -> NoReturn:
         if job["isolate"]:
             folders = isolation.python_folders()
             isolation.unshare_all()
-            server.send(b"u")
-            if problem := server.recv(1000)[1:]:
+            sync.send(b"u")
+            if not (mapped := sync.recv(1000)):
+                raise ConnectionError  # the server died
+            if problem := mapped[1:]:
                 raise OSError(errno.EPERM, problem.decode())
             isolation.new_root(folders)
         else:
             folder = tempfile.mkdtemp(prefix="unmask-sandbox-")
             os.chdir(folder)
+    except ConnectionError:
+        os._exit(1)
     except OSError as error:
         answer(result, "unsandboxed", error.strerror or str(error))
-    server.close()
+    sync.close()
     isolation.die_with_parent()
+    if os.getppid() != server:  # it died before
+        os._exit(1)
     isolation.adopt_orphans()
     verdict, its = os.pipe()
     tester = os.fork()
@@ -145,7 +151,6 @@ def tester_process(job: dict[str, Any], tests: int, verdict: int) -> NoReturn:
         isolation.private_folder()
         isolation.unshare_processes()
     isolation.hide_memory()
-    os.write(verdict, b"1")
     program = os.fork()
     if program == 0:
         with contextlib.suppress(BaseException):
@@ -158,6 +163,7 @@ def tester_process(job: dict[str, Any], tests: int, verdict: int) -> NoReturn:
         os._exit(1)
     its.close()
     confine(job, tests, verdict, ours.fileno())
+    os.write(verdict, b"1")  # fails if the monitor died before this would have died with it
     with open(tests, encoding="ascii") as file:
         text = json.load(file)
     os.write(verdict, json.dumps(run_tests(ours, job, text, program)).encode())
