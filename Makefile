@@ -1,7 +1,7 @@
 # Every target makes the environment it needs: .venv, about 80 s and 1.5 GB the first time.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all test-gpu test-newest test-oldest lock check fix docs bench clean
+.PHONY: help install demo test test-slow test-all test-page test-gpu test-newest test-oldest lock check fix docs bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -55,6 +55,10 @@ test-slow: $(STAMP)  ## the slow ones: several processes, or more than 5 s
 test-all: $(STAMP)  ## all of them
 test test-slow test-all:
 	@$(RUN) $(PYTEST) -m "$(MARK)" $(ARGS)
+
+test-page: $(STAMP)  ## the playground in headless Chromium (SCREENSHOTS=folder); skipped without a browser
+	@$(BIN)/pip install -q playwright
+	@$(RUN) python -m pytest -rs tests/test_playground.py $(ARGS)
 
 test-gpu: $(STAMP)  ## the ones that need a GPU; they are skipped where there is none
 	@$(RUN) python -m pytest -rs tests/test_gpu.py $(ARGS) || [ $$? -eq 5 ]  # 5 = all skipped

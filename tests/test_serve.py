@@ -109,6 +109,12 @@ def test_models_and_health(client: openai.OpenAI, server: Running) -> None:
     with pytest.raises(openai.NotFoundError, match="there is m"):
         client.models.retrieve("other")
     assert httpx.get(server.url + "/health").json() == {"status": "ok"}
+    page = httpx.get(server.url)
+    assert (
+        "<title>unmask playground" in page.text
+        and "connect-src 'self'" in page.headers["content-security-policy"]
+    )
+    assert "http" not in page.text.replace("http-equiv", "")  # it loads nothing from elsewhere
 
 
 def test_sixteen_at_once_in_an_async_client(server: Running) -> None:
@@ -462,7 +468,7 @@ def test_half_open_and_slow_clients_leave_nothing_behind(server: Running) -> Non
 
 def test_only_health_answers_without_the_key() -> None:
     with served_by(FakeModel(), api_key="s3crét") as server:
-        paths = ("/metrics", "/v1/models", "/v1/models/m")
+        paths = ("/", "/metrics", "/v1/models", "/v1/models/m")
         for headers in (
             {},
             {"authorization": "Bearer wrong"},

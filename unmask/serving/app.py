@@ -14,12 +14,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from importlib.resources import files
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -299,6 +300,14 @@ def make_app(server: Server) -> Starlette:
     def one_model(request: Request) -> Response:
         return JSONResponse(answers.model_object(server.find(request.path_params["name"])))
 
+    page = (files("unmask") / "templates" / "playground.html").read_text(encoding="utf-8")
+
+    def playground(_: Request) -> Response:
+        policy = (
+            "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+        )
+        return HTMLResponse(page, headers={"Content-Security-Policy": policy, "X-Frame-Options": "DENY"})
+
     async def not_found(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         said = {
@@ -313,6 +322,7 @@ def make_app(server: Server) -> Starlette:
         Route("/metrics", checked(metrics)),
         Route("/v1/models", checked(models)),
         Route("/v1/models/{name:path}", checked(one_model)),
+        Route("/", checked(playground)),
     ]
     for path, respond in (
         ("/v1/chat/completions", answers.chat),
