@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -324,3 +326,23 @@ def test_a_killed_run_resumes(tmp_path: Path, model: Any, tokenizer: PreTrainedT
     with pytest.raises(KeyboardInterrupt):  # killed again
         answer_file(killed, prompts, part, resume=True, **run)
     assert part.read_bytes() == data[:first]
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_file_of_one(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    byte_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("".join(f"Say {n} times {n}.\n" for n in range(7)))
+    files = []
+    for name, launch in (
+        ("one", []),
+        ("two", ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]),
+    ):
+        asked = ["-m", "unmask", "generate", tmp_path / "model", "--prompts", tmp_path / "prompts.txt"]
+        asked += ["--out", tmp_path / name, "--max-new-tokens", "8", "--temperature", "1", "--samples", "3"]
+        command = [sys.executable, *launch, *map(str, asked)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("21 answers to 7 prompts") == 1
+        files.append((tmp_path / name).read_bytes())
+    assert files[0] == files[1] and files[0].count(b"\n") == 21

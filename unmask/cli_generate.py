@@ -59,6 +59,7 @@ def generate(
 
     By default each denoising step commits the most confident token. With
     --choice nothing is generated: the given answers are compared by likelihood.
+    A file on several devices: torchrun --nproc_per_node=N -m unmask generate ...
     """
     if (prompt is None) == (prompts is None):
         raise UnmaskError("give --prompt TEXT or --prompts FILE, one of them.")
@@ -83,6 +84,10 @@ def generate(
         check_output_file(out, "--out")
         if out.exists() and not resume:
             raise UnmaskError(f"--out: {out} exists already; --resume continues it, or remove it.")
+    if prompts is not None:
+        from unmask.processes import join
+
+        join()
     denoiser, tokenizer, config = _load(model, decoding)
     seed = decoding.pop("seed", config.seed)
     if samples > 1 and not config.is_random:
@@ -253,16 +258,20 @@ def _show_trace(
 def _answer_file(answer: Any, prompts: list[Any], out: Path, *, samples: int, **options: Any) -> None:
     """Answer a file with a progress bar, and print the totals."""
     from unmask.generation.text import answer_file
+    from unmask.processes import rank_and_size
 
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        advance = partial(progress.advance, progress.add_task("answering", total=len(prompts) * samples))
+    console, (rank, processes) = Console(stderr=True), rank_and_size()
+    with Progress(console=console, transient=True, disable=rank > 0 or not console.is_terminal) as progress:
+        share = len(prompts) * samples / processes
+        advance = partial(progress.advance, progress.add_task("answering", total=share))
         try:
             totals = answer_file(answer, prompts, out, samples=samples, advance=advance, **options)
         except KeyboardInterrupt:
             progress.stop()
             print(f"interrupted; --resume continues {out}", file=sys.stderr)
             raise typer.Exit(130) from None
+    if rank:
+        return
     line = f"{out}: {totals['answers']:,} answers to {len(prompts):,} prompts"
     if steps := totals["forward_passes"]:
         per_step = f"{steps:,} denoising steps ({totals['tokens'] / steps:.2f} per step)"

@@ -9,18 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch.distributed as dist
-
 from unmask.errors import UnmaskError
+from unmask.processes import gather, rank_and_size
 
 Item = TypeVar("Item")
 Result = dict[str, Any]
 JOURNAL = "requests*.jsonl"
-
-
-def rank_and_size() -> tuple[int, int]:
-    """Number of this process and of all of them: (0, 1) unless torch.distributed is initialized."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def request_keys(requests: Iterable[Any]) -> list[tuple[str, int]]:
@@ -61,17 +55,11 @@ class Journal:
         self._path, self._file = None, None
         if folder is None:
             return
-        rank, size = rank_and_size()
+        rank, _ = rank_and_size()
         told = json.loads(json.dumps(dict(settings or {})))
         for file in sorted(folder.glob(JOURNAL)) if resume else ():
             self._read(file, told)
-        if size > 1:
-            dist.barrier()  # all have read before one writes
-        if not resume and rank == 0:
-            for file in folder.glob(JOURNAL):
-                file.unlink()
-        if size > 1:
-            dist.barrier()
+        gather(None)  # all have read before one writes
         self._path = folder / (f"requests-{rank}.jsonl" if rank else "requests.jsonl")
         self._head = {"settings": told}
 
@@ -103,6 +91,12 @@ class Journal:
             lines = lines if kept else [self._head, *lines]
         self._file.writelines(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)
         self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def results(
         self,
@@ -138,9 +132,6 @@ class Journal:
                 self._write([{"key": key, "result": result}])
                 if advance is not None:
                     advance(1)
-        if size > 1:
-            theirs: list[Any] = [None] * size
-            dist.all_gather_object(theirs, {key: self.done[key] for key in keys if key in self.done})
-            for found in theirs:
-                self.done |= found
+        for found in gather({key: self.done[key] for key in keys if key in self.done}):
+            self.done |= found
         return [self.done[key] for key in keys]

@@ -11,7 +11,6 @@ import difflib
 import hashlib
 import json
 import logging
-import os
 import platform
 import random
 import sys
@@ -23,8 +22,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from lm_eval import evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, hash_string
@@ -32,11 +29,12 @@ from lm_eval.utils import handle_non_serializable, hash_string
 from unmask.data.files import read_records
 from unmask.errors import UnmaskError
 from unmask.evaluation.harness import UnmaskLM
-from unmask.evaluation.journal import Journal, rank_and_size
+from unmask.evaluation.journal import Journal
 from unmask.evaluation.report import card_lines, write_page
 from unmask.evaluation.requests import decoding_of
 from unmask.evaluation.tasks import TASKS
 from unmask.io import atomic_write, git_commit, reason, sha256
+from unmask.processes import gather, join
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "lm_eval")
 WHOLE = 2**30  # bytes up to which a file of weights is hashed
@@ -97,15 +95,10 @@ def run_eval(
         UnmaskError: a task, the checkpoint, a setting or the folder cannot be used.
     """
     started = time.perf_counter()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        if torch.accelerator.is_available():
-            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("gloo")
-    rank, size = rank_and_size()
+    rank, size = join()
     if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UnmaskError(f"--out: {out} exists already; --resume continues it, or name another folder.")
-    if size > 1:
-        dist.barrier()
+    gather(None)  # before one of them writes
     loaded = load_tasks(settings, include_path, allow_code_execution)
     lm = UnmaskLM(
         model,
@@ -135,6 +128,7 @@ def run_eval(
         confirm_run_unsafe_code=allow_code_execution,
         bootstrap_iters=1000,
     )
+    lm.journal.close()
     if rank:
         return None
     samples = {name: _with_details(name, lines, lm) for name, lines in found.pop("samples").items()}

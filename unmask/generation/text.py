@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import warnings
@@ -23,7 +24,9 @@ from unmask.data.records import Conversation, CustomFields, Turn, call_text, to_
 from unmask.data.tokenizer import ids_without_token
 from unmask.errors import UnmaskError, UnmaskWarning
 from unmask.generation.rows import Event
+from unmask.processes import gather, rank_and_size
 
+SHARED = 64  # prompts that each of several processes answers before they exchange the answers
 MISSING = "?"  # takes the place of a missing answer, so that a record without one is read like any other
 
 
@@ -413,6 +416,8 @@ def answer_file(
 ) -> dict[str, int]:
     """Answer prompts and write one JSON line an answer, in the order of the prompts; resumable.
 
+    Several processes share the prompts out, and the first writes.
+
     Args:
         answer: `generate_answers` or `unmask.evaluation.choose.choose_answers` with a model and settings.
         samples: answers to each prompt; answer i is drawn from seed + i.
@@ -434,13 +439,15 @@ def answer_file(
     lines = _read_answers(data[:size].splitlines(), heads, out)
     if advance is not None and lines:
         advance(len(lines))
-    with out.open("r+b" if size else "wb") as file:
+    gather(None)  # all have read the file before one writes it
+    own = out.open("r+b" if size else "wb") if rank_and_size()[0] == 0 else io.BytesIO()
+    with own as file:
         file.truncate(size)
         file.seek(size)
         left, done = heads[len(lines) :], {}
         examples = [prompts[head["index"]].example for head in left]
         written = len(lines)
-        for index, line in answer(examples, [head["seed"] for head in left], advance):
+        for index, line in _shared_out(answer, examples, [head["seed"] for head in left], advance):
             done[index] = {**left[index], **line}
             while (line := done.pop(len(lines) - written, None)) is not None:  # in the order of the prompts
                 file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
@@ -448,6 +455,24 @@ def answer_file(
                 lines.append(line)
     sums = {name: sum(line.get(name, 0) for line in lines) for name in ("tokens", "forward_passes")}
     return {"answers": len(lines), **sums}
+
+
+def _shared_out(
+    answer: Answer,
+    examples: Sequence[Example],
+    seeds: Sequence[int],
+    advance: Callable[[int], None] | None,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Answers of all processes, each of which answers every n-th prompt."""
+    rank, size = rank_and_size()
+    if size == 1:
+        yield from answer(examples, seeds, advance)
+        return
+    for start in range(0, len(examples), SHARED * size):
+        mine = range(start + rank, min(start + SHARED * size, len(examples)), size)
+        found = answer([examples[index] for index in mine], [seeds[index] for index in mine], advance)
+        for lines in gather([(mine[index], line) for index, line in found]):
+            yield from lines
 
 
 def _read_answers(texts: list[bytes], heads: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
