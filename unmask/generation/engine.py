@@ -350,6 +350,7 @@ class Engine:
         """Run the network once, and draw a token for each candidate."""
         inputs, guided = self._input(rows, columns, candidates)
         logits = self.denoiser(inputs)
+        device = logits.device
         row, place = candidates.nonzero(as_tuple=True)
         column, line = columns[row, place], rows[row]
         # The second copy of a guided row comes after all rows, with as many positions.
@@ -364,24 +365,27 @@ class Engine:
                 if len(part):
                     groups.append(
                         Group(
-                            index=part,
-                            source=part,
+                            index=part.to(device),
+                            source=part.to(device),
                             temperature=config.temperature,
                             top_k=config.top_k,
                             top_p=config.top_p,
-                            forbidden=self._forbidden(state, ends),
+                            forbidden=self._forbidden(state, ends, device),
                             process=self._process(state, line, part) if state.row.logits_processors else None,
-                            unconditional=second[part] if config.guidance_scale else None,
+                            unconditional=second[part].to(device) if config.guidance_scale else None,
                             guidance_scale=config.guidance_scale,
                             figures=config.figures,
                         )
                     )
         uniform = None
         if any(group.temperature for group in groups):
-            uniform = uniforms(self.seed[line], column, self.num_forwards[line])
-        return draw(logits, groups, uniform)
+            uniform = uniforms(self.seed[line], column, self.num_forwards[line]).to(device)
+        drawn = draw(logits, groups, uniform)
+        # All at once, the only time that a step waits for the device; a float64 holds any id.
+        token, *figures, valid = torch.stack([values.double() for values in drawn]).cpu()
+        return Sampled(token.long(), *figures, valid=valid.bool())
 
-    def _forbidden(self, state: State, ends: bool) -> Int[Tensor, "K"]:
+    def _forbidden(self, state: State, ends: bool, device: torch.device) -> Int[Tensor, "K"]:
         """Ids that a row never writes, with its end tokens or without."""
         config = state.row.config
         listed = (config.suppress_tokens or []), (config.unused_tokens or []), config.eos_token_ids
@@ -389,7 +393,8 @@ class Engine:
         if key not in self.forbidden:
             suppressed, unused, end = map(set, listed)
             never = {self.mask_token_id} | suppressed | unused
-            self.forbidden[key] = torch.tensor(sorted(never | end if ends else never - end), dtype=torch.long)
+            ids = sorted(never | end if ends else never - end)
+            self.forbidden[key] = torch.tensor(ids, dtype=torch.long, device=device)
         return self.forbidden[key]
 
     def _process(self, state: State, line: Tensor, part: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
