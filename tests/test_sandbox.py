@@ -414,13 +414,19 @@ def test_nothing_else_is_in_the_root_folder():
     listed = outcome(
         "import os\ndef answer(): return sorted(os.listdir('/'))", "assert False, answer()"
     ).detail
-    ours = {"dev", "etc", "home", "proc", "root", "run", "sys", "tmp", "var"}
-    system = {"usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32"}
+    ours = {"dev", "etc", "home", "private", "proc", "root", "run", "sys", "tmp", "var"}
+    system = {"usr", "bin", "sbin", "nix", "lib", "lib32", "lib64", "libx32"}
     python = {Path(folder).parts[1] for folder in (sys.prefix, sys.base_prefix)}
     found = set(ast.literal_eval(listed.removeprefix("AssertionError: ")))
     assert ours <= found <= ours | system | python
     empty = "import os\ndef answer(name): return os.listdir(name)"
-    tests = "assert not any(map(answer, ['/etc', '/home', '/proc', '/run', '/sys', '/var']))"
+    tests = "assert not any(map(answer, ['/home', '/private', '/proc', '/run', '/sys', '/tmp', '/var']))"
+    assert (
+        outcome(
+            "import os\ndef answer(): return os.listdir('/etc')", "assert set(answer()) <= {'ld.so.cache'}"
+        )[0]
+        == "passed"
+    )
     assert outcome(empty, tests)[:2] == ("passed", "")
 
 
@@ -451,7 +457,8 @@ def files():
     return found
 """
     tests = """
-assert set(environment()) == {"PATH", "HOME", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"}, environment()
+threads = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
+assert set(environment()) == {"PATH", "HOME", "TMPDIR", *threads}, environment()
 assert len(files()) == 4, files()  # standard input, output and error, and the socket to the tests
 """
     assert outcome(code, tests)[:2] == ("passed", "")
@@ -513,6 +520,23 @@ for solution in (
 print(run(Program({RIGHTS!r}, {NONE!r})).status)
 """
     assert python(IN_A_NAMESPACE + code).split() == ["passed", "forbidden", "forbidden", "wrong", "passed"]
+
+
+def test_a_python_in_tmp_and_behind_links_is_there(tmp_path):
+    """Its modules are imported from the read-only copy, not from what was loaded before."""
+    real, link = tmp_path / "real", tmp_path / "link"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", real / "venv"], check=True)
+    link.symlink_to(real)
+    (packages,) = real.glob("venv/lib/python*/site-packages")
+    (packages / "only_here.py").write_text("value = 4\n")
+    code = "from unmask.evaluation.sandbox import Program, run\n"
+    code += "print(run(Program('import only_here, tempfile\\nfile = tempfile.TemporaryFile()', "
+    code += "'assert only_here.value == 4')))"
+    env = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [link / "venv/bin/python", "-c", code], capture_output=True, text=True, env=env, check=False
+    )
+    assert done.stdout.startswith("Outcome(status='passed'"), done
 
 
 def test_a_system_without_namespaces_is_refused_unless_allowed():

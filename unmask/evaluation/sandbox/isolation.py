@@ -18,6 +18,7 @@ import sys
 from typing import Any
 
 NOBODY = 65534
+PRIVATE_FOLDER = "/private"  # and /tmp
 PROCESSES, OPEN_FILES, FILE_MB, FOLDER_MB = 32, 64, 16, 32  # the limits that no caller sets
 # <sched.h>, <sys/mount.h>, <sys/prctl.h>, <linux/mount.h>
 NEW_MOUNTS, NEW_NAME, NEW_IPC = 0x20000, 0x4000000, 0x8000000
@@ -104,41 +105,39 @@ def write(path: str, text: str) -> None:
         file.write(text)
 
 
-def python_folders() -> list[str]:
-    """Where this Python has its files, and where the system has its libraries."""
-    system = ["/usr", "/bin", "/sbin", *(f"/lib{bits}" for bits in ("", "32", "64", "x32"))]
-    paths = [path for path in sys.path if "site-packages" in path or "dist-packages" in path]
-    folders = sorted(
-        {os.path.abspath(path) for path in (*system, sys.base_prefix, sys.prefix, *paths)}, key=len
-    )
-    found: list[str] = []
-    for folder in folders:
-        covered = any(folder.startswith(f"{other}/") and not os.path.islink(other) for other in found)
-        if folder != "/" and not covered and os.path.isdir(folder):
-            found.append(folder)
+def python_folders() -> dict[str, str]:
+    """Where this Python has its files and the system its libraries: the folder, and what it is without links."""
+    system = ["/usr", "/bin", "/sbin", "/nix", *(f"/lib{bits}" for bits in ("", "32", "64", "x32"))]
+    packages = [path for path in sys.path if "site-packages" in path or "dist-packages" in path]
+    found: dict[str, str] = {}
+    for path in sorted(map(os.path.abspath, (*system, sys.base_prefix, sys.prefix, *packages)), key=len):
+        if (
+            path != "/"
+            and os.path.isdir(path)
+            and not any(f"{path}/".startswith(f"{other}/") for other in found)
+        ):
+            found[path] = os.path.realpath(path)
     return found
 
 
-def new_root(folders: list[str]) -> None:
-    """Make a root folder of read-only copies of `folders`, with nothing of the old one and a few devices."""
+def new_root(folders: dict[str, str]) -> None:
+    """Make a root folder of read-only copies of `folders`, with nothing of the old one but a few devices."""
     call("mount", None, b"/", None, RECURSIVE | PRIVATE, None)
     call("mount", b"root", b"/tmp", b"tmpfs", NO_SUID | NO_DEVICES, b"size=1m,mode=755")
     os.mkdir("/tmp/old")
     call("pivot_root", b"/tmp", b"/tmp/old")
     os.chdir("/")
-    for name in ("dev", "etc", "home", "proc", "root", "run", "sys", "tmp", "var"):
+    for name in ("dev", "etc", "home", "proc", "root", "run", "sys", "var", PRIVATE_FOLDER.strip("/")):
         os.mkdir(f"/{name}")
-    for folder in folders:
-        if os.path.islink(f"/old{folder}"):
-            with contextlib.suppress(FileExistsError):
-                os.makedirs(os.path.dirname(folder), exist_ok=True)
-                os.symlink(os.readlink(f"/old{folder}"), folder)
-        else:
-            os.makedirs(folder, exist_ok=True)
-            bind(folder)
-    for name in ("null", "zero", "random", "urandom"):
-        write(f"/dev/{name}", "")
-        bind(f"/dev/{name}")
+    for path, source in folders.items():
+        os.makedirs(path, exist_ok=True)
+        bind(source, path)
+    for file in ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom", "/etc/ld.so.cache"):
+        if os.path.exists(f"/old{file}"):
+            write(file, "")
+            bind(file, file)
+    if not os.path.isdir("/tmp"):  # unless this Python is in there
+        os.symlink(PRIVATE_FOLDER, "/tmp")
     call("umount2", b"/old", DETACH)
     os.rmdir("/old")
     socket.sethostname("sandbox")
@@ -146,15 +145,15 @@ def new_root(folders: list[str]) -> None:
     call("syscall", MOUNT_SETATTR, AT_CWD, b"/", AT_RECURSIVE, attributes, len(attributes))
 
 
-def bind(path: str) -> None:
-    call("mount", f"/old{path}".encode(), path.encode(), None, BIND | RECURSIVE, None)
+def bind(source: str, path: str) -> None:
+    call("mount", f"/old{source}".encode(), path.encode(), None, BIND | RECURSIVE, None)
 
 
 def private_folder() -> None:
-    """Mount an empty /tmp that nobody else sees, and go there."""
+    """Mount an empty folder that nobody else sees, and go there."""
     options = f"size={FOLDER_MB}m,nr_inodes=1024,mode=1777".encode()
-    call("mount", b"private", b"/tmp", b"tmpfs", NO_SUID | NO_DEVICES, options)
-    os.chdir("/tmp")
+    call("mount", b"private", PRIVATE_FOLDER.encode(), b"tmpfs", NO_SUID | NO_DEVICES, options)
+    os.chdir(PRIVATE_FOLDER)
 
 
 def give_up_rights(root: bool) -> None:

@@ -50,7 +50,7 @@ def main(control: socket.socket) -> None:
         with contextlib.suppress(ImportError):  # numpy
             importlib.import_module(name)
     os.environ.clear()
-    os.environ.update(ONE_THREAD, PATH="/usr/bin:/bin", HOME="/tmp")
+    os.environ.update(ONE_THREAD, PATH="/usr/bin:/bin")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     gc.freeze()
     control.send(b"r")
@@ -96,6 +96,7 @@ def monitor(handles: list[int], sync: socket.socket, server: int) -> NoReturn:
         else:
             folder = tempfile.mkdtemp(prefix="unmask-sandbox-")
             os.chdir(folder)
+        os.environ.update(dict.fromkeys(("HOME", "TMPDIR"), folder or isolation.PRIVATE_FOLDER))
     except ConnectionError:
         os._exit(1)
     except OSError as error:
@@ -114,13 +115,12 @@ def monitor(handles: list[int], sync: socket.socket, server: int) -> NoReturn:
     os.close(its)
     isolated = os.read(verdict, 1)
     start = time.monotonic()
-    outcome = (
-        ("error", "the tests left Python") if isolated else ("unsandboxed", "no namespaces in a namespace")
-    )
-    while not select.select([verdict], [], [], min(0.1, max(0, start + job["seconds"] - time.monotonic())))[
-        0
-    ]:
-        if time.monotonic() - start >= job["seconds"]:
+    end = start + job["seconds"]
+    outcome = "error", "the tests left Python"
+    if not isolated:
+        outcome = "unsandboxed", "no namespaces in a namespace"
+    while not select.select([verdict], [], [], min(0.1, max(0, end - time.monotonic())))[0]:
+        if time.monotonic() >= end:
             outcome = "timeout", f"it ran longer than {job['seconds']:g} s"
             break
         if memory_above(processes, resident) > job["megabytes"] << 20:
