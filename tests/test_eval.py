@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unmask.data.collate import collate
 from unmask.data.encode import Example
+from unmask.data.tokenizer import byte_tokenizer
 from unmask.diffusion.likelihood import error_of_pairs, likelihood
 from unmask.evaluation.harness import UnmaskLM
 from unmask.evaluation.questions import Question, find_open, greedy_matches, score_questions
@@ -483,6 +484,11 @@ def test_a_killed_run_resumes_to_the_same_files(place: Path, whole: dict[str, by
             ["--tasks", "coder"],
             "task coder: it runs code that the model writes; allow it: --allow-code-execution.",
         ),
+        (
+            ["--tasks", "coder", "--allow-code-execution"],
+            "task coder: it runs code that the model writes without isolation; take one of our own",
+        ),
+        (["--tasks", "tiny_write", "--chat"], "the tokenizer has no chat template; evaluate without it."),
         (["--tasks", "tiny_write", "--draws", "7"], "draws must be an even number; got 7."),
         (
             ["--tasks", "tiny_write", "--policy", "treshold"],
@@ -508,6 +514,13 @@ def test_bad_input_is_one_line(place: Path, tmp_path: Path, arguments: list[str]
         ):
             file = tasks / f"{name}.yaml"
             file.write_text(file.read_text().replace(old, new))
-    said = run_cli("eval", place / "model", "--include-path", tasks, "--out", tmp_path, *arguments)
+    model = place / "model"
+    if "--chat" in arguments:
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = None
+        model = place / "without-template"
+        byte_model().save_pretrained(model)
+        tokenizer.save_pretrained(model)
+    said = run_cli("eval", model, "--include-path", tasks, "--out", tmp_path, *arguments)
     assert said.code == 2 and said.err.splitlines()[-1].startswith("error: ") and message in said.err
     assert "Traceback" not in said.err and not any(tmp_path.iterdir())

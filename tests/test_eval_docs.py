@@ -95,6 +95,8 @@ def test_what_the_page_shows_runs(place: Path, monkeypatch: pytest.MonkeyPatch) 
         exec(compile(block, "docs/evaluation.md", "exec"), {})
     made = {"results", "results-fast", "results-two", "sweep", "coda", "sdar", "code", "mbpp"}
     assert made <= {file.name for file in place.iterdir()}
+    [sample] = map(json.loads, (place / "code" / "samples_unmask_humaneval.jsonl").read_text().splitlines())
+    assert sample["filtered_resps"][0][0]["status"] in ("wrong", "error") and sample["pass@1"] == 0
     assert json.loads((place / "sdar" / "results.json").read_text())["unmask"]["settings"] == {
         "preset": "sdar"
     }

@@ -28,10 +28,12 @@ from lm_eval.utils import handle_non_serializable, hash_string
 
 from unmask.data.files import read_records
 from unmask.errors import UnmaskError
+from unmask.evaluation.code_tasks import CodeTask
 from unmask.evaluation.harness import UnmaskLM
 from unmask.evaluation.journal import Journal
 from unmask.evaluation.report import card_lines, write_page
 from unmask.evaluation.requests import decoding_of
+from unmask.evaluation.sandbox import run
 from unmask.evaluation.tasks import TASKS
 from unmask.io import atomic_write, git_commit, reason, sha256
 from unmask.processes import gather, join
@@ -197,7 +199,8 @@ def load_tasks(settings: EvalSettings, include_path: Sequence[Path], allow_code_
             hint = f"did you mean {near[0]!r}?" if near else "name its folder with --include-path."
             raise UnmaskError(f"--tasks: unknown task {name!r}; {hint}")
         config = manager.task_index[name].cfg or {}
-        _check_code(name, config.get("unsafe_code"), allow_code_execution)
+        if config.get("unsafe_code"):
+            _check_code(name, "class" in config, settings, allow_code_execution)
     loaded: Any = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in dict.fromkeys(settings.tasks):
         try:
@@ -209,7 +212,12 @@ def load_tasks(settings: EvalSettings, include_path: Sequence[Path], allow_code_
         for kind in loaded:
             loaded[kind] |= cast(Any, parts).get(kind, {})
     for name, task in loaded["tasks"].items():
-        _check_code(name, getattr(task, "UNSAFE_CODE", False), allow_code_execution)
+        ours = isinstance(task, CodeTask)
+        if getattr(task, "UNSAFE_CODE", False):
+            _check_code(name, ours, settings, allow_code_execution)
+        if ours and "temperature" in settings.decoding:  # it warns of repeats that would be equal
+            chosen = {"temperature": settings.decoding["temperature"]}
+            task.set_config(key="generation_kwargs", value=chosen, update=True)
         own = task.get_config("num_fewshot")
         if settings.num_fewshot is not None and own != 0:  # 0 = the task has no examples
             task.set_config(key="num_fewshot", value=settings.num_fewshot)
@@ -219,11 +227,20 @@ def load_tasks(settings: EvalSettings, include_path: Sequence[Path], allow_code_
     return loaded
 
 
-def _check_code(name: str, unsafe: Any, allowed: bool) -> None:
-    if unsafe and not allowed:
+def _check_code(name: str, sandboxed: bool, settings: EvalSettings, allowed: bool) -> None:
+    """Refuse to run code without leave, and before the model is loaded where it could not be isolated."""
+    if not allowed:
         raise UnmaskError(
             f"task {name}: it runs code that the model writes; allow it: --allow-code-execution."
         )
+    unsandboxed = settings.code.get("allow_unsandboxed", False)
+    if not sandboxed and not unsandboxed:
+        raise UnmaskError(
+            f"task {name}: it runs code that the model writes without isolation; take one of our own"
+            " (unmask_humaneval, unmask_mbpp, ...), or allow it: --allow-unsandboxed."
+        )
+    if sandboxed:
+        run("", allow_unsandboxed=unsandboxed)
 
 
 def _data_error(name: str, config: Mapping[str, Any], error: Exception) -> UnmaskError:
@@ -270,14 +287,14 @@ def provenance(lm: UnmaskLM, model: str, settings: EvalSettings, tasks: Mapping[
             "attention": config.attention,
             "block_length": config.block_length,
             "logit_shift": config.logit_shift,
-            "tasks": {
-                name: {"version": task.VERSION, "config": _hash(task.dump_config())}
-                for name, task in tasks.items()
-            },
             "limit": settings.limit,
             "num_fewshot": {name: task.get_config("num_fewshot") for name, task in tasks.items()},
             "canvas": lm.canvas,
             "settings": dict(settings.decoding),
+            "tasks": {
+                name: {"version": task.VERSION, "config": _hash(task.dump_config())}
+                for name, task in tasks.items()
+            },
             "decoding": decoding,
             "chat_template": chat and {"sha256": _hash(chat.chat_template), "thinking": chat.thinking},
             "system": settings.system,
