@@ -114,6 +114,33 @@ def test_an_answer_depends_on_its_row_alone(dtype: torch.dtype, kind: str) -> No
         assert [found[index] for index in range(50)] == alone
 
 
+def test_one_forward_pass_a_step_whatever_the_settings() -> None:
+    model: Any = tiny_model().eval()
+    jobs = [Job(index, SETTINGS + OF_WHOLE) for index in range(50)]
+    engine, passes = model.make_engine(max_rows=50), computed(model)
+    for job in jobs:
+        engine.add(job.prompt, **job.settings)
+    assert sum(1 for _ in engine.steps()) == len(passes)
+
+
+def test_a_logits_processor_sees_its_own_row() -> None:
+    model: Any = tiny_model().eval()
+
+    def checked(row: int) -> Any:
+        def processor(ids: Tensor, logits: Tensor) -> Tensor:
+            assert ids.shape == (len(logits), row + 9) and (ids[:, 0] == row).all()
+            return logits
+
+        return processor
+
+    engine, passes = model.make_engine(), computed(model)
+    for row in range(1, 6):
+        processor = None if row == 3 else checked(row)
+        engine.add([row] * (row + 1), max_new_tokens=8, logits_processor=processor)
+    events = [event for events in engine.steps() for event in events]
+    assert not [event.error for event in events if event.error] and len(passes) == 8
+
+
 def test_rows_with_and_without_a_cache_run_together() -> None:
     """One forward pass for rows that keep nothing, and rows whose keys and values are kept."""
     model: Any = tiny_model(attention="block_causal", block_length=4, logit_shift=True).eval()
@@ -341,7 +368,9 @@ def test_a_consumer_that_leaves_stops_nothing() -> None:
 
 def test_the_engine_of_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
     page = (Path(__file__).parents[1] / "docs" / "generation.md").read_text(encoding="utf-8")
-    [code] = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "make_engine" in block]
+    [code] = [
+        block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "make_engine" in block
+    ]
     model: Any = tiny_model().eval()
     exec(code, {"model": model, "prompt_ids": [4, 5, 6]})
     lines = capsys.readouterr().out.splitlines()

@@ -371,7 +371,7 @@ class Engine:
                             top_k=config.top_k,
                             top_p=config.top_p,
                             forbidden=self._forbidden(state, ends, device),
-                            process=self._process(state, line, part) if state.row.logits_processors else None,
+                            process=self._process(state, line) if state.row.logits_processors else None,
                             unconditional=second[part].to(device) if config.guidance_scale else None,
                             guidance_scale=config.guidance_scale,
                             figures=config.figures,
@@ -397,18 +397,14 @@ class Engine:
             self.forbidden[key] = torch.tensor(ids, dtype=torch.long, device=device)
         return self.forbidden[key]
 
-    def _process(self, state: State, line: Tensor, part: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """A function of (indices into `part`, their logits) that calls the row's logits processors."""
+    def _process(self, state: State, line: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """A function of (positions of the result, their logits) that calls the row's logits processors."""
         processors: Any = LogitsProcessorList(state.row.logits_processors)
 
         def process(index: Tensor, logits: Tensor) -> Tensor:
-            out = logits.clone()
-            of_row = line[part[index.cpu()]]
-            for row in of_row.unique().tolist():
-                at = (of_row == row).nonzero()[:, 0].to(logits.device)
-                ids = self.ids[row, : int(self.length[row])].to(logits.device)
-                out[at] = processors(ids.expand(len(at), -1), logits[at].clone())
-            return out
+            row = int(line[index.cpu()][0])  # all are of this row: its processors are its own
+            ids = self.ids[row, : int(self.length[row])].to(logits.device)
+            return processors(ids.expand(len(logits), -1), logits)
 
         return process
 
