@@ -17,6 +17,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -310,31 +311,38 @@ def divided(
 
 def ragged() -> None:
     """Answers of unlike lengths, eight at a time: batches that wait for their slowest row, or none."""
-    rows, new = 8, 128
-    model, tokenizer = (
-        make(VOCABULARY, torch.float32, attention="block_causal", block_length=16),
-        byte_tokenizer(),
-    )
+    rows, tokenizer = 8, byte_tokenizer()
     lengths = torch.randint(8, 64, (64,), generator=torch.Generator().manual_seed(2)).tolist()
-    prompts = [prompt[0].tolist() for prompt in random_prompts(model, *lengths)]
-    # One id in 40 ends an answer, so that a response has 40 tokens in the mean and its end is anywhere.
-    ends = list(range(0, VOCABULARY["vocab_size"] - 1, 40))
-    settings = {"max_new_tokens": new, "eos_token_id": ends, "unused_tokens": None}
-
-    def generate(prompts: list[list[int]]) -> list[Any]:
-        return complete(model, tokenizer, prompts, batch_size=rows, **settings)
-
-    batches = [prompts[start : start + rows] for start in range(0, len(prompts), rows)]
-    waiting, slow = timed(lambda: [answer for batch in batches for answer in generate(batch)])
-    answers, fast = timed(lambda: generate(prompts))
-    sizes = sorted(len(answer.ids) for answer in answers)
-    same = sum(one.ids == other.ids for one, other in zip(waiting, answers, strict=True))
-    print(
-        f"{len(prompts)} prompts, {rows} at a time, answers of {sizes[0]} to {sizes[-1]} tokens, median"
-        f" {sizes[len(sizes) // 2]}: in batches {sum(sizes) / slow:.1f} tokens/s, together"
-        f" {sum(sizes) / fast:.1f}, {slow / fast:.2f} times; {same} of {len(answers)} answers the same",
-        flush=True,
-    )
+    for sizes, new, block in ((SMALL, 256, 4), (VOCABULARY, 128, 16)):
+        model = make(sizes, torch.float32, attention="block_causal", block_length=block)
+        prompts = [prompt[0].tolist() for prompt in random_prompts(model, *lengths)]
+        # One id in 40 ends an answer, which may so be of any length.
+        ends = list(range(0, sizes["vocab_size"] - 1, 40))
+        generate = partial(
+            complete,
+            model,
+            tokenizer,
+            batch_size=rows,
+            max_new_tokens=new,
+            eos_token_id=ends,
+            unused_tokens=None,
+        )
+        batches = [prompts[start : start + rows] for start in range(0, len(prompts), rows)]
+        with timer(model.model) as passes:
+            answers, slow = timed(
+                lambda run=generate, parts=batches: [one for part in parts for one in run(part)]
+            )
+        with timer(model.model) as fewer:
+            others, fast = timed(lambda run=generate, every=prompts: run(every))
+        counts = sorted(len(answer.ids) for answer in answers)
+        same = sum(one.ids == other.ids for one, other in zip(answers, others, strict=True))
+        print(
+            f"{len(prompts)} prompts, {rows} at a time, blocks of {block}, vocabulary {sizes['vocab_size']}, answers"
+            f" of {counts[0]} to {counts[-1]} tokens, median {counts[len(counts) // 2]}: in batches"
+            f" {sum(counts) / slow:.0f} tokens/s and {len(passes)} forward passes, without {sum(counts) / fast:.0f}"
+            f" and {len(fewer)}, {slow / fast:.2f} times faster; {same} of {len(answers)} answers the same",
+            flush=True,
+        )
 
 
 def batched() -> None:
