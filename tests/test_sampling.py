@@ -20,13 +20,21 @@ from unmask.generation.sampling import (
     draw,
     invert,
     keep_top_p,
-    sample,
     suppress_,
     uniforms,
 )
 
 VOCAB = 6
 LOGITS = torch.tensor([1.5, 0.0, -1.0, 0.5, -3.0, 1.0], dtype=torch.float64)
+
+
+def sample(
+    logits: Tensor, uniform: Tensor | None = None, temperature: float = 1.0, **settings: Any
+) -> Sampled:
+    """Draw one token of each row; without uniforms the most likely."""
+    rows = torch.arange(len(logits))
+    temperature = 0.0 if uniform is None else temperature
+    return draw(Logits.of(logits), [Group(rows, rows, temperature=temperature, **settings)], uniform)
 
 
 def draws(count: int, temperature: float, **filters: Any) -> Tensor:
@@ -96,9 +104,8 @@ def test_the_figures_are_the_models_own_whatever_the_temperature_and_the_filters
     torch.testing.assert_close(sampled.margin, (p[0] - p[5]).expand(50))
     torch.testing.assert_close(sampled.entropy, torch.full((50,), entropy, dtype=torch.float64))
     # Changed logits decide the token alone.
-    changed = LOGITS.clone()[None]
-    changed[0, 2] = 9.0
-    other = sample(changed, raw=LOGITS[None])
+    raised = torch.tensor([0.0, 0, 9, 0, 0, 0], dtype=torch.float64)
+    other = sample(LOGITS[None], process=lambda index, logits: logits + raised)
     assert other.token.item() == 2 and other.confidence.item() == pytest.approx(p[2].item(), rel=1e-12)
 
 

@@ -42,7 +42,7 @@ class Sampled(NamedTuple):
     margin: Float[Tensor, "M"]  # probability of the most likely token minus that of the second
     entropy: Float[Tensor, "M"]  # nats
     # False = the logits are NaN or infinite, or allow no token: the other fields mean nothing.
-    valid: Bool[Tensor, "M"] = torch.ones(0, dtype=torch.bool)
+    valid: Bool[Tensor, "M"]
 
 
 Columns = Callable[[int, int], Tensor]
@@ -366,65 +366,6 @@ def _draw_from_whole(own: Float[Tensor, "m V"], group: Group, uniform: Tensor | 
         token = invert((changed - allowed[:, None]).exp_(), uniform[group.index])
     logit = own.gather(1, token[:, None])[:, 0]
     return scan._replace(token=token, logit=logit, valid=scan.valid & allowed.isfinite())
-
-
-def sample(
-    logits: Float[Tensor, "M V"],
-    uniform: Float[Tensor, "M"] | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    raw: Float[Tensor, "M V"] | None = None,
-    *,
-    with_margin: bool = True,
-) -> Sampled:
-    """Choose a token for each position.
-
-    With uniforms the token is a sample from softmax(logits / temperature) among the tokens that the filters
-    keep, by inverting its distribution function; without them it is the most likely one.
-
-    Args:
-        raw: the model's own logits if `logits` are changed ones; the source of all but the token.
-        with_margin: whether the margin is asked for, which takes another pass over the logits; 0 otherwise.
-
-    Raises:
-        UnmaskError: logits that are NaN or infinite, or allow no token.
-    """
-    changed = raw is not None
-    own = logits if raw is None else raw
-    own = own.to(torch.promote_types(own.dtype, torch.float32))
-    best, token = own.max(dim=-1)
-    likeliest, allowed = token, best
-    if uniform is not None:
-        logits = logits.to(own.dtype) / temperature
-        if top_k is not None:
-            logits = keep_top_k(logits, top_k)
-        if top_p is not None:
-            logits = keep_top_p(logits, top_p)
-        allowed = logits.amax(dim=-1)
-        token = invert((logits - allowed[:, None]).exp_(), uniform)
-    elif changed:
-        allowed, token = logits.max(dim=-1)
-    if not (allowed.isfinite() & best.isfinite()).all():
-        raise UnmaskError(
-            "the model's logits, or those that logits_processor returned, are NaN or infinite, or allow no token;"
-            " check the weights and their dtype."
-        )
-    # In rows that stay in a core's cache, so that memory is read once and not by each operation.
-    rows = len(own) if own.is_cuda else max(1, _CACHED // own.shape[-1])
-    figures = []
-    parts = (each.split(max(1, rows)) for each in (own, best, likeliest))
-    for part, top, first in zip(*parts, strict=True):
-        below = (part - top[:, None]).clamp_(min=_LEAST)  # of ids that are not allowed too: p = 0
-        p = below.exp()
-        total = p.sum(dim=-1)
-        margin = torch.zeros_like(total)
-        if with_margin:
-            margin = (1.0 - p.scatter(1, first[:, None], 0.0).amax(dim=-1)) / total
-        figures.append((total, margin, total.log() - p.mul_(below).sum(dim=-1) / total))
-    total, margin, entropy = (torch.cat(figure) for figure in zip(*figures, strict=True))
-    confidence = (own.gather(-1, token[:, None])[:, 0] - best).exp() / total
-    return Sampled(token, confidence, margin, entropy)
 
 
 def invert(weight: Float[Tensor, "M V"], uniform: Float[Tensor, "M"]) -> Int[Tensor, "M"]:
