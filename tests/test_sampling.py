@@ -311,3 +311,6 @@ def test_logits_that_are_not_finite_spoil_their_own_row_alone(settings: dict[str
         assert torch.equal(field[[0, 3]], other[[0, 3]])
     nothing = Group(index, index, forbidden=torch.arange(9000), **settings)
     assert not draw(Logits.of(good), [nothing], uniform).valid.any()
+    if "temperature" in settings:  # which no float32 divided by it fits
+        cold = Group(index, index, **{**settings, "temperature": 1e-39})
+        assert not draw(Logits.of(good), [cold], uniform).valid.any()

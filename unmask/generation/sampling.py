@@ -77,7 +77,8 @@ class Group(NamedTuple):
     temperature: float = 0.0  # 0 = the most likely token
     top_k: int | None = None
     top_p: float | None = None
-    forbidden: Int[Tensor, "K"] | None = None  # ids of probability 0; those beyond the vocabulary are ignored
+    # Ids of probability 0; those beyond the vocabulary are ignored. On the CPU, or each step waits for the device.
+    forbidden: Int[Tensor, "K"] | None = None
     # (index, logits (m, V)) -> other logits: the token is drawn from those, the figures are the model's own.
     process: Callable[[Tensor, Tensor], Tensor] | None = None
     # The same positions with a masked prompt: with their logits u, logits become c + guidance_scale (c - u).
@@ -198,7 +199,8 @@ def _fills(groups: Sequence[Group], edges: list[int]) -> list[list[tuple[slice, 
         bounds = torch.searchsorted(ids, torch.tensor(edges, device=ids.device)).tolist()
         for number, (first, last) in enumerate(pairwise(bounds)):
             if first < last:
-                fills[number].append((slice(start, stop), ids[first:last] - edges[number]))
+                columns = (ids[first:last] - edges[number]).to(groups[0].index.device, non_blocking=True)
+                fills[number].append((slice(start, stop), columns))
     return fills
 
 
@@ -310,7 +312,8 @@ def _scan(
     possible = peaks > -torch.inf
     weight = torch.where(possible, sums.double() * below.exp(), 0.0)
     total = weight.sum(dim=1)
-    token, logit, margin = best.new_zeros(count, dtype=torch.long), best.clone(), torch.zeros_like(total)
+    valid, margin = best.isfinite(), torch.zeros_like(total)
+    token, logit = best.new_zeros(count, dtype=torch.long), best.clone()
     if top is not None:
         column = top.logits.argmax(dim=1, keepdim=True)
         token[:likely] = top.number * edges[1] + column[:, 0]
@@ -323,8 +326,9 @@ def _scan(
         column = invert((logits - logits.amax(dim=1, keepdim=True)).exp_(), choice.uniform)
         token[greedy:] = drawn.number * edges[1] + column
         logit[greedy:] = drawn.logits.gather(1, column[:, None])[:, 0]
+        valid[greedy:] &= choice.scale.isfinite()  # logits divided by next to nothing are infinite
     entropy = total.log() - torch.where(possible, weight * (spread + below), 0.0).sum(dim=1) / total
-    return _Scan(token, logit, best, total, margin, entropy, best.isfinite())
+    return _Scan(token, logit, best, total, margin, entropy, valid)
 
 
 def _draw_from_rows(logits: Logits, group: Group, uniform: Float64[Tensor, "M"] | None) -> _Scan:
@@ -399,7 +403,8 @@ def uniforms(
 
 def suppress_(logits: Float[Tensor, "*rows V"], ids: Int[Tensor, "K"]) -> Float[Tensor, "*rows V"]:
     """Give the listed ids probability 0, in place; those beyond the vocabulary are ignored."""
-    return logits.index_fill_(-1, ids[ids < logits.shape[-1]], -torch.inf)
+    ids = ids[ids < logits.shape[-1]].to(logits.device, non_blocking=True)
+    return logits.index_fill_(-1, ids, -torch.inf)
 
 
 def keep_top_k(logits: Float[Tensor, "M V"], k: int) -> Float[Tensor, "M V"]:
