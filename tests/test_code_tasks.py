@@ -19,6 +19,7 @@ from lm_eval.tasks import TaskManager
 
 from unmask.errors import UnmaskError, UnmaskWarning
 from unmask.evaluation.code_tasks import pass_at_k
+from unmask.evaluation.sandbox import Unsandboxed
 from unmask.evaluation.tasks import TASKS
 
 HUMANEVAL = [
@@ -156,15 +157,10 @@ def test_a_sample_says_how_each_answer_ended(files):
         "    return 1 / 0",
         "    import time; time.sleep(60)",
     ]
-    with pytest.warns(UnmaskWarning, match="4 answers a problem at temperature 0 are all the same"):
-        results, (first, second), _ = evaluate(
-            "unmask_humaneval",
-            lambda request, number: answers[number % 4],
-            data=files,
-            repeats=4,
-            k=[1, 2],
-            seconds=2,
-        )
+    settings = {"repeats": 4, "k": [1, 2], "seconds": 2}
+    results, (first, second), _ = evaluate(
+        "unmask_humaneval", lambda request, number: answers[number % 4], data=files, **settings
+    )
     assert first["filtered_resps"] == [
         [
             {"status": "passed", "detail": ""},
@@ -289,6 +285,19 @@ def test_code_runs_only_when_it_was_allowed(files, tmp_path):
     assert model.requests == []
 
 
+def test_a_sandbox_that_cannot_isolate_is_known_before_the_first_answer(files, monkeypatch):
+    def unsandboxed(program: Any, **settings: Any) -> None:
+        assert settings == {"seconds": 3, "allow_unsandboxed": False}
+        raise Unsandboxed("no namespaces")
+
+    monkeypatch.setattr("unmask.evaluation.code_tasks.run", unsandboxed)
+    model = Scripted(canonical)
+    tasks = load("unmask_humaneval", data=files, seconds=3, allow_unsandboxed=False)
+    with pytest.raises(Unsandboxed):
+        lm_eval.evaluate(model, tasks, confirm_run_unsafe_code=True, bootstrap_iters=0)
+    assert model.requests == []
+
+
 def test_bad_data_and_settings_are_one_line(tmp_path, files):
     def refused(text: str, name: str = "unmask_humaneval", **metadata: Any) -> None:
         with pytest.raises(UnmaskError) as caught:
@@ -310,3 +319,8 @@ def test_bad_data_and_settings_are_one_line(tmp_path, files):
     refused("got k=[10], repeats=1", data=files, k=[10])
     refused("openai/openai_humaneval: no such local file or folder")
     refused("no such", data=str(tmp_path / "missing.jsonl"))
+
+
+def test_answers_that_are_all_the_same_warn(files):
+    with pytest.warns(UnmaskWarning, match="the 2 answers to each problem are the same; set a temperature"):
+        evaluate("unmask_humaneval", canonical, data=files, repeats=2)

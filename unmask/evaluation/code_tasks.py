@@ -20,7 +20,7 @@ from lm_eval.api.task import ConfigurableTask
 
 from unmask.data.files import read_records
 from unmask.errors import UnmaskError, UnmaskWarning
-from unmask.evaluation.sandbox import Program, run_all
+from unmask.evaluation.sandbox import Program, run, run_all
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -57,7 +57,7 @@ class CodeTask(ConfigurableTask):
             raise UnmaskError(
                 f"{self._name}: k of pass@k is 1 to repeats, the answers a problem; got k={ks}, repeats={repeats}."
             )
-        self._ks, self._warned = ks, False
+        self._ks, self._checked = ks, False
         self._sandbox = {
             key: given[key] for key in ("seconds", "megabytes", "allow_unsandboxed") if key in given
         }
@@ -98,19 +98,20 @@ class CodeTask(ConfigurableTask):
         self.dataset = {"test": datasets.Dataset.from_list(docs)}
 
     def construct_requests(self, doc: dict[str, Any], ctx: str | list[str], **kwargs: Any) -> Any:
-        settings = self.config.generation_kwargs or {}
-        if self.config.repeats > 1 and not settings.get("temperature") and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{self._name}: {self.config.repeats} answers a problem at temperature 0 are all the same; "
-                "set a temperature.",
-                UnmaskWarning,
-                stacklevel=2,
-            )
+        if not self._checked:  # before the first answer: can it be scored?
+            run("", **self._sandbox)
+            self._checked = True
         return super().construct_requests(doc, ctx, **kwargs)
 
     def apply_filters(self) -> list[Instance]:
         """Run the programs of all answers."""
+        repeats = self.config.repeats
+        if repeats > 1 and all(len(set(each.resps)) == 1 for each in self.instances):
+            warnings.warn(
+                f"{self._name}: the {repeats} answers to each problem are the same; set a temperature.",
+                UnmaskWarning,
+                stacklevel=2,
+            )
         programs = [self.program(each.doc, answer) for each in self.instances for answer in each.resps]
         outcomes = iter(run_all(programs, **self._sandbox))
         for each in self.instances:
