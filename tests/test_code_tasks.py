@@ -77,7 +77,7 @@ MBPP = [
 ]
 MBPP_PLUS = [
     {
-        "task_id": 11,
+        "task_id": 2,
         "prompt": "Write a function to add.",
         "code": "def add(a, b):\n  return a + b",
         "test_list": ["assert add(1, 2) == 3", "assert add(0, 0) == 0", "assert add(2, 2) == 4"],
@@ -188,7 +188,7 @@ def test_the_plus_tests_run(files, tmp_path):
     assert evaluate("unmask_humaneval_plus", lambda *_: of_humaneval, data=files)[1][0]["pass@1"] == 0
     of_mbpp = "def add(a, b):\n    return abs(a) + abs(b)\n"
     base = tmp_path / "base.json"
-    base.write_text(json.dumps([{**MBPP_PLUS[0], "text": MBPP_PLUS[0]["prompt"]}]))
+    base.write_text(json.dumps([{**MBPP_PLUS[0], "task_id": 11, "text": MBPP_PLUS[0]["prompt"]}]))
     assert evaluate("unmask_mbpp", lambda *_: of_mbpp, data=str(base))[1][0]["pass@1"] == 1
     (sample,) = evaluate("unmask_mbpp_plus", lambda *_: of_mbpp, data=files)[1]
     assert sample["filtered_resps"] == [
