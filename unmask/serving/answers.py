@@ -57,6 +57,7 @@ def model_object(served: Served) -> dict[str, Any]:
         "created": served.created,
         "owned_by": "unmask",
         "max_model_len": served.positions,
+        "max_new_tokens": served.config.max_new_tokens,  # the canvas of a request that says nothing
     }
 
 

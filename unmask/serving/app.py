@@ -51,7 +51,8 @@ class Call:
         self.limit: asyncio.Timeout | None = None
         self.status = 0  # 0 = the response has not begun
         self.began = time.monotonic()
-        self.identity = f"{route.rpartition('/')[2][:4]}-{secrets.token_hex(12)}"
+        kind = "chatcmpl" if "chat" in route else "cmpl"
+        self.identity = f"{kind}-{secrets.token_hex(12)}"
         self.created = int(time.time())
 
     def within(self, seconds: float | None) -> None:

@@ -1,0 +1,15 @@
+# docker build -t unmask . && docker run -p 8000:8000 -v $PWD/outputs/demo/final:/model:ro -e UNMASK_API_KEY=... unmask
+FROM python:3.11-slim
+WORKDIR /app
+COPY constraints.txt pyproject.toml README.md LICENSE ./
+COPY unmask unmask
+# The exact torch takes its small CPU build; on a machine with a GPU leave the argument empty.
+ARG TORCH=torch==2.13.0
+RUN pip install --no-cache-dir -c constraints.txt ${TORCH} '.[serve]'
+RUN useradd --create-home unmask
+USER unmask
+EXPOSE 8000
+HEALTHCHECK --interval=10s --start-period=120s CMD python -c "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health')"
+# exec form: SIGTERM reaches the server, which finishes what runs
+ENTRYPOINT ["unmask", "serve", "--host", "0.0.0.0"]
+CMD ["/model"]
