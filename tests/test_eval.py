@@ -148,6 +148,25 @@ def test_choices_share_their_draws(model: Any) -> None:
     assert claimed == pytest.approx(spread, rel=0.35)
 
 
+def test_requests_of_one_question_have_one_seed(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    def seeds(*pairs: tuple[str, str], repeats: int = 1) -> list[int]:
+        requests = [
+            Instance("loglikelihood", {}, pair, index, metadata=("a task", 0, repeats))
+            for index, pair in enumerate(pairs)
+        ]
+        lm = UnmaskLM(model, tokenizer=tokenizer, draws=2, max_draws=2)
+        lm.loglikelihood([request for request in requests for _ in range(repeats)])
+        return [one["seed"] for one in lm.details["a task", 0]]
+
+    assert len(set(seeds(("Q", " a"), ("Q", " b"), ("Q", " c")))) == 1
+    assert len(set(seeds(("Q one", " a"), ("Q two", " a")))) == 1  # choices of the context
+    # The choices again without the question, as for mutual information: another question.
+    first, second, third, fourth = seeds(("Q", " a"), ("Q", " b"), ("", " a"), ("", " b"))
+    assert first == second != third == fourth
+    first, second, third, fourth = seeds(("Q", " a"), ("Q", " b"), repeats=2)
+    assert first == second != third == fourth
+
+
 def test_undecided_questions_alone_get_more_draws(model: Any) -> None:
     close, clear = question([" a long answer", " a long answes"]), question([" a", " a very long answer"])
     both = score_questions(model, [close, clear], draws=8, max_draws=64)
@@ -155,6 +174,8 @@ def test_undecided_questions_alone_get_more_draws(model: Any) -> None:
     assert both[1].bounds[1].draws == 8 and not any(both[1].open.values())
     assert both[0].bounds[0].draws == 64 or not any(both[0].open.values())
     assert both[0].bounds[0].draws > 8
+    [twice] = score_questions(model, [question([" a long answer"] * 2)], draws=8, max_draws=64)
+    assert twice.bounds[0] == twice.bounds[1] and twice.bounds[0].draws == 8
     [alone] = score_questions(model, [close], draws=8, max_draws=64)
     assert alone.bounds[0].nats == pytest.approx(both[0].bounds[0].nats, rel=1e-6)
 

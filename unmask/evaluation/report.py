@@ -65,7 +65,7 @@ def show_results(results: Mapping[str, Any], console: Console) -> None:
         )
     timing = results["timing"]
     lines.append(f"{timing['seconds']:,.1f} s, {timing['tokens_per_second']:,.1f} tokens/s")
-    console.print("\n".join(lines), highlight=False, markup=False)
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
 def card_lines(results: Mapping[str, Any]) -> str:
