@@ -305,17 +305,18 @@ def test_chat_prompts_and_prefills_are_those_of_training(
 
 
 def test_it_works_by_simple_evaluate(place: Path) -> None:
-    manager = TaskManager(include_path=str(place / "tasks"), include_defaults=False)
-    found: Any = cast(Any, simple_evaluate)(
-        model="unmask",
-        model_args=f"pretrained={place / 'model'},draws=4,max_draws=4,canvas=5",
-        tasks=["tiny_write", "tiny_choose"],
-        task_manager=manager,
-        batch_size=3,
-        limit=2,
-        apply_chat_template=True,
-        use_cache=str(place / "cache"),
-    )
+    asked = {
+        "model": "unmask",
+        "model_args": f"pretrained={place / 'model'},draws=4,max_draws=4,canvas=5",
+        "tasks": ["tiny_write", "tiny_choose"],
+        "task_manager": TaskManager(include_path=str(place / "tasks"), include_defaults=False),
+        "limit": 2,
+        "apply_chat_template": True,
+        "use_cache": str(place / "cache"),
+    }
+    found = cast(Any, simple_evaluate)(**asked, batch_size=3)
+    again = cast(Any, simple_evaluate)(**asked, batch_size=1)  # partly from the cache
+    assert found["results"] == again["results"] and found["samples"] == again["samples"]
     assert {"exact_match,first", "acc,none", "acc_norm,none"} <= {
         name for figures in found["results"].values() for name in figures
     }

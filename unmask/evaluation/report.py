@@ -59,10 +59,10 @@ def show_results(results: Mapping[str, Any], console: Console) -> None:
         for metric, share in shares.items()
     ]
     for task, cost in results["cost"].items():
-        lines.append(
-            f"{task}: {cost['forward_passes']:,} forward passes, {cost['tokens']:,} tokens,"
-            f" {cost['tokens_per_forward']:.2f} tokens per forward pass"
-        )
+        written = task in results["unmask"]["decoding"]
+        tokens = f"{cost['tokens']:,} tokens {'written' if written else 'scored'}"
+        share = f", {cost['tokens_per_forward']:.2f} per forward pass" if written else ""
+        lines.append(f"{task}: {cost['forward_passes']:,} forward passes, {tokens}{share}")
     timing = results["timing"]
     lines.append(f"{timing['seconds']:,.1f} s, {timing['tokens_per_second']:,.1f} tokens/s")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
@@ -78,7 +78,7 @@ def card_lines(results: Mapping[str, Any]) -> str:
     for row in metric_rows(results):
         error = "" if row.stderr is None else f" ± {row.stderr:.4f}"
         cost, version_ = results["cost"].get(row.task), results["versions"].get(row.task)
-        passes = "" if cost is None else f"{cost['tokens_per_forward']:.2f}"
+        passes = f"{cost['tokens_per_forward']:.2f}" if cost and row.task in made["decoding"] else ""
         lines.append(
             f"| {row.task} | {version_} | {row.metric} | {row.value:.4f}{error} | {row.documents:,} | {passes} |"
         )
