@@ -109,9 +109,8 @@ def test_an_answer_depends_on_its_row_alone(dtype: torch.dtype, kind: str) -> No
         found = together(model, jobs, order, **options)
         assert [found[index] for index in range(50)] == alone
         order.reverse()
-    for seed in range(2):
-        found = joining(model, jobs, seed, max_rows=9, cache_tokens=200)
-        assert [found[index] for index in range(50)] == alone
+    found = joining(model, jobs, 0, max_rows=9, cache_tokens=200)
+    assert [found[index] for index in range(50)] == alone
 
 
 def test_one_forward_pass_a_step_whatever_the_settings() -> None:

@@ -370,7 +370,7 @@ class Engine:
                             temperature=config.temperature,
                             top_k=config.top_k,
                             top_p=config.top_p,
-                            forbidden=self._forbidden(state, ends, device),
+                            forbidden=self._forbidden(state, ends),
                             process=self._process(state, line) if state.row.logits_processors else None,
                             unconditional=second[part].to(device) if config.guidance_scale else None,
                             guidance_scale=config.guidance_scale,
@@ -385,7 +385,7 @@ class Engine:
         token, *figures, valid = torch.stack([values.double() for values in drawn]).cpu()
         return Sampled(token.long(), *figures, valid=valid.bool())
 
-    def _forbidden(self, state: State, ends: bool, device: torch.device) -> Int[Tensor, "K"]:
+    def _forbidden(self, state: State, ends: bool) -> Int[Tensor, "K"]:
         """Ids that a row never writes, with its end tokens or without."""
         config = state.row.config
         listed = (config.suppress_tokens or []), (config.unused_tokens or []), config.eos_token_ids
@@ -394,7 +394,7 @@ class Engine:
             suppressed, unused, end = map(set, listed)
             never = {self.mask_token_id} | suppressed | unused
             ids = sorted(never | end if ends else never - end)
-            self.forbidden[key] = torch.tensor(ids, dtype=torch.long, device=device)
+            self.forbidden[key] = torch.tensor(ids, dtype=torch.long)
         return self.forbidden[key]
 
     def _process(self, state: State, line: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
