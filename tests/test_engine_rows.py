@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from unmask import DiffusionGenerationConfig
 from unmask.errors import UnmaskError
 from unmask.generation.engine import DenoiserInput, Engine
-from unmask.generation.policy import POLICIES, Proposal
+from unmask.generation.policy import POLICIES, Decision, Proposal, most_confident
 from unmask.generation.pool import KeyPool
 from unmask.generation.rows import Answer, Event, Row
 from unmask.generation.sampling import Logits
@@ -351,6 +352,58 @@ def test_events_tell_what_happened_and_what_is_final(settings: dict[str, Any]) -
             assert final == last.answer.ids[: len(final)]
         grew += len({len(final) for final in finals}) > 1
     assert grew > 6 and (again > 0) == ("eta" in settings)
+
+
+def test_a_policy_that_masks_a_final_token_again_is_refused() -> None:
+    model: Any = tiny_model().eval()
+
+    def late(proposal: Proposal) -> Any:
+        best = most_confident(proposal.confidence, proposal.candidates, 1)
+        return Decision(best, proposal.committed) if int(proposal.step[0]) == 3 else best
+
+    engine = model.make_engine()
+    late_one, other = (engine.add([4, 5], max_new_tokens=6, policy=p) for p in (late, None))
+    done = {event.slot: event for events in engine.steps() for event in events if event.done}
+    assert "from the first step on" in str(done[late_one].error) and ended(done[other]).ids
+
+
+def test_a_policy_needs_no_hash() -> None:
+    model: Any = tiny_model().eval()
+
+    @dataclass
+    class Best:
+        count: int
+
+        def __call__(self, proposal: Proposal) -> Tensor:
+            return most_confident(proposal.confidence, proposal.candidates, self.count)
+
+    options = {"max_new_tokens": 6, "eos_token_id": []}
+    found = run(model.make_engine(), [4, 5], policy=Best(2), **options)
+    assert found.ids == run(model.make_engine(), [4, 5], steps=3, **options).ids
+
+
+def test_a_stopping_criterion_that_fails_harms_no_other_row() -> None:
+    model: Any = tiny_model().eval()
+    options = {"max_new_tokens": 6, "block_length": 1, "eos_token_id": []}
+
+    def fails(ids: Tensor, _: Any) -> bool:
+        if ids.shape[1] == 5:
+            raise RuntimeError("no")
+        return False
+
+    alone = [run(model.make_engine(), [4, 5], seed=seed, temperature=1.0, **options) for seed in range(4)]
+    engine = model.make_engine()
+    for seed in range(4):
+        criteria = fails if seed == 1 else None
+        engine.add([4, 5], seed=seed, temperature=1.0, stopping_criteria=criteria, **options)
+    done = {event.slot: event for events in engine.steps() for event in events if event.done}
+    assert [done[slot].answer for slot in (0, 2, 3)] == [alone[slot] for slot in (0, 2, 3)]
+    assert str(done[1].error) == "no"
+
+
+def test_an_engine_without_rows_is_refused() -> None:
+    with pytest.raises(UnmaskError, match="max_rows must be 1 or more; got 0"):
+        tiny_model().make_engine(max_rows=0)
 
 
 def test_a_consumer_that_leaves_stops_nothing() -> None:

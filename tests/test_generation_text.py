@@ -20,6 +20,7 @@ from unmask.data.encode import Encoder, encode_records
 from unmask.data.records import Conversation, CustomFields, Turn, to_conversation
 from unmask.data.tokenizer import byte_tokenizer
 from unmask.errors import UnmaskError, UnmaskWarning
+from unmask.generation.config import DiffusionGenerationConfig
 from unmask.generation.policy import Decision, Proposal, most_confident
 from unmask.generation.text import (
     StopStrings,
@@ -71,6 +72,32 @@ def test_a_completion_is_what_generate_returns_in_any_batch(
     assert complete(model, tokenizer, []) == []
     with pytest.raises(UnmaskError, match="300 tokens"):
         complete(model, tokenizer, [list(b"x" * 300)], max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"generation_config": DiffusionGenerationConfig(max_new_tokens=700)}, {"preset": "coda"}]
+)
+def test_the_cache_has_room_for_any_canvas(
+    settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = byte_model(attention="block_causal", block_length=32, max_position_embeddings=1024).eval()
+    settings |= {"threshold": 0.001, "policy": "threshold", "temperature": 0.0, "eos_token_id": []}
+    [done] = complete(model, tokenizer, [[65]], **settings)
+    assert len(done.ids) >= 700
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"stop": "end"}, "stop must be a list of strings; got 'end'"),
+        ({"seed": [1, 2]}, "seed: 2 numbers for 1 prompts"),
+    ],
+)
+def test_a_setting_of_another_number_is_refused(
+    settings: dict[str, Any], message: str, model: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with pytest.raises(UnmaskError, match=message):
+        complete(model, tokenizer, [[65]], max_new_tokens=4, **settings)
 
 
 def test_states_show_the_canvas_after_each_step(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -56,6 +56,11 @@ def test_ties_go_to_the_leftmost_and_counts_may_differ_between_rows() -> None:
 # Policies against plain loops over one row.
 
 
+def test_a_candidate_comes_before_other_positions_whatever_its_score() -> None:
+    score, candidates = torch.full((1, 3), -torch.inf), torch.tensor([[False, True, True]])
+    assert most_confident(score, candidates, 1).tolist() == [[False, True, False]]
+
+
 def random_proposal(rows: int = 40, length: int = 9, seed: int = 0, **fields: Any) -> Proposal:
     """A proposal in which all is random: positions masked, committed, or not of the block."""
     make = torch.Generator().manual_seed(seed)

@@ -81,6 +81,8 @@ class Engine:
     def __init__(
         self, denoiser: Denoiser, mask_token_id: int, *, max_rows: int = 64, pool: KeyPool | None = None
     ):
+        if max_rows < 1:
+            raise UnmaskError(f"max_rows must be 1 or more; got {max_rows}.")
         self.denoiser, self.mask_token_id, self.pool = denoiser, mask_token_id, pool
         self.waiting: deque[State] = deque()
         self.running: dict[int, State] = {}  # by line
@@ -121,7 +123,6 @@ class Engine:
         """
         self.last_slot += 1
         state = prepare(row, self.last_slot)
-        size = state.places
         size = state.places
         if size and (self.pool is None or size > self.pool.size):
             raise UnmaskError(
@@ -319,8 +320,7 @@ class Engine:
             if not isinstance(decision, Decision):
                 decision = Decision(decision)
             else:
-                for row in rows[group].tolist():
-                    self.running[row].drafts = True
+                self._note_drafts(rows[group], decision, part)
             chosen = decision.commit & part.candidates
             if config.policy_name not in REMASK and not chosen.any(dim=1).all():
                 raise UnmaskError("the policy committed no token of some row; it must commit one at least.")
@@ -328,6 +328,24 @@ class Engine:
             if decision.remask is not None:
                 remask[group] = decision.remask & part.committed
         return columns, asked, proposal, commit, remask
+
+    def _note_drafts(self, rows: Tensor, decision: Decision, proposal: Proposal) -> None:
+        """Note which rows may be masked again: those whose policy returned a `Decision` at their first step.
+
+        Raises:
+            UnmaskError: another row is masked again, whose tokens were said to be final.
+        """
+        again = [False] * len(rows)
+        if decision.remask is not None:
+            again = (decision.remask & proposal.committed).any(dim=1).tolist()
+        for row, is_masked_again in zip(rows.tolist(), again, strict=True):
+            state = self.running[row]
+            state.drafts |= int(self.num_forwards[row]) == 0
+            if is_masked_again and not state.drafts:
+                raise UnmaskError(
+                    "the policy masks a token again that was final; a policy that ever does so must return a"
+                    " Decision from the first step on."
+                )
 
     def _restricted(
         self, candidates: Bool[Tensor, "R W"], rows: Tensor, columns: Tensor, groups: list[Tensor]
@@ -552,7 +570,11 @@ class Engine:
         if first_end < LAST:
             num_final = min(num_final, int(self.canvas_index[line, first_end]) + 1)
         if state.row.stopping_criteria:
-            self._ask_criteria(state, num_final)
+            try:
+                self._ask_criteria(state, num_final)
+            except Exception as error:  # harms no other row
+                self._leave(state)
+                return Event(state.slot, error=error)
             num_final, done = min(num_final, state.limit), done or state.limit < LAST
         if "confidence" not in state.row.config.figures:
             change = change._replace(confidence=[])

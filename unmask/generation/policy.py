@@ -60,6 +60,7 @@ def most_confident(
 
 def _rank(score: Tensor, candidates: Tensor) -> Int[Tensor, "R L"]:
     """Rank of each candidate by its score, 0 = the highest; other positions come after all of them."""
+    score = score.clamp(min=torch.finfo(score.dtype).min)  # also above other positions where it is -inf
     order = torch.where(candidates, score, -torch.inf).argsort(dim=1, descending=True, stable=True)
     columns = torch.arange(order.shape[1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, columns)

@@ -140,7 +140,7 @@ def prepare(row: Row, slot: int) -> State:
 
 def _deciding(config: DiffusionGenerationConfig) -> tuple[Any, ...]:
     """The settings that a decision depends on."""
-    policy = config.policy if callable(config.policy) else config.policy_name
+    policy = id(config.policy) if callable(config.policy) else config.policy_name  # it may have no hash
     own = config.alg_temp, config.threshold, config.factor, config.entropy_bound, config.eta
     ends = tuple(config.eos_token_ids) if config.defer_end else None
     return policy, *own, ends, config.sub_block_length, config.first_token_alone

@@ -233,6 +233,8 @@ class StopStrings(StoppingCriteria):
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]):
+        if isinstance(strings, str):
+            raise UnmaskError(f"stop must be a list of strings; got {strings!r}: write [{strings!r}].")
         if not all(strings):
             raise UnmaskError("stop: a stop string must not be empty.")
         self.tokenizer, self.strings = tokenizer, list(strings)
@@ -313,6 +315,8 @@ def completions(
     examples = [p if isinstance(p, Example) else Example(p, [True] * len(p)) for p in prompts]
     settings.setdefault("unused_tokens", ids_without_token(tokenizer, model.config.vocab_size))
     if isinstance(settings.get("seed"), Sequence):
+        if (count := len(settings["seed"])) != len(prompts):
+            raise UnmaskError(f"seed: {count} numbers for {len(prompts)} prompts; give one for each.")
         each = [
             {"seed": s, **own}
             for s, own in zip(settings.pop("seed"), each or [{}] * len(prompts), strict=True)
@@ -320,10 +324,10 @@ def completions(
     if each and len(each) != len(prompts):
         raise UnmaskError(f"each: {len(each)} settings for {len(prompts)} prompts; give one for each.")
     if engine is None:
-        longest = max((len(example.input_ids) for example in examples), default=0)
-        asked = [{**settings, **own}.get("max_new_tokens") for own in each or [{}]]
-        new = max(model.generation_config.max_new_tokens if n is None else n for n in asked)
-        engine = model.make_engine(max_rows=max(1, min(batch_size, len(examples))), longest=longest + new)
+        size = max((len(example.input_ids) for example in examples), default=0)
+        canvases = [_canvas(model, {**settings, **own}) for own in each or [{}]]
+        longest = None if None in canvases else size + max(n for n in canvases if n is not None)
+        engine = model.make_engine(max_rows=max(1, min(batch_size, len(examples))), longest=longest)
     waiting = deque(range(len(examples)))
     running: dict[int, _Running] = {}
     try:
@@ -358,6 +362,14 @@ def completions(
     finally:
         for slot in running:
             engine.drop(slot)
+
+
+def _canvas(model: Any, settings: Mapping[str, Any]) -> int | None:
+    """Length of the canvas; None where other settings than its own decide."""
+    size = settings.get("max_new_tokens")
+    if size is None and settings.get("preset") is None and settings.get("generation_config") is None:
+        size = model.generation_config.max_new_tokens
+    return size if isinstance(size, int) else None
 
 
 @contextmanager

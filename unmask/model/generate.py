@@ -85,7 +85,8 @@ class GenerateMixin:
             attention_mask: (B, P), 1 = token, 0 = padding; all tokens by default.
             generation_config: settings; those of the checkpoint by default, which a stock `GenerationConfig`
                 changes where it says something.
-            streamer: see `unmask.generation.engine.generate_canvas`.
+            streamer: receives the prompt by `put`, each draft by `put_draft` if it has that method, and the
+                response by `put`, like transformers' diffusion streamers; for a batch of one.
             logits_processor: one or a list of transformers' logits processors or functions of (ids of the
                 row, logits) of each position; tokens are drawn from what they return.
             stopping_criteria: one or a list of transformers' stopping criteria or functions of (ids, scores),
