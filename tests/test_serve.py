@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import logging
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -461,6 +464,60 @@ def test_half_open_and_slow_clients_leave_nothing_behind(server: Running) -> Non
         each.close()
     wait_until(lambda: len(server.uvicorn.server_state.tasks) == 0)
     assert threading.active_count() == threads and server.scheduler.num_running == 0
+
+
+@pytest.mark.slow
+def test_misuse_leaves_nothing_behind_and_touches_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    """500 requests, most of them hostile; no slot, thread or memory is kept."""
+    with served_by(FakeModel()) as server, caplog.at_level(logging.CRITICAL):
+        host, port = server.url.removeprefix("http://").split(":")
+        good = {"messages": user("steady")}
+        stream = json.dumps({**good, "stream": True}).encode()
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        bodies: list[bytes] = [
+            b"\xff\xfe",
+            b"[" * 100_000,
+            b"x" * 10 * 2**20,
+            *(json.dumps({**good, **fields}).encode() for fields, _ in REFUSED),
+            json.dumps({"messages": user("fail")}).encode(),
+            json.dumps({"messages": user("explode")}).encode(),
+        ]
+
+        def misuse(number: int) -> None:
+            if number % 4 == 0:  # half a request, or one whose answer is not read
+                with socket.create_connection((host, int(port))) as half:
+                    size = f"Content-Length: {len(stream)}\r\n\r\n".encode()
+                    half.sendall(head + size + (stream if number % 8 else stream[:9]))
+            else:
+                quiet(post, server, bodies[number % len(bodies)])
+
+        def ask_500() -> list[str]:
+            found = []
+            with ThreadPoolExecutor(16) as pool:
+                for start in range(0, 500, 20):
+                    done = pool.map(misuse, range(start, start + 19))
+                    answer = post(server, good)
+                    list(done)
+                    if answer.status_code != 500:  # it was in the engine that exploded
+                        found.append(answer.json()["choices"][0]["message"]["content"])
+            wait_until(lambda: server.scheduler.num_running == 0 and not server.uvicorn.server_state.tasks)
+            for told in (server.model.added, server.model.passes, server.model.engines, server.model.dropped):
+                told.clear()
+            return found
+
+        def count_objects() -> int:
+            gc.collect()
+            return len(gc.get_objects())
+
+        ask_500()  # what a process takes once
+        threads, objects = threading.active_count(), count_objects()
+        found = ask_500()
+        assert set(found) == {"STEADY"} and len(found) > 12
+        assert threading.active_count() <= threads and server.scheduler.waiting() == 0
+        assert not server.scheduler.requests and not server.scheduler.left
+        assert (
+            count_objects() - objects < 500
+        )  # the allocator's share of the process's memory is another matter
 
 
 # Keys.

@@ -26,7 +26,7 @@ def serve(
     max_batch_tokens: Annotated[
         int, Option(min=1, help="Tokens of prompts and canvases that run at once.")
     ] = 65536,
-    queue: Annotated[int, Option(min=0, help="Requests that may wait; another gets status 429.")] = 256,
+    queue: Annotated[int, Option(min=1, help="Requests that may wait; another gets status 429.")] = 256,
 ) -> None:
     """Serve a model: OpenAI's /v1/chat/completions and /v1/completions, a playground, metrics.
 

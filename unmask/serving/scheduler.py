@@ -41,6 +41,7 @@ class Job:
     tokens: int
     each: bool = False
     deliver: Callable[[Any], None] = lambda item: None
+    begun: bool = False
     cancelled: bool = False
     slot: int | None = None
     engine: _Engine | None = field(default=None, repr=False)
@@ -140,9 +141,9 @@ class Scheduler:
             return self._num_waiting()
 
     def _num_waiting(self) -> int:
-        while self.requests and all(job.cancelled or job.engine for job in self.requests[0]):
+        while self.requests and all(job.cancelled or job.begun for job in self.requests[0]):
             self.requests.popleft()
-        return sum(not any(job.engine or job.cancelled for job in jobs) for jobs in self.requests)
+        return sum(not any(job.begun or job.cancelled for job in jobs) for jobs in self.requests)
 
     @property
     def num_running(self) -> int:
@@ -184,7 +185,7 @@ class Scheduler:
     def _do(self, job: Job) -> None:
         """Do a task, with the rows' forward passes between its own."""
         assert not isinstance(job.work, Row)
-        job.engine = self._engine(job.served)
+        job.begun = True
 
         def pause() -> None:
             self.forward_passes += 1
@@ -242,7 +243,7 @@ class Scheduler:
                 job.deliver(_told(error))
 
     def _begin(self, job: Job) -> None:
-        row = job.work
+        row, job.begun = job.work, True
         assert isinstance(row, Row)
         job.engine = self._engine(job.served)
         self.activate(job.served)
