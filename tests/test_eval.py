@@ -24,8 +24,10 @@ from unmask.data.collate import collate
 from unmask.data.encode import Example
 from unmask.data.tokenizer import byte_tokenizer
 from unmask.diffusion.likelihood import error_of_pairs, likelihood
+from unmask.errors import UnmaskWarning
 from unmask.evaluation.harness import UnmaskLM
 from unmask.evaluation.questions import Question, find_open, greedy_matches, score_questions
+from unmask.evaluation.run import EvalSettings, load_tasks
 from unmask.generation.text import complete, raw_example
 
 FEW: dict[str, Any] = {"draws": 8, "max_draws": 32}
@@ -484,6 +486,12 @@ def test_a_killed_run_resumes_to_the_same_files(place: Path, whole: dict[str, by
 # Bad input.
 
 
+def test_examples_that_a_task_does_not_take_are_said(place: Path) -> None:
+    settings = EvalSettings(["tiny_write"], num_fewshot=2)
+    with pytest.warns(UnmaskWarning, match="tiny_write: it says num_fewshot: 0, so --num-fewshot has no"):
+        load_tasks(settings, [place / "tasks"], False)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -517,6 +525,9 @@ def test_a_killed_run_resumes_to_the_same_files(place: Path, whole: dict[str, by
             "the settings: unknown policy 'treshold'; did you mean",
         ),
         (["--tasks", "odd"], "task odd: unknown generation setting 'tresold'; did you mean 'threshold'?"),
+        (["--tasks", "uncounted"], "task uncounted: unknown metric 'exakt_match'."),
+        (["--tasks", "numbered"], "task numbered: until must be strings; got [5]."),
+        (["--tasks", "endless"], "task endless: generation_kwargs: invalid literal for int()"),
         (["--tasks", "tiny_write", "--dtype", "float31"], "dtype: 'float31' is not a type of torch"),
         (["--tasks", "tiny_write", "--add-bos"], "add_bos: the tokenizer has no BOS token."),
     ],
@@ -525,7 +536,7 @@ def test_bad_input_is_one_line(place: Path, tmp_path: Path, arguments: list[str]
     tasks = place / "tasks"
     if not (tasks / "odd.yaml").exists():
         write = {"output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "x"}
-        for name in ("broken", "gone", "remote", "coder", "odd"):
+        for name in ("broken", "gone", "remote", "coder", "odd", "uncounted", "numbered", "endless"):
             write_task(tasks, name, [{"question": "a"}], metric_list=metric("exact_match"), **write)
         (tasks / "broken.jsonl").write_text('{"question": "a"}\n{"question": \n')
         for name, old, new in (
@@ -533,6 +544,9 @@ def test_bad_input_is_one_line(place: Path, tmp_path: Path, arguments: list[str]
             ("remote", "dataset_path: json", "dataset_path: org/name"),
             ("coder", "task: coder", "task: coder\nunsafe_code: true"),
             ("odd", "task: odd", "task: odd\ngeneration_kwargs: {until: [], tresold: 0.5}"),
+            ("uncounted", "exact_match", "exakt_match"),
+            ("numbered", "task: numbered", "task: numbered\ngeneration_kwargs: {until: 5}"),
+            ("endless", "task: endless", "task: endless\ngeneration_kwargs: {until: [], max_gen_toks: all}"),
         ):
             file = tasks / f"{name}.yaml"
             file.write_text(file.read_text().replace(old, new))

@@ -57,8 +57,15 @@ def decoding_of(
     Raises:
         UnmaskError: names the request and the setting.
     """
-    task = cast(dict[str, Any], normalize_gen_kwargs(dict(gen_kwargs), DEFAULT_TOKENS))
+    try:
+        task = cast(dict[str, Any], normalize_gen_kwargs(dict(gen_kwargs), DEFAULT_TOKENS))
+    except (TypeError, ValueError) as error:
+        raise UnmaskError(f"{where}: generation_kwargs: {error}.") from error
     stop, limit = tuple(text for text in task.pop("until") if text), task.pop("max_gen_toks")
+    if not all(isinstance(text, str) for text in stop):
+        raise UnmaskError(f"{where}: until must be strings; got {list(stop)}.")
+    if limit < 1:
+        raise UnmaskError(f"{where}: max_gen_toks must be at least 1; got {limit}.")
     suffix, gap = task.pop("suffix", None), str(task.pop("gap", limit))
     task["temperature"] = float(task.get("temperature", 0.0)) if task.pop("do_sample") else 0.0
     if not task["temperature"]:  # greedy, whatever else the task says about sampling

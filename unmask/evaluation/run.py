@@ -15,6 +15,7 @@ import platform
 import random
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -23,11 +24,12 @@ from typing import Any, cast
 
 import numpy as np
 from lm_eval import evaluate
+from lm_eval.api.registry import get_metric
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, hash_string
 
 from unmask.data.files import read_records
-from unmask.errors import UnmaskError
+from unmask.errors import UnmaskError, UnmaskWarning
 from unmask.evaluation.code_tasks import CodeTask
 from unmask.evaluation.harness import UnmaskLM
 from unmask.evaluation.journal import Journal
@@ -213,6 +215,8 @@ def load_tasks(settings: EvalSettings, include_path: Sequence[Path], allow_code_
             loaded[kind] |= cast(Any, parts).get(kind, {})
     for name, task in loaded["tasks"].items():
         ours = isinstance(task, CodeTask)
+        if not ours:
+            _check_metrics(name, task)
         if getattr(task, "UNSAFE_CODE", False):
             _check_code(name, ours, settings, allow_code_execution)
         if ours and "temperature" in settings.decoding:  # it warns of repeats that would be equal
@@ -221,10 +225,28 @@ def load_tasks(settings: EvalSettings, include_path: Sequence[Path], allow_code_
         own = task.get_config("num_fewshot")
         if settings.num_fewshot is not None and own != 0:  # 0 = the task has no examples
             task.set_config(key="num_fewshot", value=settings.num_fewshot)
+        elif settings.num_fewshot:
+            warnings.warn(
+                f"task {name}: it says num_fewshot: 0, so --num-fewshot has no effect on it.",
+                UnmaskWarning,
+                stacklevel=2,
+            )
         elif own is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=SEEDS[1])
     return loaded
+
+
+def _check_metrics(name: str, task: Any) -> None:
+    """Refuse a metric that nobody knows, which the harness finds out once all answers are there."""
+    if task.OUTPUT_TYPE != "generate_until" or task.get_config("process_results") is not None:
+        return
+    for metric in task.get_config("metric_list") or []:
+        if (
+            isinstance(metric["metric"], str)
+            and get_metric(metric["metric"], bool(metric.get("hf_evaluate"))) is None
+        ):
+            raise UnmaskError(f"task {name}: unknown metric {metric['metric']!r}.")
 
 
 def _check_code(name: str, sandboxed: bool, settings: EvalSettings, allowed: bool) -> None:
