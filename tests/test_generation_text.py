@@ -27,6 +27,7 @@ from unmask.generation.text import (
     answer_file,
     chat_encoder,
     complete,
+    completions,
     generate_answers,
     make_prompts,
     prompt_example,
@@ -91,6 +92,7 @@ def test_the_cache_has_room_for_any_canvas(
     [
         ({"stop": "end"}, "stop must be a list of strings; got 'end'"),
         ({"seed": [1, 2]}, "seed: 2 numbers for 1 prompts"),
+        ({"batch_size": 0}, "batch_size must be 1 or more; got 0"),
     ],
 )
 def test_a_setting_of_another_number_is_refused(
@@ -98,6 +100,16 @@ def test_a_setting_of_another_number_is_refused(
 ) -> None:
     with pytest.raises(UnmaskError, match=message):
         complete(model, tokenizer, [[65]], max_new_tokens=4, **settings)
+
+
+def test_two_calls_at_once_on_one_engine_are_refused(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    engine = model.make_engine()
+    each = [{"max_new_tokens": 1, "stop": None}, {"max_new_tokens": 3}]
+    first = completions(model, tokenizer, [[65], [66]], engine=engine, each=each)
+    next(first)
+    complete(model, tokenizer, [[67]], engine=engine, max_new_tokens=8)
+    with pytest.raises(UnmaskError, match="another call took the events"):
+        list(first)
 
 
 def test_states_show_the_canvas_after_each_step(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:

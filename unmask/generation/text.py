@@ -312,6 +312,8 @@ def completions(
         watch: called with every event.
         **settings: fields of `DiffusionGenerationConfig`, `seed` one number or one for each prompt.
     """
+    if batch_size < 1:
+        raise UnmaskError(f"batch_size must be 1 or more; got {batch_size}.")
     examples = [p if isinstance(p, Example) else Example(p, [True] * len(p)) for p in prompts]
     settings.setdefault("unused_tokens", ids_without_token(tokenizer, model.config.vocab_size))
     if isinstance(settings.get("seed"), Sequence):
@@ -335,12 +337,14 @@ def completions(
             while waiting and len(running) < 2 * batch_size:  # so that there is always one to begin
                 index = waiting.popleft()
                 own = {"return_trace": keep_states, "stop": stop, **settings, **(each[index] if each else {})}
-                strings = StopStrings(tokenizer, own.pop("stop"))
+                strings = StopStrings(tokenizer, own.pop("stop") or ())
                 if strings.strings:
                     own["stopping_criteria"] = strings
                 with _naming(index, len(examples)):
                     slot = engine.add(examples[index].input_ids, examples[index].src_mask, **own)
                 running[slot] = _Running(index, strings)
+            if not engine.num_rows:
+                raise UnmaskError("engine: another call took the events of this one; let each finish first.")
             for event in engine.step():
                 if (row := running.get(event.slot)) is None:
                     continue
