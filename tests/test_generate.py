@@ -51,6 +51,11 @@ def test_what_is_needed_and_what_is_returned(model: Any) -> None:
 # Logits.
 
 
+def test_a_batch_without_rows_is_refused(model: Any) -> None:
+    with pytest.raises(UnmaskError, match="has no row"):
+        model.generate(torch.zeros(0, 3, dtype=torch.long))
+
+
 def test_guidance_mixes_the_logits_with_and_without_the_prompt(model: Any) -> None:
     prompt = random_ids(1, 4)
     conditional = model(torch.cat([prompt, torch.full((1, 1), MASK)], dim=1)).logits[0, -1]

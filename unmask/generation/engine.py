@@ -421,7 +421,7 @@ class Engine:
 
         def process(index: Tensor, logits: Tensor) -> Tensor:
             row = int(line[index.cpu()][0])  # all are of this row: its processors are its own
-            ids = self.ids[row, : int(self.length[row])].to(logits.device)
+            ids = self.ids[row, : int(self.length[row])].clone().to(logits.device)  # its own, to write into
             return processors(ids.expand(len(logits), -1), logits)
 
         return process

@@ -109,6 +109,8 @@ class GenerateMixin:
         config, block_length = self._settings(generation_config, settings)
         if (input_ids := inputs if input_ids is None else input_ids) is None:
             input_ids = torch.zeros(1, 0, dtype=torch.long, device=cast(Any, self).device)
+        if not len(input_ids):
+            raise UnmaskError("input_ids has no row; for an answer from nothing give one row of no tokens.")
         mode = "pretrain" if src_mask is None else "sft"
         prompts = self.prepare(input_ids, None, attention_mask, src_mask, mode)
         is_token = prompts.layout.is_token.cpu()
