@@ -374,6 +374,17 @@ json._default_encoder.encode = encode
     assert outcome(solution, tests)[:2] == ("wrong", tests)
 
 
+def to_python(folder):
+    """What a folder has on the way to the interpreter, which a program sees wherever it is installed."""
+    places = [
+        Path(place)
+        for prefix in (sys.prefix, sys.base_prefix)
+        for place in (prefix, os.path.realpath(prefix))
+    ]
+    depth = len(Path(folder).parts)
+    return {place.parts[depth] for place in places if place.is_relative_to(folder)}
+
+
 def test_files_outside_are_neither_read_nor_written(tmp_path):
     (tmp_path / "secret").write_text("secret")
     for code in (
@@ -387,10 +398,8 @@ def test_files_outside_are_neither_read_nor_written(tmp_path):
     ):
         assert outcome(code, "assert not answer(3), 'read'").status in ("error", "forbidden", "passed"), code
     assert [file.name for file in tmp_path.iterdir()] == ["secret"]
-    assert (
-        outcome("import os\ndef answer(x): return sorted(os.listdir('/tmp'))", "assert answer(3) == []")[0]
-        == "passed"
-    )
+    listing = "import os\ndef answer(x): return sorted(os.listdir('/tmp'))"
+    assert outcome(listing, f"assert answer(3) == {sorted(to_python('/tmp'))!r}").status == "passed"
 
 
 RIGHTS = """
@@ -420,7 +429,8 @@ def test_nothing_else_is_in_the_root_folder():
     found = set(ast.literal_eval(listed.removeprefix("AssertionError: ")))
     assert ours <= found <= ours | system | python
     empty = "import os\ndef answer(name): return os.listdir(name)"
-    tests = "assert not any(map(answer, ['/home', '/private', '/proc', '/run', '/sys', '/tmp', '/var']))"
+    folders = ("/home", "/private", "/proc", "/run", "/sys", "/tmp", "/var")
+    tests = f"assert [sorted(answer(f)) for f in {folders!r}] == {[sorted(to_python(f)) for f in folders]!r}"
     assert (
         outcome(
             "import os\ndef answer(): return os.listdir('/etc')", "assert set(answer()) <= {'ld.so.cache'}"
