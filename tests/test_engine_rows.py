@@ -428,3 +428,17 @@ def test_the_engine_of_the_documentation_runs(capsys: pytest.CaptureFixture[str]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("0 [") and any(line.startswith("1 [") for line in lines)
     assert sum(line.startswith("Answer(") for line in lines) == 1  # the other one was dropped
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in torch
+def test_a_compiled_backbone_gives_the_same_answers() -> None:
+    model: Any = tiny_model(seed=1).eval()
+    jobs = [Job(index, [{}]) for index in range(6)]
+    expected = together(model, jobs, list(range(6)), max_rows=3)
+    model.model.compile(dynamic=True)
+    found = together(model, jobs, list(range(6)), max_rows=3)
+    for index, answer in expected.items():
+        assert (found[index].ids, found[index].commit_step) == (answer.ids, answer.commit_step)
+        assert found[index].confidence == pytest.approx(answer.confidence, rel=1e-5)
