@@ -102,10 +102,7 @@ class LiveDraft:
         """Draw the canvas as it is after a step."""
         mask = cast(int, self.tokenizer.mask_token_id)
         self.ids = self.ids or [mask] * event.length
-        for position, token in zip(event.positions, event.tokens, strict=True):
-            self.ids[position] = token
-        for position in event.remasked:
-            self.ids[position] = mask
+        event.apply(self.ids, mask)
         new = set(event.positions)
         tokens = zip(token_texts(self.ids, self.tokenizer), self.ids, strict=True)
         shown = takewhile(lambda token: token[1][1] not in self.ends, enumerate(tokens))

@@ -88,7 +88,6 @@ class Engine:
         self.running: dict[int, State] = {}  # by line
         self.lines = list(range(max_rows))[::-1]  # free ones
         self.last_slot = -1
-        self.forbidden: dict[Any, Tensor] = {}
         # By line and column.
         self.ids, self.block_of, self.model_block, self.offset, self.commit_step, self.canvas_index = (
             torch.zeros(max_rows, 0, dtype=torch.long) for _ in range(6)
@@ -172,7 +171,7 @@ class Engine:
             if size:
                 assert self.pool is not None
                 if state.row.block is not None and not state.is_guided:
-                    self._name_blocks(state, int(state.row.block[state.columns[0]]), state.row.ids)
+                    self._name_blocks(state, state.first_block, state.row.ids)
                     keys = state.keys[:-1]  # the last predicts the first token, for which it is computed
                 if (taken := self.pool.take(size, keys)) is None:
                     break
@@ -260,7 +259,7 @@ class Engine:
         return self._commit(rows, *step)
 
     def _decide(self, rows: Int[Tensor, "R"]) -> tuple[Tensor, Tensor, Proposal, Tensor, Tensor]:
-        """Forward pass, draw and decision of some rows; changes nothing.
+        """Forward pass, draw and decision of some rows; the tables stay as they are.
 
         Returns:
             Columns of each current block (R, W), which rows were denoised, the proposal, and which of its
@@ -379,7 +378,7 @@ class Engine:
             state = states[int(group[0])]
             config, index = state.row.config, torch.isin(row, group).nonzero()[:, 0]
             early = self.canvas_index[line[index], column[index]] < config.min_new_tokens
-            for part, ends in ((index[~early], False), (index[early], True)):
+            for part, forbidden in zip((index[~early], index[early]), state.forbidden, strict=True):
                 if len(part):
                     groups.append(
                         Group(
@@ -388,8 +387,8 @@ class Engine:
                             temperature=config.temperature,
                             top_k=config.top_k,
                             top_p=config.top_p,
-                            forbidden=self._forbidden(state, ends),
-                            process=self._process(state, line) if state.row.logits_processors else None,
+                            forbidden=forbidden,
+                            process=self._process(state) if state.row.logits_processors else None,
                             unconditional=second[part].to(device) if config.guidance_scale else None,
                             guidance_scale=config.guidance_scale,
                             figures=config.figures,
@@ -403,25 +402,12 @@ class Engine:
         token, *figures, valid = torch.stack([values.double() for values in drawn]).cpu()
         return Sampled(token.long(), *figures, valid=valid.bool())
 
-    def _forbidden(self, state: State, ends: bool) -> Int[Tensor, "K"]:
-        """Ids that a row never writes, with its end tokens or without."""
-        config = state.row.config
-        listed = (config.suppress_tokens or []), (config.unused_tokens or []), config.eos_token_ids
-        key = *map(tuple, listed), ends
-        if key not in self.forbidden:
-            suppressed, unused, end = map(set, listed)
-            never = {self.mask_token_id} | suppressed | unused
-            ids = sorted(never | end if ends else never - end)
-            self.forbidden[key] = torch.tensor(ids, dtype=torch.long)
-        return self.forbidden[key]
-
-    def _process(self, state: State, line: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """A function of (positions of the result, their logits) that calls the row's logits processors."""
+    def _process(self, state: State) -> Callable[[Tensor, Tensor], Tensor]:
+        """A function of (positions of the result, their logits) that calls the row's own logits processors."""
         processors: Any = LogitsProcessorList(state.row.logits_processors)
 
-        def process(index: Tensor, logits: Tensor) -> Tensor:
-            row = int(line[index.cpu()][0])  # all are of this row: its processors are its own
-            ids = self.ids[row, : int(self.length[row])].clone().to(logits.device)  # its own, to write into
+        def process(_: Tensor, logits: Tensor) -> Tensor:
+            ids = self.ids[state.line, : len(state.row.ids)].clone().to(logits.device)  # to write into
             return processors(ids.expand(len(logits), -1), logits)
 
         return process
@@ -501,7 +487,8 @@ class Engine:
             self.is_end[line, column] = kept[mine] & torch.isin(token[mine], ends)
         is_end = self.is_end[rows]
         self.first_end[rows] = torch.where(is_end.any(dim=1), is_end.to(torch.uint8).argmax(dim=1), LAST)
-        for state in (state for state, was in zip(states, asked.tolist(), strict=True) if was):
+        is_first = (asked & (self.step_of[rows] == 0)).tolist()
+        for state in (state for state, first in zip(states, is_first, strict=True) if first):
             if state.regions and state.row.block is not None:
                 self._keep_blocks(state)
         self.num_forwards[rows] += asked.long()
@@ -545,9 +532,7 @@ class Engine:
         """Note that everything before the current block has been computed, and may serve later rows."""
         line, block = state.line, state.row.block
         assert self.pool is not None and block is not None
-        current = int(block[state.columns[0]]) + int(self.block[line])
-        if current <= int(self.cached_blocks[line]):
-            return
+        current = state.first_block + int(self.block[line])
         self.cached_blocks[line] = current
         if not state.is_guided:
             self._name_blocks(state, current, self.ids[line])

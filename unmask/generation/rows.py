@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any, NamedTuple
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Int
@@ -66,6 +66,13 @@ class Event:
         """Whether the row has ended."""
         return self.answer is not None or self.error is not None
 
+    def apply(self, canvas: list[int], mask_token_id: int) -> None:
+        """Change a canvas as the step did; before the first step it is masks alone, `length` of them."""
+        for position, token in zip(self.positions, self.tokens, strict=True):
+            canvas[position] = token
+        for position in self.remasked:
+            canvas[position] = mask_token_id
+
 
 @dataclass(eq=False)
 class State:
@@ -82,6 +89,8 @@ class State:
     columns: Tensor  # of the canvas
     block_of: Tensor
     offset: Tensor
+    first_block: int  # of the canvas, as the model counts them
+    forbidden: tuple[Tensor, Tensor]  # ids that are never written, and those with the end tokens
     line: int = -1  # in the tables
     regions: list[Region] = field(default_factory=list)  # of the cache; with guidance a second one
     keys: list[bytes] = field(default_factory=list)  # names of its complete blocks, by content
@@ -111,18 +120,20 @@ def prepare(row: Row, slot: int) -> State:
     config = row.config
     if not isinstance(config.seed, int):
         raise UnmaskError(f"seed must be one number for one row; got {config.seed!r}.")
+    ends = set(config.eos_token_ids)
+    never = {*(config.suppress_tokens or ()), *(config.unused_tokens or ()), cast(int, config.mask_token_id)}
+    forbidden = torch.tensor(sorted(never - ends)), torch.tensor(sorted(never | ends))
     columns = row.canvas.nonzero()[:, 0]
     index = (row.canvas.long().cumsum(dim=0) - 1).clamp(min=0)
+    first_block = 0 if row.block is None else int(row.block[columns[:1]].sum())
     if row.block is None:
         number, part_of = index // (config.block_length or max(1, len(index))), row.canvas
     else:
-        number, part_of = row.block - row.block[columns[:1]], torch.ones_like(row.canvas)
+        number, part_of = row.block - first_block, torch.ones_like(row.canvas)
     sizes = number[columns].bincount().tolist()
     steps = share_steps(min(config.steps or len(columns), len(columns)), sizes) if sizes else []
-    ends = [0]
-    for size in sizes:
-        ends.append(ends[-1] + size)
-    windows = [(int(columns[start]), int(columns[stop - 1]) + 1) for start, stop in pairwise(ends)]
+    bounds = pairwise([0, *accumulate(sizes)])
+    windows = [(int(columns[start]), int(columns[stop - 1]) + 1) for start, stop in bounds]
     return State(
         row,
         slot,
@@ -135,6 +146,8 @@ def prepare(row: Row, slot: int) -> State:
         columns,
         torch.where(row.canvas, number, -1),
         _offsets(number, part_of),
+        first_block,
+        forbidden,
     )
 
 

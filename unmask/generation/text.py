@@ -264,9 +264,7 @@ class _Running:
     def note(self, event: Event, mask: int) -> None:
         """Add the canvas as it is after a step."""
         canvas = list(self.states[-1]) if self.states else [mask] * event.length
-        changes = *zip(event.positions, event.tokens, strict=True), *((at, mask) for at in event.remasked)
-        for position, token in changes:
-            canvas[position] = token
+        event.apply(canvas, mask)
         self.states.append(canvas)
 
 
