@@ -112,6 +112,16 @@ def test_two_calls_at_once_on_one_engine_are_refused(model: Any, tokenizer: PreT
         list(first)
 
 
+def test_a_text_is_a_prompt_of_a_user(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    texts = ["Hi", "Hello there"]
+    encoded = [prompt_example(tokenizer, text) for text in texts]
+    assert complete(model, tokenizer, texts, max_new_tokens=6) == complete(
+        model, tokenizer, encoded, max_new_tokens=6
+    )
+    with pytest.raises(UnmaskError, match="put it into a list"):
+        complete(model, tokenizer, "Hi", max_new_tokens=6)
+
+
 def test_states_show_the_canvas_after_each_step(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     prompts = [list(b"ab"), list(b"hello")]
     for done in complete(model, tokenizer, prompts, keep_states=True, max_new_tokens=6, threshold=0.05):

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from unmask.diffusion.objective import Objective as Objective
     from unmask.errors import UnmaskError as UnmaskError
     from unmask.generation.config import DiffusionGenerationConfig as DiffusionGenerationConfig
+    from unmask.generation.text import Completion as Completion
+    from unmask.generation.text import complete as complete
     from unmask.model.checkpoint import convert as convert
     from unmask.model.checkpoint import load_model as load_model
     from unmask.model.config import LlamaDiffusionConfig as LlamaDiffusionConfig
@@ -54,6 +56,7 @@ _NAMES = {
     "diffusion.objective": "Curriculum Objective",
     "errors": "UnmaskError",
     "generation.config": "DiffusionGenerationConfig",
+    "generation.text": "Completion complete",
     "model.checkpoint": "convert load_model",
     "model.config": "LlamaDiffusionConfig Qwen2DiffusionConfig Qwen3DiffusionConfig",
     "model.denoiser": "LlamaForCausalLM Qwen2ForCausalLM Qwen3ForCausalLM",

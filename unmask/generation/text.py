@@ -269,9 +269,17 @@ class _Running:
 
 
 def complete(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], **options: Any
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | list[int] | Example],
+    **options: Any,
 ) -> list[Completion]:
     """Generate a completion of every prompt, in their order; see `completions`.
+
+    ```python
+    [answer] = complete(model, tokenizer, ["Reverse the word monk."], steps=8)
+    answer.text
+    ```
 
     Raises:
         UnmaskError: a prompt cannot be completed; it is named by its number, from 1.
@@ -283,7 +291,7 @@ def complete(
 def completions(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int] | Example],
+    prompts: Sequence[str | list[int] | Example],
     *,
     batch_size: int = 64,
     each: Sequence[Mapping[str, Any]] = (),
@@ -300,8 +308,9 @@ def completions(
     depends on its prompt, settings and seed alone.
 
     Args:
-        prompts: token ids, all of them source; or examples, whose `src_mask` says what training would mask,
-            such as earlier responses (it matters to block-causal models).
+        prompts: texts, encoded as what a user says; token ids, all of them source; or examples, whose
+            `src_mask` says what training would mask, such as earlier responses (it matters to block-causal
+            models).
         each: settings of each prompt, "stop" and "seed" among them, that override those of all.
         stop: strings that end a response, which ends before them.
         keep_states: also return the canvas after each step, and the model's confidence and entropy.
@@ -312,7 +321,9 @@ def completions(
     """
     if batch_size < 1:
         raise UnmaskError(f"batch_size must be 1 or more; got {batch_size}.")
-    examples = [p if isinstance(p, Example) else Example(p, [True] * len(p)) for p in prompts]
+    if isinstance(prompts, str):
+        raise UnmaskError("prompts must be a list of prompts; got one text: put it into a list.")
+    examples = [_example(prompt, tokenizer) for prompt in prompts]
     settings.setdefault("unused_tokens", ids_without_token(tokenizer, model.config.vocab_size))
     if isinstance(settings.get("seed"), Sequence):
         if (count := len(settings["seed"])) != len(prompts):
@@ -364,6 +375,16 @@ def completions(
     finally:
         for slot in running:
             engine.drop(slot)
+
+
+def _example(prompt: str | list[int] | Example, tokenizer: PreTrainedTokenizerBase) -> Example:
+    if isinstance(prompt, Example):
+        return prompt
+    return (
+        prompt_example(tokenizer, prompt)
+        if isinstance(prompt, str)
+        else Example(prompt, [True] * len(prompt))
+    )
 
 
 def _canvas(model: Any, settings: Mapping[str, Any]) -> int | None:
