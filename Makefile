@@ -1,7 +1,7 @@
 # Every target makes the environment it needs: .venv, about 80 s and 1.5 GB the first time.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all test-page test-gpu test-newest test-oldest lock check fix docs bench clean
+.PHONY: help install demo test test-slow test-all test-page test-gpu test-newest test-oldest lock check fix docs docs-serve bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -29,7 +29,7 @@ help:  ## list the targets
 	@echo "making $(@D): about 80 s and 1.5 GB the first time"
 	@$(PYTHON) -m venv --clear $(@D)
 	@$(LIMITS) > $(@D)/limits.txt
-	@PIP_CONSTRAINT=$(@D)/limits.txt PIP_BUILD_CONSTRAINT=$(@D)/limits.txt $(@D)/bin/pip install $(TORCH) -e '.[dev]' \
+	@PIP_CONSTRAINT=$(@D)/limits.txt PIP_BUILD_CONSTRAINT=$(@D)/limits.txt $(@D)/bin/pip install $(TORCH) -e '.[dev,docs]' \
 		> $(@D)/pip.log 2>&1 || { tail -n 20 $(@D)/pip.log; exit 1; }
 	@touch $@
 
@@ -80,12 +80,19 @@ fix: $(STAMP)  ## repair lint and formatting
 	$(BIN)/ruff check --fix --exit-zero .
 	$(BIN)/ruff format .
 
-docs: $(STAMP)  ## write docs/cli.md and docs/recipes.md again
+# Material announces at each run that it will not support mkdocs 2, which pyproject.toml excludes.
+docs docs-serve: export NO_MKDOCS_2_WARNING := 1
+docs: $(STAMP)  ## write docs/cli.md and docs/recipes.md again, and build the site into site/; offline
 	$(BIN)/python scripts/cli_docs.py
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(STAMP)  ## show the site at http://127.0.0.1:8000, built again at each change of docs/
+	$(BIN)/mkdocs serve --strict
+
 
 bench: $(STAMP)  ## run every benchmark; each prints a ratio
 	@$(RUN); set -e; for file in $(wildcard benchmarks/*.py); do echo "== $$file"; python "$$file"; done
 
 clean:  ## remove the environment, caches and runs
-	rm -rf .venv .venv-newest .venv-oldest outputs build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest .venv-oldest outputs site build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
