@@ -10,6 +10,7 @@ for requirement in (
     *pyproject["build-system"]["requires"],
     *project["dependencies"],
     *project["optional-dependencies"]["dev"],
+    *project["optional-dependencies"]["docs"],
 ):
     found = re.match(r"([\w-]+)(?:\[[\w,]+\])?>=([\d.]+)", requirement)
     assert found, f"pyproject.toml: {requirement!r} has no lower bound"
