@@ -52,7 +52,10 @@ def recipe_table_markdown() -> str:
         "# Recipe keys",
         GENERATED,
         "A recipe is a YAML file; `unmask train recipe.yaml max_steps=100 seed=1` overrides\n"
-        "keys in order. Paths are relative to the current folder. Other keys are refused.",
+        "keys in order. Other keys are refused. `unmask recipe list` names the recipes that come with\n"
+        "unmask: `unmask train NAME` runs one, `unmask recipe show NAME > my.yaml` makes a copy to edit.\n"
+        "Paths are relative to the current folder; one that begins with `recipes/` and does not exist\n"
+        "there is looked for among the files that come with unmask, such as recipes/tiny/train.jsonl.",
     ]
     for group in sorted(groups, key=bool):  # the keys that stand alone first
         rows = [f"## {group or 'The run'}\n", "| key | default | accepts | meaning |"]

@@ -233,7 +233,7 @@ def test_standard_input_must_be_text(
 
 
 def test_a_shell_sees_one_line_or_with_debug_the_traceback(tmp_path: Path) -> None:
-    expected = "nowhere.yaml: no such recipe file\n"
+    expected = "nowhere.yaml: no such recipe file; `unmask recipe list` lists those that come with unmask.\n"
     assert run_cli("data", "nowhere.yaml") == Said(2, "", f"error: {expected}")
     for arguments in (["--debug", "data", "nowhere.yaml"], ["data", "nowhere.yaml", "--debug"]):
         command = [sys.executable, "-m", "unmask", *arguments]

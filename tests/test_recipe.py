@@ -183,7 +183,9 @@ def test_broken_file(recipe_file: Path, text: bytes, message: str) -> None:
 
 
 def test_no_file(tmp_path: Path) -> None:
-    assert failure("nowhere.yaml") == "nowhere.yaml: no such recipe file"
+    shown = "`unmask recipe list` lists those that come with unmask."
+    assert failure("nowhere.yaml") == f"nowhere.yaml: no such recipe file; {shown}"
+    assert failure("train_tiny.yaml").endswith("no such recipe file; did you mean train_tiny_sft?")
     assert "cannot be read as a recipe: Is a directory" in failure(tmp_path)
 
 

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from typer import Argument, Option
 
-from unmask import __version__, cli_eval, cli_generate, cli_serve
+from unmask import __version__, cli_eval, cli_generate, cli_recipe, cli_serve
 from unmask.cli_generate import hide_progress_bars
 from unmask.cli_options import Model
 from unmask.errors import UnmaskError, UnmaskNote
@@ -38,7 +38,7 @@ SILENT: tuple[tuple[str, type[Warning]], ...] = (
     (r"`is_gradient_checkpointing` is deprecated", FutureWarning),
 )
 
-RecipeFile = Annotated[Path, Argument(metavar="RECIPE", help="YAML file with the recipe.")]
+RecipeFile = Annotated[Path, Argument(metavar="RECIPE", help="YAML file, or a name of `unmask recipe list`.")]
 OutFolder = Annotated[Path, Argument(metavar="OUT", help="Folder to write; must not exist or be empty.")]
 Overrides = Annotated[
     list[str] | None,
@@ -262,6 +262,7 @@ def merge(
     print(f"{out}: {type(model).__name__}, {model.num_parameters():,} parameters, {model.dtype}")
 
 
+app.add_typer(cli_recipe.app, name="recipe")
 app.command()(cli_generate.generate)
 app.command()(cli_generate.chat)
 app.command()(cli_generate.infill)

@@ -2,7 +2,7 @@
 
 Every key has its unit and meaning below it; docs/recipes.md is generated from them. An unknown key fails with
 the nearest known one, and a setting that would have no effect is refused. Paths are relative to the current
-working directory.
+working directory; `unmask.shipped` finds those of the files that come with unmask.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pydantic_core import PydanticCustomError
 
 from unmask.errors import UnmaskError
 from unmask.io import reason
+from unmask.shipped import find_recipe, nearest_recipe
 
 
 def _not_bool(value: Any) -> Any:
@@ -492,14 +493,21 @@ def _rules(recipe: Recipe) -> Iterator[tuple[Any, str]]:
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe, apply `key=value` overrides in order, and check the result.
 
+    Args:
+        path: a file or, where there is none, the name of a recipe that comes with unmask (`unmask recipe list`).
+
     Raises:
         UnmaskError: a file that cannot be read, broken YAML, an override that is not `key=value`, an unknown key,
             a value of the wrong type or range, or settings that contradict.
     """
     try:
-        config = OmegaConf.load(path)
+        config = OmegaConf.load(find_recipe(path))
     except FileNotFoundError as error:
-        raise UnmaskError(f"{path}: no such recipe file") from error
+        near = nearest_recipe(path)
+        hint = (
+            f"; did you mean {near}?" if near else "; `unmask recipe list` lists those that come with unmask."
+        )
+        raise UnmaskError(f"{path}: no such recipe file{hint}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UnmaskError(f"{path}: cannot be read as a recipe: {_reason(error)}.") from error
     if not OmegaConf.is_dict(config):

@@ -31,6 +31,7 @@ from unmask.data.prepare import (
 from unmask.data.records import CustomFields
 from unmask.data.tokenizer import add_mask_token, check_tokenizer, has_tokenizer, load_tokenizer
 from unmask.errors import UnmaskError
+from unmask.shipped import find_shipped
 
 if TYPE_CHECKING:
     from unmask.config import DataRecipe, Recipe, SourceRecipe
@@ -283,7 +284,7 @@ def short_names(names: list[str]) -> list[str]:
 
 
 def _short(name: str) -> str:
-    return Path(name).name if Path(name).exists() else name
+    return Path(name).name if Path(find_shipped(name)).exists() else name
 
 
 def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from unmask.data.hub import HUB_NAME, first_line, load_named
 from unmask.data.records import RecordError
 from unmask.errors import UnmaskError
+from unmask.shipped import find_shipped
 
 BLOCK = 1 << 20  # bytes read at once
 ROWS = 1024  # rows of a table read at once
@@ -354,7 +355,7 @@ def find_files(
     """
     import fsspec
 
-    name, matches, is_folder = str(name), None, False
+    name, matches, is_folder = find_shipped(name), None, False
     local, known = "://" not in name, (*READERS, ".txt") if text else tuple(READERS)
     try:
         system, path = fsspec.url_to_fs(name)

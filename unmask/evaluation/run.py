@@ -39,6 +39,7 @@ from unmask.evaluation.sandbox import run
 from unmask.evaluation.tasks import TASKS
 from unmask.io import atomic_write, git_commit, reason, sha256
 from unmask.processes import gather, join
+from unmask.shipped import find_shipped
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "lm_eval")
 WHOLE = 2**30  # bytes up to which a file of weights is hashed
@@ -185,6 +186,7 @@ def load_tasks(settings: EvalSettings, include_path: Sequence[Path], allow_code_
         UnmaskError: an unknown task (names the nearest), data that cannot be read or must be downloaded, or
             code that would run without leave.
     """
+    include_path = [Path(find_shipped(folder)) for folder in include_path]
     for folder in include_path:
         if not folder.is_dir():
             raise UnmaskError(f"--include-path: {folder} is not a folder.")

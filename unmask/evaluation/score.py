@@ -29,6 +29,7 @@ from unmask.generation.trace import token_texts
 from unmask.io import atomic_write, check_output_file
 from unmask.model.bf16 import place_for_inference
 from unmask.model.checkpoint import load_model, read_config
+from unmask.shipped import find_shipped
 
 TEXT_FIELD = "text"
 TEXT_BLOCK = 1024  # tokens of a piece of plain text, or the model's positions if they are fewer
@@ -301,7 +302,7 @@ def coloured_tokens(token_nats: list[list[Any]], width: int) -> Iterator[Text]:
 
 
 def _is_text_file(file: str | Path) -> bool:
-    return Path(file).expanduser().is_file() and kind_of(str(file)) not in READERS
+    return Path(find_shipped(file)).expanduser().is_file() and kind_of(str(file)) not in READERS
 
 
 def _plain_texts(file: str | Path) -> Iterator[tuple[str, str]]:

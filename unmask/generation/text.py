@@ -25,6 +25,7 @@ from unmask.data.tokenizer import ids_without_token
 from unmask.errors import UnmaskError, UnmaskWarning
 from unmask.generation.rows import Event
 from unmask.processes import gather, rank_and_size
+from unmask.shipped import find_shipped
 
 SHARED = 64  # prompts that each of several processes answers before they exchange the answers
 MISSING = "?"  # takes the place of a missing answer, so that a record without one is read like any other
@@ -184,7 +185,7 @@ def read_prompts(
     Raises:
         UnmaskError: the file or a record cannot be used, a prompt is empty or too long, or there is none.
     """
-    path = Path(file).expanduser()
+    path = Path(find_shipped(file)).expanduser()
     records = _lines(path) if path.suffix.lower() == ".txt" and path.is_file() else read_records(file)
     if raw:
         texts = [(_raw_text(record, where), where) for record, where in records]

@@ -19,6 +19,7 @@ from unmask.config import Recipe
 from unmask.data.dataset import listed
 from unmask.data.prepare import tokenizer_fingerprint
 from unmask.io import git_commit, sha256
+from unmask.shipped import find_shipped
 from unmask.training.build import loss_unit
 from unmask.training.parallel import Processes
 
@@ -89,7 +90,7 @@ def provenance(recipe: Recipe, tokenizer: Any, group: Processes) -> dict[str, An
 
 def _contents(name: str, pattern: str = "*") -> dict[str, Any]:
     """Size and checksum of each file that a name stands for; of one above 1 GiB the size alone."""
-    path = Path(name).expanduser()
+    path = Path(find_shipped(name)).expanduser()
     found = path.rglob(pattern) if path.is_dir() else map(Path, glob.glob(str(path)))
     sizes = {file: file.stat().st_size for file in sorted(found) if file.is_file()}
     files = {
