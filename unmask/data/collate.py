@@ -29,9 +29,10 @@ class Row(list[Example]):
 def pack(examples: Sequence[Example], length: int, window: int = WINDOW) -> list[Row]:
     """Put examples into rows as `pack_sizes` says.
 
-    >>> examples = [Example([7] * size, [False] * size) for size in (3, 5, 2, 4)]
-    >>> [[len(example.input_ids) for example in row] for row in pack(examples, 7)]
-    [[3, 4], [5, 2]]
+    Examples:
+        >>> examples = [Example([7] * size, [False] * size) for size in (3, 5, 2, 4)]
+        >>> [[len(example.input_ids) for example in row] for row in pack(examples, 7)]
+        [[3, 4], [5, 2]]
     """
     sizes = [len(example.input_ids) for example in examples]
     return [Row(examples[index] for index in row) for row in pack_sizes(sizes, length, window)]
@@ -143,20 +144,18 @@ def collate(
 class SFTDataCollator:
     """Collates raw records, conversations or encoded examples for supervised fine-tuning.
 
-    A batch may mix raw record dicts, `Conversation`, `Example` and dicts with `input_ids` and `src_mask`.
+    A batch may mix raw record dicts, `Conversation`, `Example` and dicts with `input_ids` and `src_mask`. A call
+    returns what `collate` does, and instruction_lengths int64 (B,): source tokens before the first response.
 
     Args:
         format: of the records, see `data.sft.format` of a recipe; likewise `custom_format`.
         padding_side: see `collate`; likewise `pad_to_multiple_of`.
         encoding: arguments of `Encoder`: `layout`, `separator`, `train_on`, `end_fill`, `block_size`, ...
 
-    Returns from a call:
-        What `collate` returns, and instruction_lengths int64 (B,): source tokens before the first response.
-
     Raises:
         UnmaskError: The tokenizer has no padding or end token, or a record cannot be used.
 
-    Example:
+    Examples:
         >>> collator = SFTDataCollator(byte_tokenizer())
         >>> batch = collator([{"instruction": "Say hi.", "output": "hi"}])
         >>> batch["input_ids"].shape, batch["instruction_lengths"]

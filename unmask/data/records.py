@@ -312,7 +312,7 @@ def _tools(fields: _Fields) -> tuple[Mapping[str, Any], ...]:
 def call_text(turn: Turn) -> str:
     """Return content and tool calls of a turn as one text, the calls as Qwen's templates write them.
 
-    Example:
+    Examples:
         >>> call_text(Turn("assistant", "", tool_calls=({"name": "add", "arguments": {"a": 1}},)))
         '<tool_call>\\n{"name": "add", "arguments": {"a": 1}}\\n</tool_call>'
     """

@@ -35,7 +35,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     Then come `<|endoftext|>` (padding), `<|im_start|>`, `<|im_end|>` (end) and `<|mask|>`. The chat
     template is ChatML.
 
-    Example:
+    Examples:
         >>> byte_tokenizer()("hé")["input_ids"]
         [104, 195, 169]
     """

@@ -179,9 +179,10 @@ def transition(
     Raises:
         ValueError: `maskable_mask` has another shape than `x_0`.
 
-    >>> x_0 = torch.tensor([[5, 6, 7]])
-    >>> transition(x_0, 1.0, torch.tensor([[False, True, True]]), mask_token_id=9).x_t
-    tensor([[5, 9, 9]])
+    Examples:
+        >>> x_0 = torch.tensor([[5, 6, 7]])
+        >>> transition(x_0, 1.0, torch.tensor([[False, True, True]]), mask_token_id=9).x_t
+        tensor([[5, 9, 9]])
     """
     if maskable_mask.shape != x_0.shape:
         raise ValueError(

@@ -335,8 +335,9 @@ def likelihood(
         UnmaskError: an unknown estimator or a setting out of range.
         ValueError: packed rows, or masks of another shape; see `prepare`.
 
-    >>> unmask.likelihood(model, batch).total().nats_per_token()  # doctest: +SKIP
-    Estimate(value=tensor(1.0347, dtype=torch.float64), stderr=tensor(0.0121, dtype=torch.float64))
+    Examples:
+        >>> unmask.likelihood(model, batch).total().nats_per_token()  # doctest: +SKIP
+        Estimate(value=tensor(1.0347, dtype=torch.float64), stderr=tensor(0.0121, dtype=torch.float64))
     """
     check_settings(estimator, num_samples, seed, eps, batch_size)
     eps = float(model.config.noise_eps) if eps is None else eps

@@ -92,7 +92,9 @@ class Curriculum:
         objective: what never changes: noise schedule, complementary masks, loss preset. Its other fields are
             replaced by what follows.
         noise_eps: table of `Objective.eps`.
-        prefix_probability, truncate_probability, block_masking_probability: tables of S1, S2 and S3.
+        prefix_probability: table of S1.
+        truncate_probability: table of S2.
+        block_masking_probability: table of S3.
         mask_block_sizes: phases, each the sizes (tokens) of the cells of S3; they take equal parts of
             `schedule_steps`, and the last one stays.
         schedule_type: "constant", or "linear": the three probabilities rise from 0 at step 0 to their value
@@ -104,9 +106,10 @@ class Curriculum:
     Raises:
         UnmaskError: a value out of its range, in whatever step.
 
-    >>> curriculum = Curriculum(prefix_probability=(0.2,), schedule_type="linear", schedule_steps=10)
-    >>> [curriculum.at(step, epoch=0).prefix_probability for step in (0, 5, 10, 99)]
-    [0.0, 0.1, 0.2, 0.2]
+    Examples:
+        >>> curriculum = Curriculum(prefix_probability=(0.2,), schedule_type="linear", schedule_steps=10)
+        >>> [curriculum.at(step, epoch=0).prefix_probability for step in (0, 5, 10, 99)]
+        [0.0, 0.1, 0.2, 0.2]
     """
 
     objective: Objective = field(default_factory=Objective)

@@ -21,7 +21,8 @@ class Choice(NamedTuple):
     text: str
     nats: float
     stderr: float
-    probability: float  # exp(-nats) divided by its sum over all choices
+    probability: float
+    """exp(-nats) divided by its sum over all choices."""
 
 
 def choose(
@@ -42,7 +43,9 @@ def choose(
 
     Args:
         end_fill: end tokens fill an answer to a multiple of so many tokens, like `data.sft.end_fill`.
-        num_samples, seed, batch_size: see `unmask.likelihood`.
+        num_samples: see `unmask.likelihood`.
+        seed: see `unmask.likelihood`.
+        batch_size: see `unmask.likelihood`.
 
     Raises:
         UnmaskError: fewer than two different choices, an empty one, or one that is too long.

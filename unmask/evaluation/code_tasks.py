@@ -26,8 +26,9 @@ from unmask.evaluation.sandbox import Program, run, run_all
 def pass_at_k(samples: int, correct: int, k: int) -> float:
     """Estimate without bias the chance that one of `k` answers is correct (Chen et al. 2021, arXiv:2107.03374).
 
-    >>> pass_at_k(samples=4, correct=1, k=2)
-    0.5
+    Examples:
+        >>> pass_at_k(samples=4, correct=1, k=2)
+        0.5
     """
     return 1 - comb(samples - correct, k) / comb(samples, k)
 

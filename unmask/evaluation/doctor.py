@@ -43,7 +43,8 @@ class Finding:
     name: str
     value: str
     is_off: bool = False
-    hint: str = ""  # what to do about it
+    hint: str = ""
+    """What to do about it."""
 
 
 @dataclass(frozen=True)

@@ -54,22 +54,25 @@ class EvalSettings:
     """What is evaluated and how; results depend on these alone, and on the model."""
 
     tasks: Sequence[str]
-    limit: int | None = None  # the first documents of each task
-    num_fewshot: int | None = None  # examples in the prompt, in place of the task's
-    chat: bool = False  # apply the tokenizer's chat template
-    system: str | None = None  # system prompt
+    limit: int | None = None
+    """The first documents of each task."""
+    num_fewshot: int | None = None
+    """Examples in the prompt, in place of the task's."""
+    chat: bool = False
+    """Apply the tokenizer's chat template."""
+    system: str | None = None
+    """System prompt."""
     seed: int = 0
     canvas: int | str = "task"
+    """This and the next four: see `UnmaskLM`."""
     draws: int = 64
     max_draws: int = 1024
     add_bos: bool = False
     dtype: str | None = None
-    decoding: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # settings of generation, in place of the tasks'
-    code: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # of code tasks: data, repeats, k, allow_unsandboxed
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of generation, in place of the tasks'."""
+    code: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of code tasks: data, repeats, k, allow_unsandboxed."""
 
 
 def run_eval(

@@ -42,9 +42,12 @@ HIGHEST = "bold white on red"
 class ScoredText:
     """A record, or a piece of plain text, to score."""
 
-    example: Example  # src_mask True = prompt: given, not scored
-    location: str  # file and line, or tokens
-    num_bytes: int  # UTF-8 bytes of the text of the scored ids; special tokens have none
+    example: Example
+    """`src_mask` True = prompt: given, not scored."""
+    location: str
+    """File and line, or tokens."""
+    num_bytes: int
+    """UTF-8 bytes of the text of the scored ids; special tokens have none."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +55,21 @@ class Texts:
     """What is to be scored of a file."""
 
     items: list[ScoredText]
-    unit: str  # "records", or "blocks" of plain text
-    notes: list[str]  # what was left out and why; how plain text was cut
+    unit: str
+    """"records", or "blocks" of plain text."""
+    notes: list[str]
+    """What was left out and why; how plain text was cut."""
 
 
 @dataclass(frozen=True)
 class FileScore:
     """The bound of every record of a file, and of the whole file."""
 
-    lines: list[dict[str, Any]]  # of each record, as in `out`, with `token_nats`: each scored token, its nats
+    lines: list[dict[str, Any]]
+    """One a record, as in `out`, with `token_nats`: each scored token and its nats."""
     total: Score
-    num_forwards: int  # sequences that went through the model
+    num_forwards: int
+    """Sequences that went through the model."""
     texts: Texts
     tokenizer: PreTrainedTokenizerBase
 
@@ -89,11 +96,15 @@ def score_file(
 
     Args:
         model: folder or hub name.
-        file, reading: see `read_texts`: `raw`, `format`, `end_fill`, `block_size`, `limit`.
-        estimator, num_samples, seed, batch_size: see `unmask.likelihood`.
+        file: records of any known format, or plain text.
+        estimator: see `unmask.likelihood`.
+        num_samples: see `unmask.likelihood`.
+        seed: see `unmask.likelihood`.
+        batch_size: see `unmask.likelihood`.
         out: file for one JSON line per record; written whole, after the scoring.
         per_token: add each scored token with its nats to those lines.
         console: where a progress bar is shown; none by default.
+        **reading: see `read_texts`: `raw`, `format`, `end_fill`, `block_size`, `limit`.
 
     Raises:
         UnmaskError: a setting, the file, a record or the checkpoint cannot be used, or `out` cannot be

@@ -39,8 +39,9 @@ FORMULA += " y / y_max)), 1), y in percent, rho in tokens per forward pass, poin
 def aup(points: Sequence[tuple[float, float]], best: float) -> float:
     """Accuracy under parallelism of (tokens per forward pass, accuracy in percent); see the head of this module.
 
-    >>> aup([(1.0, 80.0), (3.0, 80.0)], best=80.0)
-    240.0
+    Examples:
+        >>> aup([(1.0, 80.0), (3.0, 80.0)], best=80.0)
+        240.0
     """
     ordered = sorted(points)
     kept = [(rho, y) for rho, y in ordered if y >= ordered[0][1] - WITHIN]

@@ -71,53 +71,75 @@ class DiffusionGenerationConfig(GenerationConfig):
         UnmaskError: an unknown setting, one out of range, or one that has no effect with the others.
     """
 
-    max_new_tokens: Positive = 128  # length of the canvas, in tokens
-    min_new_tokens: Count = 0  # no end token among the first so many tokens of a response
-    # Denoising steps at most, over which the tokens are spread evenly; divided over the blocks in proportion
-    # to their tokens, at least one each. None = one token per step, or as many as an adaptive policy commits.
+    max_new_tokens: Positive = 128
+    """Length of the canvas, in tokens."""
+    min_new_tokens: Count = 0
+    """No end token among the first so many tokens of a response."""
     steps: Positive | None = None
-    # Blocks of so many tokens are completed one after another (semi-autoregressive). None = the block length
-    # of a block-causal model, and the whole canvas of a bidirectional one.
+    """Denoising steps at most, over which the tokens are spread evenly; divided over the blocks in proportion
+    to their tokens, at least one each. None = one token per step, or as many as an adaptive policy
+    commits."""
     block_length: Positive | None = None
-    # "fixed" = a bidirectional model sees all masks of the canvas from the start; "growing" = those up to the
-    # end of the current block, so that the canvas grows until an end token is written.
+    """Blocks of so many tokens are completed one after another (semi-autoregressive). None = the block length
+    of a block-causal model, and the whole canvas of a bidirectional one."""
     canvas: Literal["fixed", "growing"] = "fixed"
-    # Within a block, so many positions are completed one group after another, left to right (Fast-dLLM v2);
-    # each group takes a step at least, also beyond `steps`.
+    """"fixed" = a bidirectional model sees all masks of the canvas from the start; "growing" = those up to
+    the end of the current block, so that the canvas grows until an end token is written."""
     sub_block_length: Positive | None = None
-    # The first token of a block is committed alone before the others; not in a block that a prompt begins.
+    """Within a block, so many positions are completed one group after another, left to right (Fast-dLLM v2);
+    each group takes a step at least, also beyond `steps`."""
     first_token_alone: bool = False
-    defer_end: bool = False  # end tokens are committed last in their block, whatever their confidence (LLaDA)
-    # Which positions to commit: a name of `unmask.generation.policy.POLICIES`, or a function, see `Policy`
-    # there; None = what `threshold`, `factor`, `entropy_bound` or `eta` imply, or
-    # "maskgit_plus".
+    """The first token of a block is committed alone before the others; not in a block that a prompt
+    begins."""
+    defer_end: bool = False
+    """End tokens are committed last in their block, whatever their confidence (LLaDA)."""
     policy: Any = None
-    alg_temp: Amount | None = None  # temperature of the order, for maskgit_plus, topk_margin, entropy
-    threshold: Share | None = None  # probability
+    """Which positions to commit: a name of `unmask.generation.policy.POLICIES`, or a function, see `Policy`
+    there; None = what `threshold`, `factor`, `entropy_bound` or `eta` imply, or "maskgit_plus"."""
+    alg_temp: Amount | None = None
+    """Temperature of the order, for maskgit_plus, topk_margin, entropy."""
+    threshold: Share | None = None
+    """Probability from which a token is committed (policy "threshold")."""
     factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    entropy_bound: Amount | None = None  # nats
-    eta: Share | None = None  # strength of remasking
-    temperature: Amount = 0.0  # 0 = the most likely token; 1 = the model's own distribution
-    top_k: Positive | None = None  # sample among the k most likely tokens
-    top_p: Share | None = None  # sample among the fewest tokens whose probabilities reach p
-    # Classifier-free guidance w: logits are u + (1 + w)(c - u), u those with the prompt masked (LLaDA,
-    # arXiv:2502.09992, app. A.2). Doubles the forward passes; 0 = none.
+    """Bound of the policy "factor"."""
+    entropy_bound: Amount | None = None
+    """Bound on the summed entropies of a step, in nats (policy "entropy_bound")."""
+    eta: Share | None = None
+    """Strength of remasking (policies "remdm_...")."""
+    temperature: Amount = 0.0
+    """0 = the most likely token; 1 = the model's own distribution."""
+    top_k: Positive | None = None
+    """Sample among the k most likely tokens."""
+    top_p: Share | None = None
+    """Sample among the fewest tokens whose probabilities reach p."""
     guidance_scale: Amount = 0.0
-    seed: Seed | list[Seed] = 0  # one number, or one for each row; a row draws as if it were alone
-    use_cache: bool = True  # a block-causal model keeps keys and values of completed blocks, which is exact
-    # For bidirectional models: "prefix" computes the positions from the current block on, with keys and
-    # values of the others from the start of the block; "dual" the current block alone (Fast-dLLM,
-    # arXiv:2505.22618). Changes answers.
+    """Classifier-free guidance w: logits are u + (1 + w)(c - u), u those with the prompt masked (LLaDA,
+    arXiv:2502.09992, app. A.2). Doubles the forward passes; 0 = none."""
+    seed: Seed | list[Seed] = 0
+    """One number, or one for each row; a row draws as if it were alone."""
+    use_cache: bool = True
+    """A block-causal model keeps keys and values of completed blocks, which is exact."""
     approximate_cache: Literal["prefix", "dual"] | None = None
-    refresh_interval: Positive | None = None  # steps until that cache is recomputed; None = once per block
-    return_trace: bool = False  # also return commit steps, confidence, entropy and the canvas after each step
-    return_dict_in_generate: bool = True  # a `DiffusionGenerationOutput`; False = the ids alone
-    mask_token_id: Count | None = None  # None = that of the model's config
+    """For bidirectional models: "prefix" computes the positions from the current block on, with keys and
+    values of the others from the start of the block; "dual" the current block alone (Fast-dLLM,
+    arXiv:2505.22618). Changes answers."""
+    refresh_interval: Positive | None = None
+    """Steps until that cache is recomputed; None = once per block."""
+    return_trace: bool = False
+    """Also return commit steps, confidence, entropy and the canvas after each step."""
+    return_dict_in_generate: bool = True
+    """True = a `DiffusionGenerationOutput`; False = the ids alone."""
+    mask_token_id: Count | None = None
+    """None = that of the model's config."""
     bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None  # one id or several that end a response
-    pad_token_id: int | None = None  # fills the canvas after the end; None = the first end token
-    suppress_tokens: list[int] | None = None  # never generated, like the mask token
-    unused_tokens: list[int] | None = None  # ids that have no token: never generated
+    eos_token_id: int | list[int] | None = None
+    """One id or several that end a response."""
+    pad_token_id: int | None = None
+    """Fills the canvas after the end; None = the first end token."""
+    suppress_tokens: list[int] | None = None
+    """Never generated, like the mask token."""
+    unused_tokens: list[int] | None = None
+    """Ids that have no token: never generated."""
 
     def __init__(self, **kwargs: Any):
         # Not the parent's: most of its settings have no effect here, and would be accepted in silence.

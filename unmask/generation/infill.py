@@ -51,11 +51,13 @@ class Gap:
 class Infilled:
     """A text with its gaps filled."""
 
-    parts: list[str]  # texts and filled gaps in turn, as they were given
-    # Tokens of each gap, and nats: of the gaps given the rest, or of all from the first gap if lengths were
-    # tried; the best first.
+    parts: list[str]
+    """Texts and filled gaps in turn, as they were given."""
     tried: list[tuple[tuple[int, ...], float]]
-    num_forwards: int  # forward passes, over all lengths tried
+    """Tokens of each gap, and nats: of the gaps given the rest, or of all from the first gap if lengths were
+    tried; the best first."""
+    num_forwards: int
+    """Forward passes, over all lengths tried."""
 
     @property
     def text(self) -> str:
@@ -69,8 +71,9 @@ def parse_gaps(text: str) -> list[str | Gap]:
     Raises:
         UnmaskError: a gap that is not written `[[gap:5]]` or `[[gap:2-8]]`.
 
-    >>> parse_gaps(r"a [[gap:2]] b [[gap:1-3]] \[[gap:4]]")
-    ['a ', Gap(low=2, high=2), ' b ', Gap(low=1, high=3), ' [[gap:4]]']
+    Examples:
+        >>> parse_gaps(r"a [[gap:2]] b [[gap:1-3]] \[[gap:4]]")
+        ['a ', Gap(low=2, high=2), ' b ', Gap(low=1, high=3), ' [[gap:4]]']
     """
     parts: list[str | Gap] = []
     before, end = "", 0

@@ -24,25 +24,39 @@ from unmask.errors import UnmaskError
 class Proposal(NamedTuple):
     """What the model would write at each candidate, and the progress of each row."""
 
-    candidates: Bool[Tensor, "R L"]  # True = a masked position of the current block: may be committed
+    candidates: Bool[Tensor, "R L"]
+    """True = a masked position of the current block: may be committed."""
     token: Int[Tensor, "R L"]
-    confidence: Float[Tensor, "R L"]  # the model's probability of the token; if committed, as it was then
-    margin: Float[Tensor, "R L"]  # that probability minus the next
-    entropy: Float[Tensor, "R L"]  # nats
-    committed: Bool[Tensor, "R L"]  # True = a position of the current block that has a token of the model
-    quota: Int[Tensor, "R"]  # tokens to commit now so that the block ends in time; 1 or more
-    share: Int[Tensor, "R"]  # tokens that the schedule gives to this step, however many were committed before
-    step: Int[Tensor, "R"]  # of the row within the block, from 0
-    steps: Int[Tensor, "R"]  # of the block
+    """What the model would write."""
+    confidence: Float[Tensor, "R L"]
+    """The model's probability of the token; if committed, as it was then."""
+    margin: Float[Tensor, "R L"]
+    """That probability minus the next."""
+    entropy: Float[Tensor, "R L"]
+    """Entropy of the distribution, in nats."""
+    committed: Bool[Tensor, "R L"]
+    """True = a position of the current block that has a token of the model."""
+    quota: Int[Tensor, "R"]
+    """Tokens to commit now so that the block ends in time; 1 or more."""
+    share: Int[Tensor, "R"]
+    """Tokens that the schedule gives to this step, however many were committed before."""
+    step: Int[Tensor, "R"]
+    """Denoising step of the row within the block, from 0."""
+    steps: Int[Tensor, "R"]
+    """Denoising steps of the block."""
     seed: Int[Tensor, "R"]
-    position: Int[Tensor, "R L"]  # index of each token in its row without padding: the key of its noise
+    """Key of the row's noise, with `position`."""
+    position: Int[Tensor, "R L"]
+    """Index of each token in its row without padding."""
 
 
 class Decision(NamedTuple):
-    """What a policy decides; True = do it. `remask`: committed positions to mask again."""
+    """What a policy decides; True = do it."""
 
     commit: Bool[Tensor, "R L"]
+    """Candidates to commit."""
     remask: Bool[Tensor, "R L"] | None = None
+    """Committed positions to mask again."""
 
 
 Policy = Callable[[Proposal], "Bool[Tensor, 'R L'] | Decision"]

@@ -40,10 +40,12 @@ class Answer:
     """The tokens of a finished row, the end token included."""
 
     ids: list[int]
-    commit_step: list[int]  # denoising step, from 0, that committed each token
-    num_forwards: int  # denoising steps
-    # With `return_trace`: the model's probability of each token and its entropy (nats) at that step.
+    commit_step: list[int]
+    """Denoising step, from 0, that committed each token."""
+    num_forwards: int
+    """Denoising steps."""
     confidence: list[float] = field(default_factory=list)
+    """With `return_trace`: the model's probability of each token and its entropy (nats) at that step."""
     entropy: list[float] = field(default_factory=list)
 
 
@@ -52,14 +54,23 @@ class Event:
     """What one forward pass did to one row; positions are counted from the start of its canvas."""
 
     slot: int
-    length: int = 0  # positions of the canvas
-    positions: list[int] = field(default_factory=list)  # committed
-    confidence: list[float] = field(default_factory=list)  # of those tokens, if the settings ask for it
-    tokens: list[int] = field(default_factory=list)  # their ids
-    remasked: list[int] = field(default_factory=list)  # positions masked again
-    num_final: int = 0  # leading tokens of the answer that can no longer change
-    answer: Answer | None = None  # once the row has ended
-    error: Exception | None = None  # why it ended without one
+    """The row, see `Engine.add_row`."""
+    length: int = 0
+    """Positions of the canvas."""
+    positions: list[int] = field(default_factory=list)
+    """Positions committed."""
+    confidence: list[float] = field(default_factory=list)
+    """The model's probabilities of their tokens, if the settings ask for them."""
+    tokens: list[int] = field(default_factory=list)
+    """Ids of those tokens."""
+    remasked: list[int] = field(default_factory=list)
+    """Positions masked again."""
+    num_final: int = 0
+    """Leading tokens of the answer that can no longer change."""
+    answer: Answer | None = None
+    """What was written, once the row has ended."""
+    error: Exception | None = None
+    """Why it ended without one."""
 
     @property
     def done(self) -> bool:

@@ -35,13 +35,20 @@ MISSING = "?"  # takes the place of a missing answer, so that a record without o
 class Completion:
     """What a model wrote; commit_step, confidence and entropy have an entry for each id."""
 
-    text: str  # without special tokens, and up to a stop string
-    ids: list[int]  # the end token included
-    commit_step: list[int]  # denoising step, from 0, that committed each token
-    confidence: list[float] = field(default_factory=list)  # the model's probability at that step
-    entropy: list[float] = field(default_factory=list)  # of the model at that step, in nats
-    num_forwards: int = 0  # denoising steps
-    states: list[list[int]] = field(default_factory=list)  # the canvas after each step, if asked for
+    text: str
+    """The answer without special tokens, and up to a stop string."""
+    ids: list[int]
+    """Its token ids, the end token included."""
+    commit_step: list[int]
+    """Denoising step, from 0, that committed each token."""
+    confidence: list[float] = field(default_factory=list)
+    """The model's probability at that step."""
+    entropy: list[float] = field(default_factory=list)
+    """The entropy of the model's distribution at that step, in nats."""
+    num_forwards: int = 0
+    """Denoising steps."""
+    states: list[list[int]] = field(default_factory=list)
+    """The canvas after each step, if asked for."""
 
     @property
     def figures(self) -> str:
@@ -62,10 +69,14 @@ class Completion:
 class Prompt:
     """A prompt with what it was made of."""
 
-    example: Example  # src_mask False = an earlier response, which training would mask
-    text: str  # its last user turn, or the raw text
-    location: str = ""  # file and line, for messages
-    expected: str = ""  # the response of the record, where it has one
+    example: Example
+    """`src_mask` False = an earlier response, which training would mask."""
+    text: str
+    """Its last user turn, or the raw text."""
+    location: str = ""
+    """File and line, for messages."""
+    expected: str = ""
+    """The response of the record, where it has one."""
 
 
 def chat_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
@@ -180,7 +191,8 @@ def read_prompts(
     Args:
         raw: texts to continue without the chat template: lines, or the field "prompt" or "text".
         longest: tokens of a prompt at most.
-        prefix, **options: see `make_prompts`.
+        prefix: see `make_prompts`.
+        **options: see `make_prompts`.
 
     Raises:
         UnmaskError: the file or a record cannot be used, a prompt is empty or too long, or there is none.

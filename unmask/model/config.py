@@ -34,8 +34,8 @@ _OF_THE_BASE = ("architectures", "auto_map")  # they name the base's classes and
 
 
 @dataclass(kw_only=True)
-class _DiffusionConfig:
-    """What a stock config gets to be that of a diffusion model.
+class DiffusionFields:
+    """What the config of a diffusion model has besides the fields of the stock one.
 
     Args:
         mask_token_id: id of the mask token; None until one is known, and then nothing can be masked.
@@ -76,33 +76,39 @@ class _DiffusionConfig:
         return diffusion_values(values), kwargs
 
 
-class Qwen3DiffusionConfig(_DiffusionConfig, Qwen3Config):
-    __doc__ = _DiffusionConfig.__doc__
+class Qwen3DiffusionConfig(DiffusionFields, Qwen3Config):
+    """Config of Qwen3 as a diffusion model: the stock one and `DiffusionFields`."""
+
     model_type = "unmask_qwen3"
 
 
-class Qwen2DiffusionConfig(_DiffusionConfig, Qwen2Config):
-    __doc__ = _DiffusionConfig.__doc__
+class Qwen2DiffusionConfig(DiffusionFields, Qwen2Config):
+    """Config of Qwen2 and Qwen2.5 as a diffusion model: the stock one and `DiffusionFields`."""
+
     model_type = "unmask_qwen2"
 
 
-class Qwen3MoeDiffusionConfig(_DiffusionConfig, Qwen3MoeConfig):
-    __doc__ = _DiffusionConfig.__doc__
+class Qwen3MoeDiffusionConfig(DiffusionFields, Qwen3MoeConfig):
+    """Config of Qwen3-MoE as a diffusion model: the stock one and `DiffusionFields`."""
+
     model_type = "unmask_qwen3_moe"
 
 
-class LlamaDiffusionConfig(_DiffusionConfig, LlamaConfig):
-    __doc__ = _DiffusionConfig.__doc__
+class LlamaDiffusionConfig(DiffusionFields, LlamaConfig):
+    """Config of Llama, and what shares its architecture, as a diffusion model: the stock one and `DiffusionFields`."""
+
     model_type = "unmask_llama"
 
 
-class MistralDiffusionConfig(_DiffusionConfig, MistralConfig):
-    __doc__ = _DiffusionConfig.__doc__
+class MistralDiffusionConfig(DiffusionFields, MistralConfig):
+    """Config of Mistral as a diffusion model: the stock one and `DiffusionFields`."""
+
     model_type = "unmask_mistral"
 
 
-class GemmaDiffusionConfig(_DiffusionConfig, GemmaConfig):
-    __doc__ = _DiffusionConfig.__doc__
+class GemmaDiffusionConfig(DiffusionFields, GemmaConfig):
+    """Config of Gemma as a diffusion model: the stock one and `DiffusionFields`."""
+
     model_type = "unmask_gemma"
 
 
@@ -127,7 +133,7 @@ def diffusion_config(config: Any, config_class: Any, base: Any = None) -> Any:
     """
     if isinstance(config, config_class):
         return config
-    stock = next(c for c in config_class.__mro__ if not issubclass(c, _DiffusionConfig))
+    stock = next(c for c in config_class.__mro__ if not issubclass(c, DiffusionFields))
     if not isinstance(config, stock):
         raise UnmaskError(
             f"config must be a {stock.__name__} or a {config_class.__name__}; got a {type(config).__name__}:"

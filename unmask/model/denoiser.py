@@ -143,7 +143,7 @@ class MaskedDiffusionMixin(GenerateMixin):
         denoised as they are and the loss is None. A block-causal model then too needs `src_mask` and "sft"
         to know where a response, and with it a block, starts.
 
-        Args: see `prepare`.
+        The arguments are those of `prepare`.
 
         Returns:
             `(logits, loss)`: logits (B, L, V), where `logits[:, i]` predicts token i, and the negative ELBO
@@ -280,7 +280,9 @@ class MaskedDiffusionMixin(GenerateMixin):
         Args:
             input_ids: clean ids.
             is_masked: True = the token is hidden from the model and scored; never padding or source.
-            attention_mask, src_mask, segment_ids: as in `prepare`.
+            attention_mask: as in `prepare`.
+            src_mask: as in `prepare`.
+            segment_ids: as in `prepare`.
 
         Raises:
             ValueError: as `prepare`, and for a masked position that cannot be masked.
@@ -381,8 +383,9 @@ def _check_batch(
 class Qwen3ForCausalLM(MaskedDiffusionMixin, StockQwen3):
     """Qwen3 as a masked-diffusion language model; `forward` and `generate` are the mixin's.
 
-    >>> model = Qwen3ForCausalLM.from_pretrained("Qwen/Qwen3-0.6B")  # doctest: +SKIP
-    >>> logits, loss = model(input_ids, src_mask=src_mask, training_mode="sft")  # doctest: +SKIP
+    Examples:
+        >>> model = Qwen3ForCausalLM.from_pretrained("Qwen/Qwen3-0.6B")  # doctest: +SKIP
+        >>> logits, loss = model(input_ids, src_mask=src_mask, training_mode="sft")  # doctest: +SKIP
     """
 
     config_class = Qwen3DiffusionConfig

@@ -32,18 +32,21 @@ from unmask.model.head import head_logits
 class DiffusionGenerationOutput(ModelOutput):
     """What `generate` returns; a forward pass that only fills a cache is not counted."""
 
-    # Prompt and response (B, P + C); padding after the first end token of a response.
     sequences: Int[Tensor, "B L"] | None = None
-    # Response tokens, the end token included, per denoising step of the row.
+    """Prompt and response (B, P + C); padding after the first end token of a response."""
     tokens_per_forward: Float[Tensor, "B"] | None = None
-    num_forwards: Int[Tensor, "B"] | None = None  # denoising steps of each row
-    # With `return_trace`: the step, from 0, that committed each canvas token, -1 after the end of a response;
-    # the model's probability of the token and its entropy (nats) at that step; and the canvas after each step
-    # of a row, of which rows with fewer steps repeat their last.
+    """Response tokens, the end token included, per denoising step of the row."""
+    num_forwards: Int[Tensor, "B"] | None = None
+    """Denoising steps of each row."""
     commit_step: Int[Tensor, "B C"] | None = None
+    """With `return_trace`, as the next three: the step, from 0, that committed each canvas token; -1 after the
+    end of a response."""
     confidence: Float[Tensor, "B C"] | None = None
+    """The model's probability of each token at that step."""
     entropy: Float[Tensor, "B C"] | None = None
+    """The entropy of the model's distribution at that step, in nats."""
     states: Int[Tensor, "B F C"] | None = None
+    """The canvas after each of F steps; rows with fewer steps repeat their last."""
 
 
 class _Batch(NamedTuple):
@@ -104,7 +107,8 @@ class GenerateMixin:
                 positions, fewer steps than blocks, or a setting that has no effect on this model.
             ValueError: input_ids or a mask that `forward` refuses too.
 
-        >>> model.generate(prompt_ids, max_new_tokens=32, steps=16).sequences  # doctest: +SKIP
+        Examples:
+            >>> model.generate(prompt_ids, max_new_tokens=32, steps=16).sequences  # doctest: +SKIP
         """
         config, block_length = self._settings(generation_config, settings)
         if (input_ids := inputs if input_ids is None else input_ids) is None:
@@ -151,8 +155,10 @@ class GenerateMixin:
         Args:
             input_ids: text (B, L); ids inside a gap are ignored.
             is_gap: (B, L), True = a position to fill. No end token is written.
-            attention_mask, generation_config, logits_processor, **settings: as in `generate`;
-                `max_new_tokens` has no effect.
+            attention_mask: as in `generate`.
+            generation_config: as in `generate`.
+            logits_processor: as in `generate`.
+            **settings: as in `generate`; `max_new_tokens` has no effect.
 
         Returns:
             `DiffusionGenerationOutput` with `sequences`, and the trace for all L positions.
@@ -363,11 +369,12 @@ def _bias(by_id: Mapping[int, float], vocab_size: int) -> Callable[[Tensor, Tens
 class GenerationEngine(Engine):
     """The engine on a model: rows with prompts and settings of their own, added and dropped at any time.
 
-    >>> engine = model.make_engine(max_rows=16)
-    >>> slot = engine.add(prompt_ids, max_new_tokens=32, threshold=0.9)
-    >>> for events in engine.steps():
-    ...     for event in events:
-    ...         print(event.slot, event.positions, event.tokens)
+    Examples:
+        >>> engine = model.make_engine(max_rows=16)
+        >>> slot = engine.add(prompt_ids, max_new_tokens=32, threshold=0.9)
+        >>> for events in engine.steps():
+        ...     for event in events:
+        ...         print(event.slot, event.positions, event.tokens)
     """
 
     def __init__(self, model: Any, max_rows: int, cache_tokens: int):
@@ -395,7 +402,10 @@ class GenerationEngine(Engine):
             src_mask: False = a part of the prompt that training would mask; see `model.generate`.
             is_gap: True = a position to fill; needs a bidirectional model.
             logit_bias: numbers added to the logits of some ids, by id.
-            generation_config, logits_processor, stopping_criteria, **settings: as in `model.generate`.
+            generation_config: as in `model.generate`.
+            logits_processor: as in `model.generate`.
+            stopping_criteria: as in `model.generate`.
+            **settings: as in `model.generate`.
 
         Returns:
             The slot that the row's events carry.

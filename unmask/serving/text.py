@@ -79,8 +79,9 @@ def split_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
 
     Where one of them is not such a call, all is text.
 
-    >>> split_calls('<tool_call>\\n{"name": "add", "arguments": {"a": 1}}\\n</tool_call>')
-    ('', [{'name': 'add', 'arguments': {'a': 1}}])
+    Examples:
+        >>> split_calls('<tool_call>\\n{"name": "add", "arguments": {"a": 1}}\\n</tool_call>')
+        ('', [{'name': 'add', 'arguments': {'a': 1}}])
     """
     calls: list[dict[str, Any]] = []
     for found in _CALL.findall(text):

@@ -76,8 +76,9 @@ def run(
     Raises:
         Unsandboxed: programs cannot be isolated here, and `allow_unsandboxed` is False.
 
-    >>> run(Program("def double(x): return 2 * x", "assert double(4) == 8")).status
-    'passed'
+    Examples:
+        >>> run(Program("def double(x): return 2 * x", "assert double(4) == 8")).status
+        'passed'
     """
     return _Server.get().run(program, seconds, megabytes, allow_unsandboxed)
 
