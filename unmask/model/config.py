@@ -95,7 +95,7 @@ class Qwen3MoeDiffusionConfig(DiffusionFields, Qwen3MoeConfig):
 
 
 class LlamaDiffusionConfig(DiffusionFields, LlamaConfig):
-    """Config of Llama, and what shares its architecture, as a diffusion model: the stock one and `DiffusionFields`."""
+    """Config of Llama and its like as a diffusion model: the stock one and `DiffusionFields`."""
 
     model_type = "unmask_llama"
 
