@@ -75,7 +75,7 @@ def convert(
     is shifted by one, and the tokenizer gets a mask token. Train the result
     before use.
     """
-    hide_progress_bars()
+    hide_progress_bars(base)
     from unmask.model.checkpoint import convert as run
 
     model, tokenizer = run(base, out)
@@ -100,7 +100,7 @@ def export(
     hub is a folder that transformers loads with trust_remote_code=True, without
     unmask; the others are what inference engines read.
     """
-    hide_progress_bars()
+    hide_progress_bars(model)
     from unmask.model.export import export as run
 
     for note in run(model, out, format, push=push):
@@ -118,7 +118,7 @@ def doctor(
     another shift or attention than the config says, something is wrong. Exit
     code 1 if anything is.
     """
-    hide_progress_bars()
+    hide_progress_bars(model)
     from unmask.evaluation.doctor import diagnose, has_faults, show
 
     findings = diagnose(model)
@@ -255,7 +255,7 @@ def merge(
     out: OutFolder,
 ) -> None:
     """Add an adapter to the weights it was trained on: a plain diffusion checkpoint."""
-    hide_progress_bars()
+    hide_progress_bars(adapter)
     from unmask.model.checkpoint import merge as run
 
     model, _ = run(adapter, out)
@@ -304,7 +304,7 @@ def score(
     Of a conversation the last response is scored, given all before it; plain
     text is scored block by block. The figures are upper bounds of -log p.
     """
-    hide_progress_bars()
+    hide_progress_bars(model)
     from unmask.evaluation.score import score_file, show_records, show_total
 
     console = Console()
@@ -322,7 +322,6 @@ def score(
         batch_size=batch_size,
         out=out,
         per_token=per_token,
-        console=console,
     )
     show_records(scored, show, console)
     show_total(scored, console)
@@ -333,7 +332,7 @@ def _settings(recipe: Path, overrides: list[str] | None) -> Any:
     from unmask.config import load_recipe
 
     settings = load_recipe(recipe, overrides or [])
-    hide_progress_bars()
+    hide_progress_bars(settings.model.name_or_path)
     return settings
 
 

@@ -123,7 +123,7 @@ def evaluate(
     from unmask.evaluation.report import show_results
     from unmask.evaluation.run import EvalSettings, run_eval
 
-    hide_progress_bars()
+    hide_progress_bars(model[0])
     disable_progress_bars()
     settings = EvalSettings(
         names,

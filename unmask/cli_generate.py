@@ -12,12 +12,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from typer import Option
 
 from unmask.cli_options import DECODING, BatchSize, EndFill, Model, System, decoding_options, refuse_unused
 from unmask.errors import UnmaskError
+from unmask.progress import Bar
 
+LARGE = 2 << 30  # bytes of weights from which on reading them takes long
 IN_TERMINAL = "-"  # what --trace alone means
 PICTURES = (".html", ".png")
 STDIN = "- reads standard input, without its last line end"
@@ -116,7 +117,9 @@ def generate(
         return
     seeds = [seed + sample for sample in range(samples)]
     keep = trace not in (None, IN_TERMINAL)
-    answers = complete(denoiser, tokenizer, [example] * samples, keep_states=keep, seed=seeds, **generation)
+    with Bar("denoising", samples * config.max_new_tokens, "tokens") as advance:
+        generation |= {"keep_states": keep, "watch": lambda event: advance(len(event.positions))}
+        answers = complete(denoiser, tokenizer, [example] * samples, seed=seeds, **generation)
     if trace is not None:
         names = [f"seed {number}" for number in seeds]
         shown = text + ("\n" if prefix and not raw else "") + prefix
@@ -205,16 +208,37 @@ def insert_trace_value(arguments: Sequence[str]) -> list[str]:
     return inserted
 
 
-def hide_progress_bars() -> None:
-    """Hide the progress bars of transformers, of loading and of writing weights."""
+def hide_progress_bars(checkpoint: str | None = None) -> None:
+    """Hide the bars of transformers and the hub; on a terminal not those of downloads, nor those of reading and
+    writing weights where `checkpoint` has many."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    terminal, downloads = sys.stderr.isatty(), not are_progress_bars_disabled()
+    if not (terminal and checkpoint is not None and bytes_of_weights(checkpoint) >= LARGE):
+        logging.disable_progress_bar()
+        if terminal and downloads:
+            enable_progress_bars()
+
+
+def bytes_of_weights(checkpoint: str) -> int:
+    """Size of the weights of a folder, or of a hub name in the cache; 0 where there are none yet."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    folder = Path(checkpoint).expanduser()
+    if not folder.is_dir():
+        try:
+            cached = try_to_load_from_cache(checkpoint, "config.json")
+        except HFValidationError:  # neither a folder nor a name: the error of what opens it says so
+            return 0
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def _load(name: str, decoding: dict[str, Any]) -> tuple[Any, Any, Any]:
     """The model, on the accelerator if there is one; its tokenizer; its settings with those given, checked."""
-    hide_progress_bars()
+    hide_progress_bars(name)
     from unmask.data.tokenizer import check_vocabulary, load_tokenizer
     from unmask.model.bf16 import place_for_inference
     from unmask.model.checkpoint import load_model
@@ -260,16 +284,13 @@ def _answer_file(answer: Any, prompts: list[Any], out: Path, *, samples: int, **
     from unmask.generation.text import answer_file
     from unmask.processes import rank_and_size
 
-    console, (rank, processes) = Console(stderr=True), rank_and_size()
-    with Progress(console=console, transient=True, disable=rank > 0 or not console.is_terminal) as progress:
-        share = len(prompts) * samples / processes
-        advance = partial(progress.advance, progress.add_task("answering", total=share))
-        try:
+    rank, processes = rank_and_size()
+    try:
+        with Bar("answering", len(prompts) * samples / processes, "prompts") as advance:
             totals = answer_file(answer, prompts, out, samples=samples, advance=advance, **options)
-        except KeyboardInterrupt:
-            progress.stop()
-            print(f"interrupted; --resume continues {out}", file=sys.stderr)
-            raise typer.Exit(130) from None
+    except KeyboardInterrupt:
+        print(f"interrupted; --resume continues {out}", file=sys.stderr)
+        raise typer.Exit(130) from None
     if rank:
         return
     line = f"{out}: {totals['answers']:,} answers to {len(prompts):,} prompts"

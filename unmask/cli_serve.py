@@ -41,7 +41,7 @@ def serve(
         adapters[name] = folder
     if api_key == "":
         raise UnmaskError("--api-key must not be empty.")
-    hide_progress_bars()
+    hide_progress_bars(model)
     from unmask.serving.run import serve as run
 
     run(

@@ -24,6 +24,7 @@ from unmask.data.collate import Row, pack_sizes
 from unmask.data.dataset import RunData, examples_of, first_rows, sizes_of, source_names
 from unmask.data.encode import EncodeReport, Example, named
 from unmask.io import atomic_write
+from unmask.progress import Bar
 
 if TYPE_CHECKING:
     from unmask.config import Recipe
@@ -133,15 +134,17 @@ def _duplicates(data: RunData) -> Iterator[Line]:
     prompts = any(example.src_mask[:1] == [True] for example in examples)
     for prompt in (False, True) if prompts else (False,):
         first, pairs = {}, []
-        for index, example in enumerate(examples):
-            if (name := key(example, prompt)) and (earlier := first.setdefault(name, index)) != index:
-                pairs.append((index, earlier))
+        with Bar("looking for duplicates", len(examples), "sequences") as bar:
+            for index, example in enumerate(bar.over(examples)):
+                if (name := key(example, prompt)) and (earlier := first.setdefault(name, index)) != index:
+                    pairs.append((index, earlier))
         said = [" = ".join(location(examples[index], data) for index in pair) for pair in pairs[:PAIRS]]
         said += [f"and {len(pairs) - PAIRS:,} more"] * (len(pairs) > PAIRS)
         what = "prompt (all before the first response)" if prompt else "whole sequence"
         yield what, f"{len(pairs):,}", "; ".join(said)
     if len(data.held_out):  # `first` has the prompts now, if there are any
-        repeats = sum(key(example, prompts) in first for example in data.held_out)
+        with Bar("looking for duplicates", len(data.held_out), "held-out sequences") as bar:
+            repeats = sum(key(example, prompts) in first for example in bar.over(data.held_out))
         yield f"held-out {'prompt' if prompts else 'sequence'} that is trained on, too", f"{repeats:,}", ""
 
 
@@ -273,23 +276,25 @@ def write_page(
     """Write the page, and say which rows it shows: `SEQUENCES` at most, of about `TOKENS` tokens."""
     rows = data.rows if data.stream is None else first_rows(data, SEQUENCES)
     counts, shown, tokens, size = Counter[str](), [], 0, micro_batch(data.recipe)
-    for row, length in islice(_padded(rows, size, data.row_length), SEQUENCES):
-        used = sum(len(example.input_ids) for example in row)
-        tokens += used
-        if shown and tokens > TOKENS:
-            break
-        documents = []
-        for example in row:
-            texts = []
-            for kind, count, text in pieces(example, tokenizer):
-                counts[kind] += count
-                repeated = f" ×{count}" if kind == "end" and count > 1 else ""
-                texts.append((kind, count, visible(text) + "\n" * text.endswith("\n") + repeated))
-            where = visible(location(example, data))
-            document = {"where": where, "tokens": len(example.input_ids), "pieces": texts}
-            documents.append({**document, "supervised": example.supervised})
-        counts.update(documents=len(row), pad=length - used)
-        shown.append({"size": used, "padding": length - used, "documents": documents})
+    padded, most = _padded(rows, size, data.row_length), min(len(rows), SEQUENCES)
+    with Bar("writing the page", most, "rows") as bar:
+        for row, length in bar.over(islice(padded, most)):
+            used = sum(len(example.input_ids) for example in row)
+            tokens += used
+            if shown and tokens > TOKENS:
+                break
+            documents = []
+            for example in row:
+                texts = []
+                for kind, count, text in pieces(example, tokenizer):
+                    counts[kind] += count
+                    repeated = f" ×{count}" if kind == "end" and count > 1 else ""
+                    texts.append((kind, count, visible(text) + "\n" * text.endswith("\n") + repeated))
+                where = visible(location(example, data))
+                document = {"where": where, "tokens": len(example.input_ids), "pieces": texts}
+                documents.append({**document, "supervised": example.supervised})
+            counts.update(documents=len(row), pad=length - used)
+            shown.append({"size": used, "padding": length - used, "documents": documents})
     laid = f"padded to the longest of {size:,}"
     if data.row_length is not None:
         laid = f"packed into rows of {data.row_length:,} tokens"

@@ -14,11 +14,13 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from pathlib import Path
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 import transformers
@@ -31,6 +33,7 @@ from unmask.data.hub import first_line
 from unmask.data.records import CustomFields
 from unmask.errors import UnmaskError
 from unmask.io import ASIDE, atomic_write, directory_lock, reason, sha256, sync
+from unmask.progress import Bar
 
 if TYPE_CHECKING:
     from unmask.config import Recipe
@@ -40,6 +43,7 @@ KIND = "unmask encoded data"
 MANIFEST = "manifest.json"
 SHARD = 8192  # records, or documents, of a shard
 BATCH = 1024  # rows written together
+STARTING = 1.0  # seconds that processes have to start before a thread is at work next to them
 VERIFIED = 4 << 30  # bytes up to which checksums are verified before a run
 # Keys of `data` that say which records; a run on prepared data may leave them out.
 ORIGIN = ("dataset_name", "dataset_config", "split", "text_field", "max_records")
@@ -224,8 +228,8 @@ def _write_shards(
         records = ((number, record) for number, file in enumerate(source.files) for record in file.read())
         return islice(records, limit)
 
-    def work(process: int) -> dict[str, int]:
-        records, shard = all_records(), 0
+    def work(process: int, records: Iterator[tuple[int, Record]] | None = None) -> dict[str, int]:
+        records, shard = records or all_records(), 0
         while (first := next(records, None)) is not None:
             some = chain([first], islice(records, shard_records - 1))
             if shard % processes == process:
@@ -234,27 +238,61 @@ def _write_shards(
             shard += 1
         return {"shards": shard}
 
-    if next(islice(all_records(), shard_records, None), None) is None:
+    few = sum(1 for _ in islice(all_records(), shard_records + 1))
+    if few <= shard_records or processes == 1:
+        count = few if few <= shard_records else sum(1 for _ in all_records())
         processes = 1
-    if processes == 1:
-        work(0)
+        with Bar("encoding", count, "records") as bar:
+            work(0, bar.over(all_records()))
         return
     from datasets import Dataset
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+    if shown := not are_progress_bars_disabled():
+        disable_progress_bars()
     try:
-        Dataset.from_dict({"process": list(range(processes))}).map(
-            work,
-            input_columns="process",
-            num_proc=processes,
-            keep_in_memory=True,
-            new_fingerprint=digest([str(folder), os.getpid()])[:16],
-            desc="encoding, by process",
-        )
+        with _shards_counted(folder, all_records, shard_records):
+            Dataset.from_dict({"process": list(range(processes))}).map(
+                work,
+                input_columns="process",
+                num_proc=processes,
+                keep_in_memory=True,
+                new_fingerprint=digest([str(folder), os.getpid()])[:16],
+            )
     except RuntimeError as error:
         raise UnmaskError(
             f"{folder}: a process that encodes was killed, possibly out of memory ({first_line(error)}); the"
             " same command resumes, with fewer processes if need be."
         ) from error
+    finally:
+        if shown:
+            enable_progress_bars()
+
+
+@contextmanager
+def _shards_counted(
+    folder: Path, all_records: Callable[[], Iterator[Any]], shard_records: int
+) -> Iterator[None]:
+    """Show how many records the processes at work on a folder have encoded, by its finished shards."""
+    ended = Event()
+
+    def count() -> int:
+        return sum(1 for _ in takewhile(lambda _: not ended.is_set(), all_records()))
+
+    def watch() -> None:
+        if ended.wait(STARTING):
+            return
+        with suppress(UnmaskError), Bar("encoding", count(), "records") as bar:
+            while not ended.wait(1.0):
+                bar.update(shard_records * sum(1 for _ in folder.glob("shard-*.json")))
+
+    thread = Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _write_shard(

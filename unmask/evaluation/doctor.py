@@ -24,6 +24,7 @@ from unmask.errors import UnmaskError, UnmaskNote
 from unmask.formats import PREFIX
 from unmask.model.checkpoint import is_adapter, load_model
 from unmask.model.config import describe_attention
+from unmask.progress import Bar
 
 TEXT = (
     "The harbour was quiet in the early morning. A man carried two baskets of fish from his boat to the market,"
@@ -182,15 +183,16 @@ def compare_readings(model: Any, ids: torch.Tensor) -> list[Reading]:
     }
     model.eval()
     nats = {}
-    for name, change in changes.items():
-        before = {key: getattr(config, key) for key in change}
-        try:
-            for key, value in change.items():
-                setattr(config, key, value)
-            nats[name] = model.masked_nll(batch, is_masked).double().cpu()
-        finally:
-            for key, value in before.items():
-                setattr(config, key, value)
+    with Bar("reading a text", len(changes), "ways") as bar:
+        for name, change in bar.over(changes.items()):
+            before = {key: getattr(config, key) for key in change}
+            try:
+                for key, value in change.items():
+                    setattr(config, key, value)
+                nats[name] = model.masked_nll(batch, is_masked).double().cpu()
+            finally:
+                for key, value in before.items():
+                    setattr(config, key, value)
     gains = {name: nats[""] - values for name, values in nats.items()}
     return [
         Reading(

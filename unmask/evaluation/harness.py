@@ -18,8 +18,6 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
-from rich.console import Console
-from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from unmask.data.encode import Example
@@ -33,6 +31,8 @@ from unmask.generation.infill import Gap, infill_text
 from unmask.generation.text import StopStrings, completions
 from unmask.model.bf16 import place_for_inference
 from unmask.model.checkpoint import load_model
+from unmask.processes import rank_and_size
+from unmask.progress import Bar
 
 NOT_OF_GAPS = ("max_new_tokens", "min_new_tokens")  # settings that a gap decides
 
@@ -45,6 +45,13 @@ class Asked:
     context: str
     decoding: Decoding
     seed: int
+
+
+DOING = {  # kind of request -> what it is to people
+    "generate_until": "generating",
+    "loglikelihood": "scoring choices",
+    "loglikelihood_rolling": "scoring texts",
+}
 
 
 class UnmaskLM(LM):
@@ -290,14 +297,13 @@ class UnmaskLM(LM):
         compute: Any,
         quiet: bool,
     ) -> list[dict[str, Any]]:
-        console = Console(stderr=True)
-        with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
-            task = progress.add_task(kind, total=len(items))
-            names = [json.dumps([kind, *key], ensure_ascii=False) for key in keys]
-            at_once = 4 * self.batch_size
-            return self.journal.results(
-                names, items, compute, at_once, lambda count: progress.advance(task, count)
-            )
+        names = [json.dumps([kind, *key], ensure_ascii=False) for key in keys]
+        at_once = 4 * self.batch_size
+        if quiet:
+            return self.journal.results(names, items, compute, at_once)
+        what, share = DOING[kind], len(items) / rank_and_size()[1]
+        with Bar(what, share, "requests") as advance:
+            return self.journal.results(names, items, compute, at_once, advance)
 
 
 def _where(request: Instance) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import compress, islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import torch
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
@@ -29,6 +27,7 @@ from unmask.generation.trace import token_texts
 from unmask.io import atomic_write, check_output_file
 from unmask.model.bf16 import place_for_inference
 from unmask.model.checkpoint import load_model, read_config
+from unmask.progress import Bar
 from unmask.shipped import find_shipped
 
 TEXT_FIELD = "text"
@@ -89,7 +88,6 @@ def score_file(
     batch_size: int = 16,
     out: Path | None = None,
     per_token: bool = False,
-    console: Console | None = None,
     **reading: Any,
 ) -> FileScore:
     """Score every record of a file under a diffusion checkpoint.
@@ -125,9 +123,7 @@ def score_file(
     place_for_inference(denoiser)
     lines: list[dict[str, Any]] = []
     parts: list[Likelihood] = []
-    console = console or Console(quiet=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        advance = partial(progress.advance, progress.add_task("scoring", total=len(texts.items)))
+    with Bar("scoring", len(texts.items), "records") as advance:
         for start in range(0, len(texts.items), RECORDS_AT_ONCE):
             items = texts.items[start : start + RECORDS_AT_ONCE]
             batch = collate([item.example for item in items], pad_token_id=0)
@@ -233,7 +229,8 @@ def read_texts(
         tokenizer, layout="chat", train_on="last", end_fill=end_fill, block_size=size, too_long="drop"
     )
     records = list(read_records(file, limit=limit))
-    examples, report = encode_records(records, encoder, format)
+    with Bar("encoding", len(records), "records") as bar:
+        examples, report = encode_records(bar.over(records), encoder, format)
     if not examples:
         raise UnmaskError(f"{file}: no record can be scored: {'; '.join(report.left_out())}.")
     items = [ScoredText(e, records[e.record][1], _response_bytes(e, tokenizer)) for e in examples]

@@ -27,6 +27,7 @@ from unmask.evaluation.report import metric_rows
 from unmask.evaluation.run import EvalSettings, run_eval
 from unmask.io import atomic_write
 from unmask.plots import draw_sweep
+from unmask.progress import Bar
 
 ALPHA, WITHIN = 3.0, 5.0  # of AUP: weight of lost accuracy, and percent that may be lost at all
 RESAMPLES = 10_000
@@ -73,8 +74,9 @@ def run_sweep(
     names = _short_names(models)
     curves: dict[str, dict[str, list[dict[str, Any]]]] = {}
     metrics: dict[str, str] = {}
-    for model, name in zip(models, names, strict=True):
-        for value in values:
+    runs = [(model, name, value) for model, name in zip(models, names, strict=True) for value in values]
+    with Bar("evaluating", len(runs), "runs") as bar:
+        for model, name, value in bar.over(runs):
             one = replace(settings, decoding={**settings.decoding, setting: value})
             results = run_eval(model, out / name / f"{setting}={value}", one, **how)
             if results is None:

@@ -28,6 +28,7 @@ from unmask.data.encode import Example
 from unmask.data.tokenizer import ids_without_token
 from unmask.errors import UnmaskError
 from unmask.generation.text import following_ids
+from unmask.progress import Bar
 
 MOST_COMBINATIONS = 256  # of lengths
 _GAP = re.compile(r"(\\*)\[\[gap(?::\s*(\d+)\s*(?:-\s*(\d+)\s*)?\]\])?")
@@ -141,19 +142,26 @@ def infill_text(
     settings.setdefault("unused_tokens", ids_without_token(tokenizer, model.config.vocab_size))
     results: list[tuple[float, tuple[int, ...], list[int]]] = []
     num_forwards = 0
-    for start in range(0, count, batch_size):
-        tried = combinations[start : start + batch_size]
-        batch = collate([_row(before, known, lengths, end, end_fill) for lengths in tried], pad_token_id=0)
-        ids, is_token = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device).bool()
-        is_gap = ~batch["src_mask"].to(model.device)
-        output = model.infill(
-            ids, is_gap, is_token, return_trace=True, max_new_tokens=sum(tried[-1]), **settings
-        )
-        scores = _score_after_gap(model, ids, is_gap, is_token) if count > 1 else [0.0] * len(tried)
-        for row, lengths in enumerate(tried):
-            score = scores[row] + output.confidence[row][is_gap[row]].double().log().sum().item()
-            results.append((score, lengths, output.sequences[row].tolist()))
-        num_forwards += int(output.num_forwards.sum()) + (len(tried) if count > 1 else 0)
+    with Bar("trying lengths", count, "lengths") as advance:
+        for start in range(0, count, batch_size):
+            tried = combinations[start : start + batch_size]
+            batch = collate(
+                [_row(before, known, lengths, end, end_fill) for lengths in tried], pad_token_id=0
+            )
+            ids, is_token = (
+                batch["input_ids"].to(model.device),
+                batch["attention_mask"].to(model.device).bool(),
+            )
+            is_gap = ~batch["src_mask"].to(model.device)
+            output = model.infill(
+                ids, is_gap, is_token, return_trace=True, max_new_tokens=sum(tried[-1]), **settings
+            )
+            scores = _score_after_gap(model, ids, is_gap, is_token) if count > 1 else [0.0] * len(tried)
+            for row, lengths in enumerate(tried):
+                score = scores[row] + output.confidence[row][is_gap[row]].double().log().sum().item()
+                results.append((score, lengths, output.sequences[row].tolist()))
+            num_forwards += int(output.num_forwards.sum()) + (len(tried) if count > 1 else 0)
+            advance(len(tried))
     results.sort(key=lambda result: -result[0])  # stable: the shorter first
     _, lengths, ids = results[0]
     whole, stop = [], len(before.input_ids)

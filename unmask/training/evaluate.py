@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +18,6 @@ import torch
 from jaxtyping import Float
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -34,6 +32,7 @@ from unmask.evaluation.exact_match import exact_share, is_exact
 from unmask.generation.text import Completion, Prompt, complete, make_prompts
 from unmask.generation.trace import trace_lines
 from unmask.io import atomic_write
+from unmask.progress import Bar
 from unmask.training.parallel import Processes, SharedModel
 
 T = TypeVar("T")
@@ -77,7 +76,7 @@ def held_out_loss(
     """
     group, sums = shared.group, HeldOutSums(sources or [""], shared.group.device)
     mine = range(group.rank, len(rows), group.ranks)
-    with shared.evaluating() as model:
+    with shared.evaluating() as model, Bar("held-out loss", len(mine), "sequences") as advance:
         objective = Objective(eps=model.config.noise_eps)
         for start in range(0, -(-len(rows) // group.ranks), micro_batch):
             batch = [rows[index] for index in mine[start : start + micro_batch]]
@@ -94,6 +93,7 @@ def held_out_loss(
                 sums.add(
                     masks, nll, noised, [[example.source for example in examples_of(row)] for row in batch]
                 )
+            advance(len(batch))
     return sums.metrics(group)
 
 
@@ -165,9 +165,7 @@ class Answers:
 
     def measure(self, shared: SharedModel, when: str) -> list[Completion]:
         """Answer all prompts, and print the share that is exact; [] where this process has nothing to do."""
-        with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
-            task = progress.add_task(f"answering {when}", total=len(self.prompts))
-            completions = self._answer(shared, self.prompts, partial(progress.advance, task))
+        completions = self._answer(shared, self.prompts, f"answering {when}")
         if completions:
             share = exact_share(completions, self.prompts)
             self.console.print(f"exact match {when}: {share:.1%} of {len(self.prompts)} held-out prompts")
@@ -175,7 +173,7 @@ class Answers:
 
     def sample(self, shared: SharedModel, step: int, file: Path) -> list[tuple[str, str]]:
         """Answer the few prompts, append them to `samples.jsonl`; (prompt, answer) of each."""
-        completions = self._answer(shared, self.few)
+        completions = self._answer(shared, self.few, "answering")
         if not completions or not shared.group.main:
             return []
         text = file.read_text(encoding="utf-8") if file.exists() else ""
@@ -199,12 +197,11 @@ class Answers:
                 self.console.print(line)
         self.console.print()
 
-    def _answer(
-        self, shared: SharedModel, prompts: Sequence[Prompt], advance: Any = None
-    ) -> list[Completion]:
+    def _answer(self, shared: SharedModel, prompts: Sequence[Prompt], what: str) -> list[Completion]:
         if not prompts or not (shared.group.main or shared.sharded):
             return []
-        with shared.evaluating() as model:
+        bar = Bar(what, len(prompts), "prompts", console=self.console)
+        with shared.evaluating() as model, bar as advance:
             return complete(
                 model,
                 self.tokenizer,

@@ -9,7 +9,6 @@ from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from unmask.config import Recipe
 from unmask.errors import UnmaskError
@@ -17,6 +16,7 @@ from unmask.io import reason
 from unmask.model.checkpoint import is_diffusion, read_config
 from unmask.model.config import describe_attention
 from unmask.plots import draw_losses, draw_noise_levels
+from unmask.progress import Bar
 from unmask.training.build import loss_unit
 from unmask.training.parallel import Processes, batch_plan
 
@@ -31,11 +31,7 @@ class Report:
         self.unit = loss_unit(recipe)
         self.trackers: list[Any] = []
         self.started = time.monotonic()
-        shown = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
-        hidden = not (group.main and console.is_terminal)
-        self.progress = Progress(
-            *shown, TimeRemainingColumn(), console=console, transient=True, disable=hidden
-        )
+        self.bar: Bar | None = None
 
     def open(self) -> None:
         """Start the trackers."""
@@ -44,12 +40,20 @@ class Report:
     def begin(self, step: int) -> None:
         """Start the clock and the progress bar."""
         self.started = time.monotonic()
-        self.task = self.progress.add_task("training", total=self.recipe.max_steps, completed=step)
-        self.progress.start()
+        self.bar = Bar(
+            "training", self.recipe.max_steps, "steps", completed=step, console=self.console
+        ).start()
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
-        self.progress.update(self.task, completed=step)
+        if self.bar is not None:
+            self.bar.update(step)
+
+    def end(self) -> None:
+        """Remove the progress bar."""
+        if self.bar is not None:
+            self.bar.stop()
+        self.bar = None
 
     def say(self, line: str) -> None:
         """Print a line."""
@@ -93,7 +97,7 @@ class Report:
 
     def close(self) -> None:
         """Leave the terminal in order, also after a failure."""
-        self.progress.stop()
+        self.end()
         for tracker in self.trackers:
             tracker.finish()
         self.trackers = []

@@ -216,7 +216,7 @@ class Run:
                 self.report.close()
                 self.say(f"stopped after step {state.step}; resume with resume_from_checkpoint=auto")
                 leave(self.stop)
-        self.report.progress.stop()
+        self.report.end()
 
     def _step(self) -> bool:
         """Take one optimizer step; False if the data have ended."""

@@ -94,11 +94,19 @@ def run_all(
     """Run programs, `workers` at once (None: one a CPU core); the outcomes are in the order of the programs."""
     if not programs:
         return []
-    server = _Server.get()
-    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-        return list(
-            pool.map(lambda program: server.run(program, seconds, megabytes, allow_unsandboxed), programs)
-        )
+    from unmask.progress import Bar  # which the sandbox's own process does not need
+
+    server, outcomes = _Server.get(), []
+    with (
+        ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool,
+        Bar("running programs", len(programs), "programs") as advance,
+    ):
+        for outcome in pool.map(
+            lambda program: server.run(program, seconds, megabytes, allow_unsandboxed), programs
+        ):
+            outcomes.append(outcome)
+            advance()
+    return outcomes
 
 
 # Imports the server from where this package is, and forgets that folder: no program reads what else is there.
