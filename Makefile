@@ -1,7 +1,7 @@
 # Every target makes the environment it needs: .venv, about 80 s and 1.5 GB the first time.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all test-page test-gpu test-newest test-oldest lock check fix docs docs-serve bench clean
+.PHONY: help install demo test test-slow test-all test-page test-gpu test-newest test-oldest lock check fix docs docs-serve package bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -24,7 +24,7 @@ help:  ## list the targets
 .venv-oldest/.installed: scripts/lowest.py
 
 # The exact torch on the command line makes pip take its small CPU build. The variables reach the build
-# of the package (setuptools) too: the first in pip before 25.3, the second from there on.
+# of the package (hatchling) too: the first in pip before 25.3, the second from there on.
 .venv/.installed .venv-newest/.installed .venv-oldest/.installed: pyproject.toml
 	@echo "making $(@D): about 80 s and 1.5 GB the first time"
 	@$(PYTHON) -m venv --clear $(@D)
@@ -69,6 +69,9 @@ test-newest test-oldest: test-%:
 	@.venv-$*/bin/pip freeze --exclude-editable | paste -sd' ' | fold -sw 100
 	@$(MAKE) --no-print-directory test-all VENV=.venv-$*
 
+package:  ## build wheel and sdist into dist/, check them, try the wheel alone in an empty environment; needs an index
+	@$(PYTHON) scripts/package.py
+
 check: $(STAMP)  ## lint, formatting, types, layers, generated docs; offline
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -94,5 +97,5 @@ bench: $(STAMP)  ## run every benchmark; each prints a ratio
 	@$(RUN); set -e; for file in $(wildcard benchmarks/*.py); do echo "== $$file"; python "$$file"; done
 
 clean:  ## remove the environment, caches and runs
-	rm -rf .venv .venv-newest .venv-oldest outputs site build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest .venv-oldest outputs site build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
