@@ -101,7 +101,6 @@ def score_file(
         batch_size: see `unmask.likelihood`.
         out: file for one JSON line per record; written whole, after the scoring.
         per_token: add each scored token with its nats to those lines.
-        console: where a progress bar is shown; none by default.
         **reading: see `read_texts`: `raw`, `format`, `end_fill`, `block_size`, `limit`.
 
     Raises:
