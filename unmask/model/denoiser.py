@@ -146,8 +146,8 @@ class MaskedDiffusionMixin(GenerateMixin):
         The arguments are those of `prepare`.
 
         Returns:
-            `(logits, loss)`: logits (B, L, V), where `logits[:, i]` predicts token i, and the negative ELBO
-            in nats per supervised token (see `unmask.diffusion.loss`).
+            The logits (B, L, V), where `logits[:, i]` predicts token i, and the negative ELBO in nats per
+            supervised token (see `unmask.diffusion.loss`).
 
         Raises:
             ValueError: as `prepare`, and for a model without a mask token where something would be masked.
