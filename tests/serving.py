@@ -14,7 +14,7 @@ import uvicorn
 
 from unmask.data.tokenizer import byte_tokenizer
 from unmask.generation.config import DiffusionGenerationConfig
-from unmask.generation.engine import Answer, Event
+from unmask.generation.rows import Answer, Event
 from unmask.serving.app import Server, make_app
 from unmask.serving.protocol import Served
 from unmask.serving.scheduler import Scheduler

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from unmask.diffusion.attention import BlockAnchor
 from unmask.errors import UnmaskError
-from unmask.generation.engine import DenoiserInput
 from unmask.generation.sampling import Logits
+from unmask.generation.table import DenoiserInput
 
 MASK = 31
 WINDOW: dict[str, Any] = {
@@ -173,6 +173,30 @@ def test_an_approximate_cache_computes_less(kind: str) -> None:
     prefix = [17, 12, 12, 12, 17, 8, 8, 8, 17, 4, 4, 4]
     expected = prefix if kind == "prefix" else [17, 4, 4, 4] * 3
     assert computed == [6 * count for count in expected]
+
+
+def test_a_refresh_due_at_a_step_without_masks_comes_with_the_next_forward_pass() -> None:
+    model = tiny_model().eval()
+    settings = {
+        "policy": "remdm_cap",
+        "eta": 0.5,
+        "max_new_tokens": 4,
+        "eos_token_id": [],
+        "temperature": 1.0,
+    }
+    prompt, computed, late = random_ids(1, 16)[0].tolist(), tokens_computed(model), 0
+    for seed in range(40):
+        engine = model.make_engine(max_rows=1)
+        engine.add(prompt, seed=seed, approximate_cache="dual", refresh_interval=2, **settings)
+        refreshed = 0
+        for step, _ in enumerate(engine.steps()):
+            for count in computed:  # one, or none where nothing is masked
+                if count == 20:
+                    late += step - refreshed > 2
+                    refreshed = step
+                assert step - refreshed < 2
+            computed.clear()
+    assert late > 0
 
 
 def test_settings_that_do_not_fit_the_attention() -> None:

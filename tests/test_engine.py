@@ -17,10 +17,11 @@ from transformers import PreTrainedTokenizerBase, TextDiffusionStreamer, TextStr
 
 from unmask import DiffusionGenerationConfig
 from unmask.errors import UnmaskError
-from unmask.generation.engine import DenoiserInput, Engine
+from unmask.generation.engine import Engine
 from unmask.generation.policy import POLICIES, share_steps
 from unmask.generation.rows import Answer, Row
 from unmask.generation.sampling import Logits
+from unmask.generation.table import DenoiserInput
 
 PAD, END, MASK = 0, 1, 31
 ENDS = [3, 7, 12, 20]

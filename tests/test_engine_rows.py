@@ -19,11 +19,12 @@ from torch import Tensor
 
 from unmask import DiffusionGenerationConfig
 from unmask.errors import UnmaskError
-from unmask.generation.engine import DenoiserInput, Engine
+from unmask.generation.engine import Engine
 from unmask.generation.policy import POLICIES, Decision, Proposal, most_confident
 from unmask.generation.pool import KeyPool
 from unmask.generation.rows import Answer, Event, Row
 from unmask.generation.sampling import Logits
+from unmask.generation.table import DenoiserInput
 
 MASK = 31
 # Widths of real models are multiples of 32. With others torch's loops over elements end in a rest, which other
@@ -199,7 +200,7 @@ def test_a_full_cache_lets_rows_wait_and_forgets_the_oldest() -> None:
     slots = [engine.add(job.prompt, **job.settings) for job in jobs]
     most, order = 0, []
     for events in engine.steps():
-        most = max(most, len(engine.running))
+        most = max(most, len(engine.table.running))
         order += [event.slot for event in events if event.done]
     assert sorted(order) == slots and 2 <= most < 12
     assert sum(region.size for region in engine.pool.regions) <= 2 * longest
@@ -400,6 +401,35 @@ def test_a_stopping_criterion_that_fails_harms_no_other_row() -> None:
     done = {event.slot: event for events in engine.steps() for event in events if event.done}
     assert [done[slot].answer for slot in (0, 2, 3)] == [alone[slot] for slot in (0, 2, 3)]
     assert str(done[1].error) == "no"
+
+
+def test_an_interrupted_stopping_criterion_loses_no_event_and_harms_no_row() -> None:
+    model: Any = tiny_model().eval()
+    options = {"max_new_tokens": 6, "block_length": 1, "eos_token_id": [], "temperature": 1.0}
+    alone = [run(model.make_engine(), [4, 5], seed=seed, **options) for seed in range(4)]
+    interrupts = [KeyboardInterrupt()]
+
+    def interrupted(ids: Tensor, _: Any) -> bool:
+        if ids.shape[1] == 5 and interrupts:
+            raise interrupts.pop()
+        return False
+
+    engine = model.make_engine()
+    for seed in range(4):
+        criteria = interrupted if seed == 1 else None
+        engine.add([4, 5], seed=seed, stopping_criteria=criteria, **options)
+    canvases, answers = [[MASK] * 6 for _ in range(4)], {}
+
+    def work() -> None:
+        for event in (event for events in engine.steps() for event in events):
+            event.apply(canvases[event.slot], MASK)
+            if event.done:
+                answers[event.slot] = ended(event)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    work()
+    assert [answers[slot].ids for slot in range(4)] == canvases == [answer.ids for answer in alone]
 
 
 def test_an_engine_without_rows_is_refused() -> None:

@@ -5,11 +5,10 @@ A row is a prompt with a canvas of masks, its own settings and its own seed. At 
 each row's policy choose which to commit, and says in an `Event` what became of the row. It knows nothing of
 networks. Noise is keyed by (seed, position, step), so that an answer depends on the row alone.
 
-The bookkeeping is on the CPU, in tables with a line for each running row; of a network's device it asks
-once a step for the tokens drawn.
+The bookkeeping is on the CPU, in the tables of `table.py`; of a network's device it asks once a step for the
+tokens drawn.
 
-Shapes: R rows, L columns of a row, S columns shown to the network, W columns of the widest current block,
-M positions whose logits are needed, N blocks.
+Shapes: R rows, W columns of the widest current block, M positions whose logits are needed.
 """
 
 from __future__ import annotations
@@ -21,31 +20,17 @@ from hashlib import sha256
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria
 
-from unmask.diffusion.rng import keyed_hash
 from unmask.errors import UnmaskError
-from unmask.generation.policy import REMASK, Decision, Proposal
+from unmask.generation.policy import REMASK, Decision, Proposal, with_ends_last
 from unmask.generation.pool import KeyPool
 from unmask.generation.rows import LAST, Answer, Event, Row, State, prepare
 from unmask.generation.sampling import Group, Logits, Sampled, draw, uniforms
-
-
-class DenoiserInput(NamedTuple):
-    """What the network is given in one forward pass, on the CPU."""
-
-    ids: Int[Tensor, "R S"]
-    is_token: Bool[Tensor, "R S"]  # True = may be attended to; False = padding, and masks of later blocks
-    needs_logits: Bool[Tensor, "R S"]
-    is_computed: Bool[Tensor, "R S"]  # the keys and values of other tokens are in the cache
-    # Where the row's region of the cache begins; -1 = it has none, and computes all of its tokens.
-    region: Int[Tensor, "R"]
-    # Blocks of a block-causal model: a token attends to its own and earlier ones. None = to every token.
-    block: Int[Tensor, "R S"] | None = None
+from unmask.generation.table import Changes, Columns, DenoiserInput, RowTable, alike
 
 
 class Denoiser(Protocol):
@@ -60,13 +45,23 @@ class Denoiser(Protocol):
         ...
 
 
-class _Change(NamedTuple):
-    """What a step changed in a row, see `Event`."""
+class _Step(NamedTuple):
+    """What a step decided, before any of it is written."""
 
-    positions: list[int]
-    tokens: list[int]
-    confidence: list[float]
-    remasked: list[int]
+    columns: Columns
+    asked: Bool[Tensor, "R"]  # True = denoised by a forward pass
+    proposal: Proposal
+    commit: Bool[Tensor, "R W"]
+    remask: Bool[Tensor, "R W"]
+
+
+class _Outcome(NamedTuple):
+    """What a step did to a row, which is not yet told."""
+
+    state: State
+    is_complete: bool  # its current block
+    first_masked: int  # column
+    change: dict[str, Any]  # fields of `Event`
 
 
 class Engine:
@@ -85,28 +80,11 @@ class Engine:
             raise UnmaskError(f"max_rows must be 1 or more; got {max_rows}.")
         self.denoiser, self.mask_token_id, self.pool = denoiser, mask_token_id, pool
         self.waiting: deque[State] = deque()
-        self.running: dict[int, State] = {}  # by line
-        self.lines = list(range(max_rows))[::-1]  # free ones
+        self.table = RowTable(max_rows, mask_token_id)
         self.last_slot = -1
-        # By line and column.
-        self.ids, self.block_of, self.model_block, self.offset, self.commit_step, self.canvas_index = (
-            torch.zeros(max_rows, 0, dtype=torch.long) for _ in range(6)
-        )
-        self.masked, self.canvas, self.is_end = (torch.zeros(max_rows, 0, dtype=torch.bool) for _ in range(3))
-        self.confidence, self.entropy = (torch.zeros(max_rows, 0) for _ in range(2))
-        # By line. Of the current block: its number, step, first column, the column after its last, its
-        # tokens and its steps.
-        self.length, self.seed, self.num_forwards, self.block, self.step_of = (
-            torch.zeros(max_rows, dtype=torch.long) for _ in range(5)
-        )
-        self.start, self.stop, self.size, self.steps_of, self.region = (
-            torch.zeros(max_rows, dtype=torch.long) for _ in range(5)
-        )
-        self.cached_blocks, self.refresh = (torch.zeros(max_rows, dtype=torch.long) for _ in range(2))
-        self.first_end = torch.zeros(max_rows, dtype=torch.long)  # column of the first end token
-        self.hides, self.remasks, self.keeps_prefix = (
-            torch.zeros(max_rows, dtype=torch.bool) for _ in range(3)
-        )
+        # Of the step that is being told: a stopping criterion may be interrupted, and the rest is told after.
+        self.outcomes: deque[_Outcome] = deque()
+        self.events: list[Event] = []
 
     # Rows.
 
@@ -134,13 +112,13 @@ class Engine:
     def drop(self, slot: int) -> None:
         """Let a row go, finished or not, before the next forward pass; a slot that has ended is ignored."""
         self.waiting = deque(state for state in self.waiting if state.slot != slot)
-        for state in [state for state in self.running.values() if state.slot == slot]:
+        for state in [state for state in self.table.running.values() if state.slot == slot]:
             self._leave(state)
 
     @property
     def num_rows(self) -> int:
         """Rows that run or wait."""
-        return len(self.running) + len(self.waiting)
+        return len(self.table.running) + len(self.waiting)
 
     def steps(self) -> Iterator[list[Event]]:
         """Work until no row is left; yields after each forward pass what it did, an event for each row.
@@ -152,20 +130,21 @@ class Engine:
             yield self.step()
 
     def step(self) -> list[Event]:
-        """Let waiting rows begin, and make one forward pass; see `steps`."""
-        events = self._admit()
-        if lines := list(self.running):
-            rows = torch.tensor(lines)
-            # Rows that look alike next to each other: attention takes them together.
-            shown = torch.where(self.hides[rows], self.stop[rows], self.length[rows])
-            rows = rows[(2 * shown + (self.step_of[rows] == 0)).argsort(stable=True)]
-            events += self._advance(rows)
+        """Let waiting rows begin, and make one forward pass; see `steps`.
+
+        An exception that ends no row, such as a KeyboardInterrupt, may leave it; the next call does the rest.
+        """
+        if not self.outcomes:
+            self._admit()
+            if self.table.running:
+                self._advance(self.table.in_order())
+        self._tell()
+        events, self.events = self.events, []
         return events
 
-    def _admit(self) -> list[Event]:
-        """Let rows begin, first come first served, as long as there is room; returns those with no canvas."""
-        events = []
-        while self.waiting and self.lines:
+    def _admit(self) -> None:
+        """Let rows begin, first come first served, as long as there is room; those with no canvas end."""
+        while self.waiting and self.table.lines:
             state = self.waiting[0]
             size, keys, source, known = state.places, [], None, 0
             if size:
@@ -178,59 +157,16 @@ class Engine:
                 region, source, known = taken
                 state.regions.append(region)
             self.waiting.popleft()
-            self._begin(state)
+            self.table.begin(state)
             if source is not None:
                 self.denoiser.copy_keys(source.start, state.regions[0].start, source.ends[known - 1])
-                self.cached_blocks[state.line] = known
+                self.table.cached_blocks[state.line] = known
             if not state.sizes:
-                events.append(Event(state.slot, answer=Answer([], [], 0)))
+                self.events.append(Event(state.slot, answer=Answer([], [], 0)))
                 self._leave(state)
-        return events
-
-    def _begin(self, state: State) -> None:
-        """Write a row into the tables."""
-        line, row, config = self.lines.pop(), state.row, state.row.config
-        state.line, length = line, len(row.ids)
-        self.running[line] = state
-        if (more := length - self.ids.shape[1]) > 0:
-            for name in (
-                *("ids", "block_of", "model_block", "offset", "commit_step", "canvas_index"),
-                *("masked", "canvas", "is_end", "confidence", "entropy"),
-            ):
-                setattr(self, name, F.pad(getattr(self, name), (0, more)))
-        for table, values in (
-            (self.ids, row.ids),
-            (self.block_of, state.block_of),
-            (self.offset, state.offset),
-            (self.masked, row.canvas),
-            (self.canvas, row.canvas),
-            (self.canvas_index, row.canvas.long().cumsum(dim=0) - 1),
-            (self.model_block, 0 if row.block is None else row.block),
-        ):
-            table[line, :length] = values
-            table[line, length:] = 0
-        self.is_end[line], self.commit_step[line] = False, -1
-        self.confidence[line], self.entropy[line] = 0.0, 0.0
-        self.length[line], self.first_end[line] = length, LAST
-        self.seed[line] = keyed_hash(int(config.seed))  # type: ignore[arg-type]
-        self.num_forwards[line] = self.cached_blocks[line] = 0
-        self.hides[line] = row.block is not None or config.canvas == "growing"
-        self.remasks[line] = config.policy_name in REMASK
-        self.keeps_prefix[line] = config.approximate_cache == "dual"
-        self.refresh[line] = config.refresh_interval or LAST
-        self.region[line] = state.regions[0].start if state.regions else -1
-        if state.sizes:
-            self._begin_block(state, 0)
-
-    def _begin_block(self, state: State, number: int) -> None:
-        line = state.line
-        self.block[line], self.step_of[line] = number, 0
-        self.start[line], self.stop[line] = state.windows[number]
-        self.size[line], self.steps_of[line] = state.sizes[number], state.steps[number]
 
     def _leave(self, state: State) -> None:
-        del self.running[state.line]
-        self.lines.append(state.line)
+        self.table.end(state)
         for region in state.regions:
             assert self.pool is not None
             self.pool.give_back(region)
@@ -245,41 +181,37 @@ class Engine:
 
     # A step.
 
-    def _advance(self, rows: Int[Tensor, "R"]) -> list[Event]:
+    def _advance(self, rows: Int[Tensor, "R"]) -> None:
         """Take one step of some rows; where that fails, of each alone, so that one harms no other."""
         try:
             with torch.no_grad():
                 step = self._decide(rows)
         except Exception as error:
             if len(rows) > 1:
-                return [event for row in rows.split(1) for event in self._advance(row)]
-            state = self.running[int(rows)]
-            self._leave(state)
-            return [Event(state.slot, error=error)]
-        return self._commit(rows, *step)
+                for row in rows.split(1):
+                    self._advance(row)
+            else:
+                [state] = self.table.states(rows)
+                self._leave(state)
+                self.events.append(Event(state.slot, error=error))
+            return
+        self._commit(rows, step)
 
-    def _decide(self, rows: Int[Tensor, "R"]) -> tuple[Tensor, Tensor, Proposal, Tensor, Tensor]:
-        """Forward pass, draw and decision of some rows; the tables stay as they are.
-
-        Returns:
-            Columns of each current block (R, W), which rows were denoised, the proposal, and which of its
-            positions are committed and masked again.
-        """
-        start, stop = self.start[rows, None], self.stop[rows, None]
-        columns = start + torch.arange(int((stop - start).amax()))
-        inside = columns < stop
-        columns = torch.where(inside, columns, start)
-        at = (rows[:, None], columns)
-        in_block = inside & (self.block_of[at] == self.block[rows, None])
-        masked = self.masked[at] & in_block
-        may_change = self.remasks[rows, None] | (columns <= self.first_end[rows, None])
-        groups = _alike([self.running[row].decides for row in rows.tolist()])
-        candidates = self._restricted(masked & may_change, rows, columns, groups)
+    def _decide(self, rows: Int[Tensor, "R"]) -> _Step:
+        """Forward pass, draw and decision of some rows; the tables stay as they are."""
+        table = self.table
+        columns = table.columns(rows)
+        index, in_block = columns
+        at, states = (rows[:, None], index), table.states(rows)
+        masked = table.masked[at] & in_block
+        may_change = table.remasks[rows, None] | (index <= table.first_end[rows, None])
+        groups = alike([state.decides for state in states])
+        candidates = self._restricted(masked & may_change, table.offset[at], states, groups)
         asked = candidates.any(dim=1)
-        token, confidence, entropy = self.ids[at], self.confidence[at], self.entropy[at]
+        token, confidence, entropy = table.ids[at], table.confidence[at], table.entropy[at]
         margin = torch.zeros_like(confidence)
         if asked.any():
-            sampled = self._sample(rows[asked], columns[asked], candidates[asked])
+            sampled = self._sample(rows[asked], index[asked], candidates[asked])
             if not sampled.valid.all():
                 raise UnmaskError(
                     "the model's logits, or those that logits_processor returned, are NaN or infinite, or"
@@ -293,7 +225,7 @@ class Engine:
             ):
                 values.masked_scatter_(candidates, drawn.to(values.dtype))
         committed = in_block & ~masked
-        step, steps, size = self.step_of[rows], self.steps_of[rows], self.size[rows]
+        step, steps, size = table.step_of[rows], table.steps_of[rows], table.size[rows]
         target = (step + 1) * size // steps
         proposal = Proposal(
             candidates=candidates,
@@ -306,40 +238,39 @@ class Engine:
             share=target - step * size // steps,
             step=step,
             steps=steps,
-            seed=self.seed[rows],
-            position=columns,
+            seed=table.seed[rows],
+            position=index,
         )
         commit, remask = torch.zeros_like(candidates), torch.zeros_like(candidates)
         for group in groups:
-            state = self.running[int(rows[group[0]])]
+            state = states[int(group[0])]
             config = state.row.config
             part = Proposal(*(values[group] for values in proposal))
             ends = torch.tensor(config.eos_token_ids)
-            decision = state.policy(_with_ends_last(part, ends) if config.defer_end else part)
+            decision = state.policy(with_ends_last(part, ends) if config.defer_end else part)
             if not isinstance(decision, Decision):
                 decision = Decision(decision)
             else:
-                self._note_drafts(rows[group], decision, part)
+                self._note_drafts([states[index] for index in group.tolist()], decision, part)
             chosen = decision.commit & part.candidates
             if config.policy_name not in REMASK and not chosen.any(dim=1).all():
                 raise UnmaskError("the policy committed no token of some row; it must commit one at least.")
             commit[group] = chosen
             if decision.remask is not None:
                 remask[group] = decision.remask & part.committed
-        return columns, asked, proposal, commit, remask
+        return _Step(columns, asked, proposal, commit, remask)
 
-    def _note_drafts(self, rows: Tensor, decision: Decision, proposal: Proposal) -> None:
+    def _note_drafts(self, states: list[State], decision: Decision, proposal: Proposal) -> None:
         """Note which rows may be masked again: those whose policy returned a `Decision` at their first step.
 
         Raises:
             UnmaskError: another row is masked again, whose tokens were said to be final.
         """
-        again = [False] * len(rows)
+        again = [False] * len(states)
         if decision.remask is not None:
             again = (decision.remask & proposal.committed).any(dim=1).tolist()
-        for row, is_masked_again in zip(rows.tolist(), again, strict=True):
-            state = self.running[row]
-            state.drafts |= int(self.num_forwards[row]) == 0
+        for state, is_masked_again in zip(states, again, strict=True):
+            state.drafts |= int(self.table.num_forwards[state.line]) == 0
             if is_masked_again and not state.drafts:
                 raise UnmaskError(
                     "the policy masks a token again that was final; a policy that ever does so must return a"
@@ -347,38 +278,40 @@ class Engine:
                 )
 
     def _restricted(
-        self, candidates: Bool[Tensor, "R W"], rows: Tensor, columns: Tensor, groups: list[Tensor]
+        self, candidates: Bool[Tensor, "R W"], offset: Tensor, states: list[State], groups: list[Tensor]
     ) -> Bool[Tensor, "R W"]:
         """The candidates of the first group that is not complete, and at first a block's first token alone."""
         for group in groups:
-            config = self.running[int(rows[group[0]])].row.config
-            offset, part = self.offset[rows[group, None], columns[group]], candidates[group]
+            config, part = states[int(group[0])].row.config, candidates[group]
             if config.sub_block_length is not None:
-                number = torch.where(part, offset // config.sub_block_length, LAST)
+                number = torch.where(part, offset[group] // config.sub_block_length, LAST)
                 part = part & (number == number.amin(dim=1, keepdim=True))
             if config.first_token_alone:
-                first = part & (offset == 0)
+                first = part & (offset[group] == 0)
                 part = torch.where(first.any(dim=1, keepdim=True), first, part)
             if config.sub_block_length is not None or config.first_token_alone:
                 candidates[group] = part
         return candidates
 
-    def _sample(self, rows: Tensor, columns: Tensor, candidates: Bool[Tensor, "R W"]) -> Sampled:
+    def _sample(
+        self, rows: Int[Tensor, "R"], index: Int[Tensor, "R W"], candidates: Bool[Tensor, "R W"]
+    ) -> Sampled:
         """Run the network once, and draw a token for each candidate."""
-        inputs, guided = self._input(rows, columns, candidates)
+        table = self.table
+        inputs, guided = table.denoiser_input(rows, index, candidates)
         logits = self.denoiser(inputs)
         device = logits.device
         row, place = candidates.nonzero(as_tuple=True)
-        column, line = columns[row, place], rows[row]
+        column, line = index[row, place], rows[row]
         # The second copy of a guided row comes after all rows, with as many positions.
         is_second = torch.isin(row, guided)
         second = len(row) + is_second.long().cumsum(dim=0) - 1
-        groups, states = [], [self.running[index] for index in rows.tolist()]
-        for group in _alike([state.samples for state in states]):
+        groups, states = [], table.states(rows)
+        for group in alike([state.samples for state in states]):
             state = states[int(group[0])]
-            config, index = state.row.config, torch.isin(row, group).nonzero()[:, 0]
-            early = self.canvas_index[line[index], column[index]] < config.min_new_tokens
-            for part, forbidden in zip((index[~early], index[early]), state.forbidden, strict=True):
+            config, mine = state.row.config, torch.isin(row, group).nonzero()[:, 0]
+            early = table.canvas_index[line[mine], column[mine]] < config.min_new_tokens
+            for part, forbidden in zip((mine[~early], mine[early]), state.forbidden, strict=True):
                 if len(part):
                     groups.append(
                         Group(
@@ -396,7 +329,7 @@ class Engine:
                     )
         uniform = None
         if any(group.temperature for group in groups):
-            uniform = uniforms(self.seed[line], column, self.num_forwards[line]).to(device)
+            uniform = uniforms(table.seed[line], column, table.num_forwards[line]).to(device)
         drawn = draw(logits, groups, uniform)
         # All at once, the only time that a step waits for the device; a float64 holds any id.
         token, *figures, valid = torch.stack([values.double() for values in drawn]).cpu()
@@ -407,153 +340,53 @@ class Engine:
         processors: Any = LogitsProcessorList(state.row.logits_processors)
 
         def process(_: Tensor, logits: Tensor) -> Tensor:
-            ids = self.ids[state.line, : len(state.row.ids)].clone().to(logits.device)  # to write into
+            ids = self.table.ids[state.line, : len(state.row.ids)].clone().to(logits.device)  # to write into
             return processors(ids.expand(len(logits), -1), logits)
 
         return process
 
-    def _input(
-        self, rows: Tensor, columns: Tensor, candidates: Bool[Tensor, "R W"]
-    ) -> tuple[DenoiserInput, Tensor]:
-        """Show the rows up to the last column that one of them may attend to, guided rows twice.
-
-        Returns:
-            Also the indices of the rows whose second copy, with the prompt masked, stands at the end.
-        """
-        length = int(self.length[rows].amax())
-        block_of, block = self.block_of[rows, :length], self.block[rows, None]
-        column = torch.arange(length)
-        is_token = column < self.length[rows, None]
-        is_token &= ~self.hides[rows, None] | (block_of <= block)
-        stop = int((is_token * (column + 1)).amax())
-        is_token, block_of = is_token[:, :stop], block_of[:, :stop]
-        needs = torch.zeros_like(is_token)
-        row, place = candidates.nonzero(as_tuple=True)
-        needs[row, columns[row, place]] = True
-        has_region, has_blocks = (
-            self.region[rows, None] >= 0,
-            self.running[int(rows[0])].row.block is not None,
-        )
-        model_block = self.model_block[rows, :stop]
-        if has_blocks:
-            is_new = model_block >= self.cached_blocks[rows, None]
-        else:
-            # With an approximate cache only fresh rows are computed whole.
-            current = block_of == block
-            after = current.long().cumsum(dim=1) > 0
-            is_new = torch.where(self.keeps_prefix[rows, None], current, after)
-            is_new |= (self.step_of[rows] % self.refresh[rows] == 0)[:, None]
-        inputs = DenoiserInput(
-            ids=self.ids[rows, :stop],
-            is_token=is_token,
-            needs_logits=needs,
-            is_computed=is_token & (is_new | ~has_region),
-            region=self.region[rows],
-            block=model_block if has_blocks else None,
-        )
-        is_guided = torch.tensor([self.running[index].is_guided for index in rows.tolist()])
-        guided = is_guided.nonzero()[:, 0]
-        if len(guided):
-            prompt = is_token[guided] & ~self.canvas[rows[guided], :stop]
-            region = self.region[rows[guided]]
-            inputs = DenoiserInput(
-                ids=torch.cat([inputs.ids, inputs.ids[guided].masked_fill(prompt, self.mask_token_id)]),
-                is_token=torch.cat([is_token, is_token[guided]]),
-                needs_logits=torch.cat([needs, needs[guided]]),
-                is_computed=torch.cat([inputs.is_computed, inputs.is_computed[guided]]),
-                region=torch.cat(
-                    [inputs.region, torch.where(region < 0, -1, region + self.length[rows[guided]])]
-                ),
-                block=None if inputs.block is None else torch.cat([inputs.block, inputs.block[guided]]),
-            )
-        return inputs, guided
-
-    def _commit(
-        self, rows: Tensor, columns: Tensor, asked: Tensor, proposal: Proposal, commit: Tensor, remask: Tensor
-    ) -> list[Event]:
-        """Write down what was decided, go on to the next block or end where one is complete, and tell."""
-        row, place = (commit | remask).nonzero(as_tuple=True)
-        at = rows[row], columns[row, place]
-        kept = commit[row, place] & ~remask[row, place]
-        token = torch.where(kept, proposal.token[row, place], self.mask_token_id)
-        self.ids[at], self.masked[at] = token, ~kept
-        self.confidence[at], self.entropy[at] = proposal.confidence[row, place], proposal.entropy[row, place]
-        self.commit_step[at] = self.num_forwards[rows][row]
-        states = [self.running[index] for index in rows.tolist()]
-        for group in _alike([tuple(state.row.config.eos_token_ids) for state in states]):
-            ends = torch.tensor(states[int(group[0])].row.config.eos_token_ids, dtype=torch.long)
-            mine = torch.isin(row, group)
-            line, column = at[0][mine], at[1][mine]
-            self.is_end[line, column] = kept[mine] & torch.isin(token[mine], ends)
-        is_end = self.is_end[rows]
-        self.first_end[rows] = torch.where(is_end.any(dim=1), is_end.to(torch.uint8).argmax(dim=1), LAST)
-        is_first = (asked & (self.step_of[rows] == 0)).tolist()
-        for state in (state for state, first in zip(states, is_first, strict=True) if first):
-            if state.regions and state.row.block is not None:
+    def _commit(self, rows: Int[Tensor, "R"], step: _Step) -> None:
+        """Write down what was decided."""
+        table = self.table
+        states, is_first = table.states(rows), step.asked & (table.step_of[rows] == 0)
+        changes = table.write(rows, step.columns, step.proposal, step.commit, step.remask)
+        for state, first in zip(states, is_first.tolist(), strict=True):
+            if first and state.regions and state.row.block is not None:
                 self._keep_blocks(state)
-        self.num_forwards[rows] += asked.long()
-        self.step_of[rows] += 1
+        table.advance(rows, step.asked)
+        facts = table.is_complete(rows, step.columns).tolist(), table.first_masked(rows).tolist()
+        self.outcomes += map(_Outcome, states, *facts, _by_row(changes, len(rows)))
 
-        # A remasking policy may mask a committed token again: only the steps complete its block.
-        in_block = (columns < self.stop[rows, None]) & (columns >= self.start[rows, None])
-        in_block &= self.block_of[rows[:, None], columns] == self.block[rows, None]
-        is_open = self.masked[rows[:, None], columns] & in_block
-        is_open &= columns <= self.first_end[rows, None]
-        complete = torch.where(
-            self.remasks[rows], self.step_of[rows] >= self.steps_of[rows], ~is_open.any(dim=1)
-        )
-        confidence = self.confidence[at]
-        changed = self._changes(row, self.canvas_index[at], token, kept, confidence, len(rows))
-        masked = self.masked[rows]
-        first_masked = torch.where(masked.any(dim=1), masked.to(torch.uint8).argmax(dim=1), self.length[rows])
-        events = []
-        facts = zip(states, complete.tolist(), first_masked.tolist(), changed, strict=True)
-        for state, is_complete, column, change in facts:
-            events.append(self._event(state, is_complete, column, change))
-        return events
-
-    def _changes(
-        self, row: Tensor, position: Tensor, token: Tensor, kept: Tensor, confidence: Tensor, count: int
-    ) -> list[_Change]:
-        """Gather what was committed and masked again by row."""
-        changes = [_Change([], [], [], []) for _ in range(count)]
-        facts = (values.tolist() for values in (row, position, token, kept, confidence))
-        for index, where, what, is_token, probability in zip(*facts, strict=True):
-            change = changes[index]
-            if is_token:
-                change.positions.append(where)
-                change.tokens.append(what)
-                change.confidence.append(probability)
-            else:
-                change.remasked.append(where)
-        return changes
+    def _tell(self) -> None:
+        """Make an event of each outcome, going on to the next block or ending the row where one is complete."""
+        while self.outcomes:
+            outcome = self.outcomes[0]
+            if self.table.running.get(outcome.state.line) is outcome.state:  # not dropped since
+                self.events.append(self._event(*outcome))
+            self.outcomes.popleft()
 
     def _keep_blocks(self, state: State) -> None:
         """Note that everything before the current block has been computed, and may serve later rows."""
         line, block = state.line, state.row.block
         assert self.pool is not None and block is not None
-        current = state.first_block + int(self.block[line])
-        self.cached_blocks[line] = current
+        current = state.first_block + int(self.table.block[line])
+        self.table.cached_blocks[line] = current
         if not state.is_guided:
-            self._name_blocks(state, current, self.ids[line])
+            self._name_blocks(state, current, self.table.ids[line])
             ends = block.bincount().cumsum(dim=0)[:current].tolist()
             self.pool.name_blocks(state.regions[0], state.keys, ends)
 
-    def _event(self, state: State, is_complete: bool, first_masked: int, change: _Change) -> Event:
+    def _event(self, state: State, is_complete: bool, first_masked: int, change: dict[str, Any]) -> Event:
         """Tell what a step did, and end the row or its block if it is complete."""
-        line, first_end = state.line, int(self.first_end[state.line])
-        number, done = int(self.block[line]), False
-        if is_complete:
-            number += 1
-            done = number == len(state.sizes) or state.windows[number][0] > first_end
-            if not done:
-                self._begin_block(state, number)
+        table, line = self.table, state.line
+        first_end, number = int(table.first_end[line]), int(table.block[line]) + is_complete
+        done = is_complete and (number == len(state.sizes) or state.windows[number][0] > first_end)
         stop = first_masked  # the column up to which all is final
         if state.drafts and not done:
             stop = min(stop, state.windows[number][0])
         num_final = int((state.columns < stop).sum())
         if first_end < LAST:
-            num_final = min(num_final, int(self.canvas_index[line, first_end]) + 1)
+            num_final = min(num_final, int(table.canvas_index[line, first_end]) + 1)
         if state.row.stopping_criteria:
             try:
                 self._ask_criteria(state, num_final)
@@ -562,17 +395,19 @@ class Engine:
                 return Event(state.slot, error=error)
             num_final, done = min(num_final, state.limit), done or state.limit < LAST
         if "confidence" not in state.row.config.figures:
-            change = change._replace(confidence=[])
-        event = Event(state.slot, len(state.columns), **change._asdict(), num_final=num_final)
+            change = {**change, "confidence": []}
+        event = Event(state.slot, len(state.columns), **change, num_final=num_final)
         if not done:
+            if is_complete:
+                table.begin_block(state, number)
             return event
         columns, trace = state.columns[:num_final], state.row.config.return_trace
         answer = Answer(
-            self.ids[line, columns].tolist(),
-            self.commit_step[line, columns].tolist(),
-            int(self.num_forwards[line]),
-            self.confidence[line, columns].tolist() if trace else [],
-            self.entropy[line, columns].tolist() if trace else [],
+            table.ids[line, columns].tolist(),
+            table.commit_step[line, columns].tolist(),
+            int(table.num_forwards[line]),
+            table.confidence[line, columns].tolist() if trace else [],
+            table.entropy[line, columns].tolist() if trace else [],
         )
         self._leave(state)
         return replace(event, answer=answer)
@@ -581,7 +416,7 @@ class Engine:
         """Ask the stopping criteria about every new token that is final, as are all before it."""
         prompt = state.row.ids[~state.row.canvas]
         for count in range(state.tested + 1, num_final + 1):
-            ids: Any = torch.cat([prompt, self.ids[state.line, state.columns[:count]]])[None]
+            ids: Any = torch.cat([prompt, self.table.ids[state.line, state.columns[:count]]])[None]
             answers = (
                 criterion(ids, None, prompt_length=len(prompt))
                 if isinstance(criterion, StoppingCriteria)
@@ -594,19 +429,14 @@ class Engine:
         state.tested = num_final
 
 
-def _alike(keys: list[tuple[Any, ...]]) -> list[Int[Tensor, "n"]]:
-    """Indices of the entries that are equal, group by group."""
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for index, key in enumerate(keys):
-        groups.setdefault(key, []).append(index)
-    return [torch.tensor(indices) for indices in groups.values()]
-
-
-def _with_ends_last(proposal: Proposal, ends: Int[Tensor, "E"]) -> Proposal:
-    """Let end tokens seem the least likely to the policy, so that it commits them when nothing else is left."""
-    end = torch.isin(proposal.token, ends) & proposal.candidates
-    return proposal._replace(
-        confidence=proposal.confidence.masked_fill(end, -1.0),
-        margin=proposal.margin.masked_fill(end, -1.0),
-        entropy=proposal.entropy.masked_fill(end, torch.inf),
-    )
+def _by_row(changes: Changes, count: int) -> list[dict[str, list[Any]]]:
+    """Gather what was committed and masked again by row, as fields of `Event`."""
+    names = ("positions", "tokens", "confidence", "remasked")
+    found: list[dict[str, list[Any]]] = [{name: [] for name in names} for _ in range(count)]
+    for row, *facts, is_token in zip(*(values.tolist() for values in changes), strict=True):
+        if is_token:
+            for name, fact in zip(names, facts, strict=False):
+                found[row][name].append(fact)
+        else:
+            found[row]["remasked"].append(facts[0])
+    return found

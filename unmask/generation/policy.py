@@ -180,6 +180,16 @@ def _probabilities(weight: Float[Tensor, "R L"], total: Float[Tensor, "R 1"]) ->
     return (weight * scale.gather(1, first)).clamp(max=1.0)
 
 
+def with_ends_last(proposal: Proposal, ends: Int[Tensor, "E"]) -> Proposal:
+    """Let end tokens seem the least likely to the policy, so that it commits them when nothing else is left."""
+    end = torch.isin(proposal.token, ends) & proposal.candidates
+    return proposal._replace(
+        confidence=proposal.confidence.masked_fill(end, -1.0),
+        margin=proposal.margin.masked_fill(end, -1.0),
+        entropy=proposal.entropy.masked_fill(end, torch.inf),
+    )
+
+
 RANKED: dict[str, Score] = {
     "maskgit_plus": lambda proposal: proposal.confidence,
     "topk_margin": lambda proposal: proposal.margin,

@@ -19,10 +19,11 @@ from transformers.utils.generic import ModelOutput
 from unmask.diffusion.attention import attend_block_causal, block_index, predicting_column, row_layout
 from unmask.errors import UnmaskError, UnmaskWarning
 from unmask.generation.config import DiffusionGenerationConfig
-from unmask.generation.engine import DenoiserInput, Engine
+from unmask.generation.engine import Engine
 from unmask.generation.pool import KeyPool
 from unmask.generation.rows import Answer, Row
 from unmask.generation.sampling import Logits, as_functions
+from unmask.generation.table import DenoiserInput
 from unmask.model.attention import CachedRows, KVCache, run_backbone
 from unmask.model.config import block_length_of, mask_token_of
 from unmask.model.head import head_logits
