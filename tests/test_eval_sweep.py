@@ -63,6 +63,22 @@ def test_a_sweep_draws_accuracy_against_tokens_per_forward_pass(place: Path) -> 
     assert again == printed and json.loads((out / "sweep.json").read_text()) == found
 
 
+@pytest.mark.parametrize(
+    ("models", "values", "message"),
+    [
+        (["one"], "0.5,2", "threshold must be less than or equal to 1; got 2"),
+        (["one", "other", "none"], "0.5", "none: no such tokenizer folder"),
+    ],
+)
+def test_what_a_sweep_refuses_it_refuses_before_the_first_evaluation(
+    place: Path, tmp_path: Path, models: list[str], values: str, message: str
+) -> None:
+    asked = (*(place / name for name in models), "--tasks", "tiny_write", "--include-path", place / "tasks")
+    said = run_cli("eval", *asked, "--sweep", f"threshold={values}", "--out", tmp_path / "out")
+    assert said.code == 2 and message in said.err
+    assert not list(tmp_path.rglob("results.json"))
+
+
 def test_a_comparison_is_paired(place: Path) -> None:
     for name in ("one", "other"):
         evaluate_with(place, place / name, "--tasks", "tiny_choose,tiny_text", "--out", place / f"of-{name}")

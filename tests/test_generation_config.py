@@ -30,7 +30,7 @@ REFUSED: dict[str, list[Any]] = {
     "factor": [0.0, INF],
     "temperature": [-1.0, NAN, INF, "warm"],
     "top_k": [3],  # at temperature 0
-    "guidance_scale": [-1],
+    "guidance_scale": [-1, 1e38, INF],
     "seed": [None, 2**63, [1, 2**70]],
     "approximate_cache": ["full"],
     "refresh_interval": [2],  # without approximate_cache

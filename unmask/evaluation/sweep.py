@@ -23,7 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from unmask.errors import UnmaskError
+from unmask.evaluation.harness import UnmaskLM
 from unmask.evaluation.report import metric_rows
+from unmask.evaluation.requests import decoding_of
 from unmask.evaluation.run import EvalSettings, run_eval
 from unmask.io import atomic_write
 from unmask.plots import draw_sweep
@@ -72,12 +74,20 @@ def run_sweep(
         What `sweep.json` has; None in all processes but the first.
     """
     names = _short_names(models)
+    each = [replace(settings, decoding={**settings.decoding, setting: value}) for value in values]
+    for model in models:  # all that can be refused is refused before the first evaluation
+        lm = UnmaskLM(model, dtype=settings.dtype, canvas=settings.canvas, **each[0].decoding)
+        for value, one in zip(values, each, strict=True):
+            decoding_of(lm.own, {}, lm.canvas, one.decoding, f"--sweep {setting}={value}")
     curves: dict[str, dict[str, list[dict[str, Any]]]] = {}
     metrics: dict[str, str] = {}
-    runs = [(model, name, value) for model, name in zip(models, names, strict=True) for value in values]
+    runs = [
+        (model, name, value, one)
+        for model, name in zip(models, names, strict=True)
+        for value, one in zip(values, each, strict=True)
+    ]
     with Bar("evaluating", len(runs), "runs") as bar:
-        for model, name, value in bar.over(runs):
-            one = replace(settings, decoding={**settings.decoding, setting: value})
+        for model, name, value, one in bar.over(runs):
             results = run_eval(model, out / name / f"{setting}={value}", one, **how)
             if results is None:
                 continue

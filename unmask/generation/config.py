@@ -25,6 +25,7 @@ from unmask.generation.policy import (
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Guidance = Annotated[float, Field(ge=0, le=1000)]  # more would overflow the logits, and nobody uses it
 Share = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 
@@ -112,7 +113,7 @@ class DiffusionGenerationConfig(GenerationConfig):
     """Sample among the k most likely tokens."""
     top_p: Share | None = None
     """Sample among the fewest tokens whose probabilities reach p."""
-    guidance_scale: Amount = 0.0
+    guidance_scale: Guidance = 0.0
     """Classifier-free guidance w: logits are u + (1 + w)(c - u), u those with the prompt masked (LLaDA,
     arXiv:2502.09992, app. A.2). Doubles the forward passes; 0 = none."""
     seed: Seed | list[Seed] = 0
