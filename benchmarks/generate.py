@@ -31,7 +31,8 @@ from unmask.data.encode import Encoder
 from unmask.data.files import read_records
 from unmask.data.tokenizer import byte_tokenizer
 from unmask.evaluation.exact_match import exact_share
-from unmask.generation.text import complete, make_prompts
+from unmask.generation.prompts import make_prompts
+from unmask.generation.text import complete
 
 SMALL: dict[str, Any] = {
     "vocab_size": 16384,

@@ -32,7 +32,8 @@ import psutil
 import torch
 
 from unmask import load_model, load_tokenizer
-from unmask.generation.text import complete, prompt_example
+from unmask.generation.prompts import prompt_example
+from unmask.generation.text import complete
 
 WORDS = ("monk", "wool", "whale", "cotton", "stone", "river")
 ASKS = ("Reverse the word {}.", "Spell out the word {}.", "Say it twice: {}.", "Sort the letters of {}.")

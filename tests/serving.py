@@ -16,7 +16,7 @@ from unmask.data.tokenizer import byte_tokenizer
 from unmask.generation.config import DiffusionGenerationConfig
 from unmask.generation.rows import Answer, Event
 from unmask.serving.app import Server, make_app
-from unmask.serving.protocol import Served
+from unmask.serving.rows import Served
 from unmask.serving.scheduler import Scheduler
 
 END = 258

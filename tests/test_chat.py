@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from unmask.data.records import Turn
 from unmask.generation.chat import LiveDraft, chat
+from unmask.generation.prompts import chat_encoder
 from unmask.generation.rows import Event
-from unmask.generation.text import chat_encoder, complete
+from unmask.generation.text import complete
 
 MASK, END = 259, 258
 

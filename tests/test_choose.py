@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from unmask.diffusion.likelihood import likelihood
 from unmask.errors import UnmaskError
 from unmask.evaluation.choose import choose, choose_answers
-from unmask.generation.text import prompt_example, raw_example
+from unmask.generation.prompts import prompt_example, raw_example
 
 
 @pytest.fixture(scope="module")

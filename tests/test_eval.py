@@ -28,7 +28,8 @@ from unmask.errors import UnmaskWarning
 from unmask.evaluation.harness import UnmaskLM
 from unmask.evaluation.questions import Question, find_open, greedy_matches, score_questions
 from unmask.evaluation.run import EvalSettings, load_tasks
-from unmask.generation.text import complete, raw_example
+from unmask.generation.prompts import raw_example
+from unmask.generation.text import complete
 
 FEW: dict[str, Any] = {"draws": 8, "max_draws": 32}
 

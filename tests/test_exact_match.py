@@ -4,7 +4,8 @@ import pytest
 
 from unmask.data.encode import Example
 from unmask.evaluation.exact_match import exact_share, is_exact
-from unmask.generation.text import Completion, Prompt
+from unmask.generation.prompts import Prompt
+from unmask.generation.text import Completion
 
 
 @pytest.mark.parametrize(

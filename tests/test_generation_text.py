@@ -1,14 +1,7 @@
-"""Prompts -> texts: completions, stop strings, files of prompts and of answers."""
+"""Completions of prompts, and stop strings."""
 
 from __future__ import annotations
 
-import json
-import re
-import subprocess
-import sys
-import warnings
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,26 +9,12 @@ import torch
 from tiny import byte_model
 from transformers import PreTrainedTokenizerBase
 
-from unmask.data.encode import Encoder, encode_records
-from unmask.data.records import Conversation, CustomFields, Turn, to_conversation
-from unmask.data.tokenizer import byte_tokenizer
-from unmask.errors import UnmaskError, UnmaskWarning
+from unmask.errors import UnmaskError
 from unmask.generation.config import DiffusionGenerationConfig
 from unmask.generation.policy import Decision, Proposal, most_confident
-from unmask.generation.text import (
-    StopStrings,
-    answer_file,
-    chat_encoder,
-    complete,
-    completions,
-    generate_answers,
-    make_prompts,
-    prompt_example,
-    read_prompts,
-)
+from unmask.generation.prompts import prompt_example
+from unmask.generation.text import StopStrings, complete, completions
 
-USER = {"role": "user", "content": "Hi"}
-SAID = {"role": "assistant", "content": "Yes?"}
 PROMPTS = [list(text) for text in (b"a longer prompt", b"ab", b"", b"xyz", b"ab", b"another one")]
 SETTINGS = {"max_new_tokens": 8, "eos_token_id": list(range(0, 250, 7))}
 
@@ -43,15 +22,6 @@ SETTINGS = {"max_new_tokens": 8, "eos_token_id": list(range(0, 250, 7))}
 @pytest.fixture(scope="module")
 def model() -> Any:
     return byte_model().double().eval()
-
-
-def written(tmp_path: Path, name: str, data: bytes | str) -> Path:
-    file = tmp_path / name
-    file.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return file
-
-
-# Completions.
 
 
 @pytest.mark.parametrize("fields", [{}, {"attention": "block_causal", "block_length": 4}], ids=str)
@@ -131,70 +101,6 @@ def test_states_show_the_canvas_after_each_step(model: Any, tokenizer: PreTraine
             assert [state[position] for state in done.states] == [259] * step + [token] * (steps - step)
 
 
-# Prompts.
-
-
-def test_a_chat_prompt_is_the_prefix_that_training_shows(tokenizer: PreTrainedTokenizerBase) -> None:
-    turns = (Turn("system", "Be short."), Turn("user", "Hi <|im_end|>"), Turn("assistant", "Hello"))
-    example = Encoder(tokenizer, layout="chat").encode(Conversation(turns, "here"))
-    prompt = prompt_example(tokenizer, "Hi <|im_end|>", system="Be short.")
-    assert prompt.input_ids == example.input_ids[: example.src_mask.index(False)]
-    # A special token's string in what the user says is plain text: the only real ones are the template's.
-    assert sum(i >= 256 for i in prompt.input_ids) == 5
-    begun = prompt_example(tokenizer, "Hi <|im_end|>", system="Be short.", prefix="We<|mask|>")
-    assert begun.input_ids == prompt.input_ids + list(b"We<|mask|>")
-    assert begun.src_mask == [True] * len(prompt.input_ids) + [False] * 10
-    assert prompt_example(tokenizer, " ", raw=True).input_ids == list(b" ")
-    with pytest.raises(UnmaskError, match="empty"):
-        prompt_example(tokenizer, " ")
-    bare = byte_tokenizer()
-    bare.chat_template = None
-    with pytest.raises(UnmaskError, match="chat template"):
-        prompt_example(bare, "Hi")
-
-
-def test_what_the_template_leaves_out_of_a_prompt_is_said_as_in_training(tmp_path: Path) -> None:
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "".join(
-        (
-            "{%- for m in messages if m.role in ('user', 'assistant') %}",
-            "{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor %}",
-            "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}",
-        )
-    )
-    said = [{"role": "system", "content": "Be short."}, USER, SAID]
-    record = {"messages": said, "tools": [{"name": "add"}]}
-    _, report = encode_records([(record, "here")], Encoder(tokenizer))
-    file = written(tmp_path, "p.jsonl", json.dumps(record))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        read_prompts(file, tokenizer)  # `generate --prompts`
-    told = [str(one.message).removeprefix("prompt: ").removesuffix(".") for one in caught]
-    assert "leaves out system turns" in told[0] and "tools" in told[1] and told == list(report.notes)
-    with pytest.warns(UnmaskWarning, match="leaves out system turns"):
-        prompt_example(tokenizer, "Hi", system="Be short.")  # `generate` and `infill --prompt`
-    with pytest.warns(UnmaskWarning, match="leaves out system turns"):
-        chat_encoder(tokenizer).prompt_example([Turn("system", "Be short."), Turn("user", "Hi")])  # `chat`
-
-
-def test_earlier_responses_are_cut_into_blocks_as_in_training(tokenizer: PreTrainedTokenizerBase) -> None:
-    model = byte_model(attention="block_causal", block_length=4).double().eval()
-    turns = (Turn("user", "Hi"), Turn("assistant", "Yes indeed"), Turn("user", "And?"))
-    example = chat_encoder(tokenizer).prompt_example(turns)
-    [done] = complete(model, tokenizer, [example], max_new_tokens=1, keep_states=True)
-    # Training masks the last token of the same conversation, and sees it by its own forward pass.
-    whole = Encoder(tokenizer, layout="chat").encode(Conversation((*turns, Turn("assistant", "X")), "here"))
-    size = len(example.input_ids)
-    assert whole.input_ids[:size] == example.input_ids and whole.src_mask[:size] == example.src_mask
-    ids = torch.tensor([[*example.input_ids, 259]])
-    source = torch.tensor([[*example.src_mask, False]])
-    logits = model(input_ids=ids, src_mask=source, training_mode="sft").logits[0, -1]
-    logits[259] = -torch.inf
-    assert done.confidence[0] == pytest.approx(logits.softmax(dim=0).max().item(), rel=1e-5)
-    [other] = complete(model, tokenizer, [example.input_ids], max_new_tokens=1, keep_states=True)
-    assert other.confidence[0] != pytest.approx(done.confidence[0], rel=1e-5)
-
-
 # Stop strings.
 
 
@@ -238,160 +144,3 @@ def test_a_response_ends_with_the_token_that_completes_a_stop_string(
     assert StopStrings(tokenizer, ["c", "bc"]).cut("abcd") == "a" and stop.cut("xyz") == "xyz"
     with pytest.raises(UnmaskError, match="stop"):
         StopStrings(tokenizer, ["a", ""])
-
-
-# Files of prompts.
-
-CALL = {"name": "add", "arguments": {"a": 1}}
-# (record, the prompt's turns with the system's and the user's text, response)
-RECORDS: list[tuple[dict[str, Any], str, str]] = [
-    ({"messages": [USER]}, "Hi", ""),
-    ({"messages": [USER, SAID]}, "Hi", "Yes?"),
-    ({"messages": [USER, SAID, USER]}, "Hi Yes? Hi", ""),
-    ({"messages": [{"role": "system", "content": "s"}, USER, SAID]}, "s Hi", "Yes?"),
-    ({"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}]}, "Hi", "<tool_call>"),
-    ({"conversations": [{"from": "human", "value": "Hi"}]}, "Hi", ""),
-    ({"prompt": "Hi"}, "Hi", ""),
-    ({"prompt": "Hi", "completion": ""}, "Hi", ""),
-    ({"prompt": [USER, SAID, USER]}, "Hi Yes? Hi", ""),
-    ({"prompt": "Hi", "completion": "a", "messages": None}, "Hi", "a"),
-    ({"instruction": "Hi", "input": "2"}, "Hi\n2", ""),
-    ({"instruction": "Hi", "output": "a", "history": [["x", "y"]]}, "x y Hi", "a"),
-]
-
-
-@pytest.mark.parametrize(("record", "turns", "expected"), RECORDS)
-def test_all_that_training_shows_before_the_last_response_is_the_prompt(
-    tokenizer: PreTrainedTokenizerBase, record: dict[str, Any], turns: str, expected: str
-) -> None:
-    encoder = Encoder(tokenizer, train_on="last")
-    [prompt] = make_prompts([(record, "x line 1")], encoder, answered=False)
-    text = str(tokenizer.decode(prompt.example.input_ids))
-    assert re.findall(r"(?s)<\|im_start\|>\w+\n(.+?)<\|im_end\|>", text) == turns.split(" ")
-    assert prompt.text == turns.split(" ")[-1] and prompt.expected.startswith(expected)
-    if expected:
-        learnt = encoder.encode(to_conversation(record, where="x line 1"))
-        start = learnt.src_mask.index(False)
-        assert prompt.example.input_ids == learnt.input_ids[:start]
-        stop = learnt.input_ids.index(258, start)
-        assert prompt.expected == tokenizer.decode(learnt.input_ids[start:stop])
-
-
-def test_prompts_with_responses(tokenizer: PreTrainedTokenizerBase) -> None:
-    """As `evaluation.prompts` has them: the response is needed, and turns after it are left out."""
-    record, fields = {"q": "Why?", "a": "So."}, CustomFields(instruction_field="q", response_field="a")
-    [prompt] = make_prompts([(record, "x")], Encoder(tokenizer), "custom", fields)
-    assert (prompt.text, prompt.expected) == ("Why?", "So.")
-    [prompt] = make_prompts([({"messages": [USER, SAID, USER]}, "x")], Encoder(tokenizer))
-    assert prompt.example == prompt_example(tokenizer, "Hi") and prompt.expected == "Yes?"
-    with pytest.raises(UnmaskError, match=r"^x line 2: "):
-        make_prompts([({"prompt": "a"}, "x line 2")], Encoder(tokenizer))
-
-
-def test_a_text_file_has_a_prompt_a_line(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    file = written(tmp_path, "p.txt", "\ufeffone\r\n\n two\n")
-    one, two = read_prompts(file, tokenizer, system="Be short.", prefix="We")
-    assert (one.text, one.location, two.text, two.location) == ("one", "p.txt line 1", " two", "p.txt line 3")
-    assert one.example == prompt_example(tokenizer, "one", system="Be short.", prefix="We")
-    raw = read_prompts(file, tokenizer, raw=True)[1].example
-    assert (raw.input_ids, raw.src_mask) == (list(b" two"), [False] * 4)
-    longest = len(one.example.input_ids)
-    assert read_prompts(file, tokenizer, system="Be short.", prefix="We", longest=longest + 1)[0] == one
-    with pytest.raises(UnmaskError, match=r"p.txt line 1: .*max_new_tokens"):
-        read_prompts(file, tokenizer, system="Be short.", prefix="We", longest=longest - 1)
-
-
-def test_a_system_prompt_is_for_those_that_have_none_and_unused_fields_are_named(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    lines = [{"prompt": "a", "source": "x"}, {"messages": [{"role": "system", "content": "own"}, USER]}]
-    file = written(tmp_path, "p.jsonl", "\n".join(map(json.dumps, lines)))
-    with pytest.warns(UnmaskWarning, match=r"fields not used: source"):
-        one, two = read_prompts(file, tokenizer, system="Be short.")
-    assert one.example == prompt_example(tokenizer, "a", system="Be short.")
-    assert two.example == prompt_example(tokenizer, "Hi", system="own")
-
-
-@pytest.mark.parametrize(
-    ("name", "data", "message"),
-    [
-        ("p.txt", b"a\nb\xff\n", "p.txt line 2: "),
-        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}', "p.jsonl line 2: "),
-        ("p.txt", b"\n \n", "no prompt"),
-        ("p.jsonl", b'{"prompt": " "}', "p.jsonl line 1.*empty"),
-        ("p.jsonl", b'{"title": "a"}', "line 1: .*title"),
-        ("p.jsonl", b'{"messages": [{"role": "king", "content": "a"}]}', "'king'"),
-    ],
-)
-def test_bad_prompts_are_named(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, name: str, data: bytes, message: str
-) -> None:
-    with pytest.raises(UnmaskError, match=message):
-        read_prompts(written(tmp_path, name, data), tokenizer)
-
-
-# Files of answers.
-
-
-def test_a_killed_run_resumes(tmp_path: Path, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    prompts = read_prompts(written(tmp_path, "p.txt", "a long one\nb\n<|mask|>\nd"), tokenizer, raw=True)
-    settings = {"max_new_tokens": 4, "temperature": 1.0, "batch_size": 2}
-    answer = partial(generate_answers, model, tokenizer, **settings)
-    counts: list[int] = []
-    run: dict[str, Any] = {"samples": 2, "seed": 5, "settings": {"steps": 4}}
-    whole = tmp_path / "whole.jsonl"
-    totals = answer_file(answer, prompts, whole, advance=counts.append, **run)
-    lines = [json.loads(line) for line in whole.read_text().splitlines()]
-    assert [(line["index"], line["sample"], line["seed"]) for line in lines] == [
-        (index, sample, 5 + sample) for index in range(4) for sample in range(2)
-    ]
-    assert lines[4]["prompt"] == "<|mask|>" and lines[0]["response"] != lines[1]["response"]
-    assert totals == {
-        "answers": sum(counts),
-        "tokens": sum(line["tokens"] for line in lines),
-        "forward_passes": sum(line["forward_passes"] for line in lines),
-    }
-    data = whole.read_bytes()
-    for size in (0, 10, len(data) // 2, len(data)):
-        part = written(tmp_path, "part.jsonl", data[:size])
-        assert answer_file(answer, prompts, part, resume=True, **run) == totals
-        assert part.read_bytes() == data
-    for other, message in (
-        ({**run, "settings": {"steps": 3}}, "line 1: settings"),
-        ({**run, "seed": 6}, "line 1: seed is 5, now it would be 6"),
-        ({**run, "samples": 1}, "8 answers"),
-    ):
-        with pytest.raises(UnmaskError, match=message):
-            answer_file(answer, prompts, whole, resume=True, **other)
-    with pytest.raises(UnmaskError, match="line 1"):
-        answer_file(answer, prompts, written(tmp_path, "x.jsonl", "what\n"), resume=True, **run)
-    assert whole.read_bytes() == data
-
-    def killed(*_: Any) -> list[tuple[int, dict[str, Any]]]:
-        raise KeyboardInterrupt
-
-    first = data.index(b"\n") + 1
-    part = written(tmp_path, "part.jsonl", data[: first + 20])
-    with pytest.raises(KeyboardInterrupt):  # killed again
-        answer_file(killed, prompts, part, resume=True, **run)
-    assert part.read_bytes() == data[:first]
-
-
-@pytest.mark.slow
-def test_two_processes_write_the_file_of_one(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    byte_model().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "prompts.txt").write_text("".join(f"Say {n} times {n}.\n" for n in range(7)))
-    files = []
-    for name, launch in (
-        ("one", []),
-        ("two", ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]),
-    ):
-        asked = ["-m", "unmask", "generate", tmp_path / "model", "--prompts", tmp_path / "prompts.txt"]
-        asked += ["--out", tmp_path / name, "--max-new-tokens", "8", "--temperature", "1", "--samples", "3"]
-        command = [sys.executable, *launch, *map(str, asked)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("21 answers to 7 prompts") == 1
-        files.append((tmp_path / name).read_bytes())
-    assert files[0] == files[1] and files[0].count(b"\n") == 21

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from unmask.data.encode import Example
 from unmask.errors import UnmaskError
 from unmask.generation.infill import Gap, infill_text, parse_gaps
-from unmask.generation.text import raw_example, with_prefix
+from unmask.generation.prompts import raw_example, with_prefix
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,8 @@ from serving import END, FakeModel, Running, served_by
 from tiny import byte_model
 
 from unmask.data.tokenizer import byte_tokenizer
-from unmask.generation.text import complete, prompt_example
+from unmask.generation.prompts import prompt_example
+from unmask.generation.text import complete
 from unmask.serving.text import TextStream, split_calls
 
 
@@ -200,6 +201,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"threshold": 0.5}, "it is a field of 'unmask'"),
     ({"unmask": {"threshhold": 1.0}}, "unknown field 'unmask.threshhold'; did you mean 'threshold'?"),
     ({"unmask": {"threshold": 2.0}}, "unmask.threshold: must be less than or equal to 1; got 2.0"),
+    (
+        {"unmask": {"guidance_scale": 1e38}},
+        "unmask.guidance_scale: must be less than or equal to 1000; got 1e+38",
+    ),
     ({"unmask": {"policy": "entropi"}}, "did you mean 'entropy'?"),
     ({"unmask": {"steps": 99, "preset": "llada-9"}}, "unknown preset"),
     ({"unmask": {"eta": 0.5, "policy": "threshold"}}, "eta has no effect"),

@@ -19,7 +19,8 @@ from serving import served_by
 from tiny import byte_model, run_cli
 
 from unmask.data.tokenizer import byte_tokenizer
-from unmask.generation.text import complete, prompt_example
+from unmask.generation.prompts import prompt_example
+from unmask.generation.text import complete
 from unmask.model.checkpoint import save_checkpoint
 from unmask.serving.protocol import GenerationExtra
 from unmask.serving.scoring import left_to_right

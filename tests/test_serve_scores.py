@@ -20,7 +20,8 @@ from unmask.data.tokenizer import byte_tokenizer
 from unmask.diffusion.likelihood import likelihood
 from unmask.errors import UnmaskError
 from unmask.generation.infill import infill_text, parse_gaps
-from unmask.generation.text import chat_encoder, complete, prompt_example
+from unmask.generation.prompts import chat_encoder, prompt_example
+from unmask.generation.text import complete
 from unmask.model.checkpoint import add_adapter, fingerprint, load_model, save_checkpoint
 from unmask.serving.run import load_models
 from unmask.serving.scoring import left_to_right

@@ -23,7 +23,8 @@ from unmask.errors import UnmaskError
 from unmask.evaluation.choose import choose_answers
 from unmask.generation import chat
 from unmask.generation.infill import Gap, infill_text
-from unmask.generation.text import Completion, chat_encoder, make_prompts, prompt_example, read_prompts
+from unmask.generation.prompts import chat_encoder, make_prompts, prompt_example, read_prompts
+from unmask.generation.text import Completion
 
 # As Qwen 3: reasoning of earlier turns is dropped, the last answer alone has a think block, and the prompt
 # opens an empty one where thinking is off.

@@ -359,3 +359,10 @@ def run_weights(folder: Path) -> dict[str, torch.Tensor]:
 
     files = sorted((folder / "final").glob("*.safetensors"))
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def written(tmp_path: Path, name: str, data: bytes | str) -> Path:
+    """A file with these bytes or text."""
+    file = tmp_path / name
+    file.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return file

@@ -74,7 +74,9 @@ def generate(
     refuse_unused(not choice, "without --choice", end_fill=end_fill)
     refuse_unused(bool(choice), "with --choice: nothing is generated", **generating)
     from unmask.evaluation.choose import choose_answers
-    from unmask.generation.text import complete, generate_answers, prompt_example, read_prompts
+    from unmask.generation.answer_file import generate_answers
+    from unmask.generation.prompts import prompt_example, read_prompts
+    from unmask.generation.text import complete
     from unmask.io import check_output_file
 
     if trace not in (None, IN_TERMINAL):
@@ -175,7 +177,7 @@ def infill(
     refuse_unused(text is not None, "with --text; write [[gap:5]] into it", length=length)
     refuse_unused(prompt is None, "without --prompt", end_fill=end_fill)
     from unmask.generation.infill import infill_text, parse_gaps
-    from unmask.generation.text import chat_encoder, prompt_example
+    from unmask.generation.prompts import chat_encoder, prompt_example
 
     if text is not None:
         parts = parse_gaps(read_stdin() if text == "-" else text)
@@ -281,7 +283,7 @@ def _show_trace(
 
 def _answer_file(answer: Any, prompts: list[Any], out: Path, *, samples: int, **options: Any) -> None:
     """Answer a file with a progress bar, and print the totals."""
-    from unmask.generation.text import answer_file
+    from unmask.generation.answer_file import answer_file
     from unmask.processes import rank_and_size
 
     rank, processes = rank_and_size()

@@ -12,7 +12,7 @@ from unmask.data.collate import collate
 from unmask.data.encode import Encoder, Example
 from unmask.diffusion.likelihood import likelihood
 from unmask.errors import UnmaskError
-from unmask.generation.text import following_ids
+from unmask.generation.prompts import following_ids
 
 
 class Choice(NamedTuple):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from unmask.generation.text import Completion, Prompt
+from unmask.generation.prompts import Prompt
+from unmask.generation.text import Completion
 
 
 def is_exact(completion: Completion, prompt: Prompt) -> bool:

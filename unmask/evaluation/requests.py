@@ -15,7 +15,7 @@ from unmask.data.encode import Encoder, Example, document_ids
 from unmask.data.records import Turn
 from unmask.errors import UnmaskError
 from unmask.generation.config import SETTINGS, DiffusionGenerationConfig
-from unmask.generation.text import before_answer, chat_encoder, following_ids, with_prefix
+from unmask.generation.prompts import before_answer, chat_encoder, following_ids, with_prefix
 
 DEFAULT_TOKENS = 256  # token limit of a task that names none: the harness's own default
 # Of the settings, what belongs to the model or to the way results are returned.

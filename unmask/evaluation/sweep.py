@@ -75,10 +75,8 @@ def run_sweep(
     """
     names = _short_names(models)
     each = [replace(settings, decoding={**settings.decoding, setting: value}) for value in values]
-    for model in models:  # all that can be refused is refused before the first evaluation
-        lm = UnmaskLM(model, dtype=settings.dtype, canvas=settings.canvas, **each[0].decoding)
-        for value, one in zip(values, each, strict=True):
-            decoding_of(lm.own, {}, lm.canvas, one.decoding, f"--sweep {setting}={value}")
+    for model in models:
+        _check(model, each, setting)
     curves: dict[str, dict[str, list[dict[str, Any]]]] = {}
     metrics: dict[str, str] = {}
     runs = [
@@ -124,6 +122,14 @@ def run_sweep(
     atomic_write(out / "sweep.json", json.dumps(sweep, indent=2, ensure_ascii=False) + "\n")
     draw_sweep(tasks, out / "sweep.png", setting)
     return sweep
+
+
+def _check(model: str, each: Sequence[EvalSettings], setting: str) -> None:
+    """Refuse what can be refused before the first evaluation, which may take hours."""
+    first = each[0]
+    lm = UnmaskLM(model, dtype=first.dtype, canvas=first.canvas, **first.decoding)
+    for one in each:
+        decoding_of(lm.own, {}, lm.canvas, one.decoding, f"--sweep {setting}={one.decoding[setting]}")
 
 
 def show_sweep(sweep: Mapping[str, Any], console: Console) -> None:

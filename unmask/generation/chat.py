@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from unmask.data.inspect import visible
 from unmask.data.records import Turn, check_text
 from unmask.errors import UnmaskError
+from unmask.generation.prompts import chat_encoder
 from unmask.generation.rows import Event
-from unmask.generation.text import Completion, chat_encoder, complete
+from unmask.generation.text import Completion, complete
 from unmask.generation.trace import drawn, token_texts
 
 HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer."

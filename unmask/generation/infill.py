@@ -27,7 +27,7 @@ from unmask.data.collate import collate
 from unmask.data.encode import Example
 from unmask.data.tokenizer import ids_without_token
 from unmask.errors import UnmaskError
-from unmask.generation.text import following_ids
+from unmask.generation.prompts import following_ids
 from unmask.progress import Bar
 
 MOST_COMBINATIONS = 256  # of lengths

@@ -1,214 +1,31 @@
-"""Answers in OpenAI's form: whole, or streamed as what can no longer change."""
+"""Requests answered: what was asked is generated or scored, and sent whole or as it can no longer change."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
+from unmask.generation.rows import Event
 from unmask.generation.trace import token_texts
 from unmask.serving.protocol import (
     ChatRequest,
     CompletionRequest,
     InfillRequest,
     RequestError,
-    Row,
     ScoreRequest,
-    Served,
-    chat_prompt,
-    gap_row,
     read_request,
-    rows,
-    score_examples,
-    text_prompt,
 )
+from unmask.serving.rows import Row, Served, chat_prompt, gap_row, rows, score_examples, text_prompt
 from unmask.serving.scheduler import Job
 from unmask.serving.scoring import TokenScore, bounds, left_to_right
-from unmask.serving.text import CALL, TextStream, split_calls
+from unmask.serving.shapes import Answer, ChatShape, Shape, offers_tools
+from unmask.serving.text import CALL, TextStream
 
 if TYPE_CHECKING:
     from unmask.data.encode import Example
     from unmask.serving.app import Call, Server
-
-_LEAST = 1e-45  # a probability that has a logarithm
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A finished answer."""
-
-    text: str  # up to a stop string, without special tokens
-    # Of this text, and the end token, with the model's probability when each was committed.
-    tokens: list[tuple[int, float]]
-    num_tokens: int  # the end token and what a stop string cut off included
-    num_forwards: int
-    reason: str  # "stop" or "length"
-
-
-def model_object(served: Served) -> dict[str, Any]:
-    """What /v1/models says of a model."""
-    return {
-        "id": served.name,
-        "object": "model",
-        "created": served.created,
-        "owned_by": "unmask",
-        "max_model_len": served.positions,
-        "max_new_tokens": served.config.max_new_tokens,  # the canvas of a request that says nothing
-    }
-
-
-class Shape:
-    """The fields of /v1/completions, as one object and as chunks."""
-
-    kinds = ("text_completion", "text_completion")
-
-    def __init__(self, call: Call, served: Served, request: Any):
-        self.call, self.served, self.request = call, served, request
-
-    def object(self, choices: Sequence[Any], chunk: bool = False, **more: Any) -> dict[str, Any]:
-        """The object around choices."""
-        call = self.call
-        head = {
-            "id": call.identity,
-            "object": self.kinds[chunk],
-            "created": call.created,
-            "model": self.served.name,
-        }
-        return {**head, "choices": list(choices), **more}
-
-    def choice(
-        self, index: int, answer: Answer, before: str = "", scores: Sequence[TokenScore] = ()
-    ) -> dict[str, Any]:
-        """A finished choice; `before` is the prompt, if it is to be repeated, with its scores."""
-        logprobs = None if self.request.logprobs is None else self.logprobs(answer.tokens, before, scores)
-        text = before + answer.text
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": answer.reason}
-
-    def first(self, index: int) -> dict[str, Any] | None:
-        """The choice of the chunk that a stream begins with."""
-        return None
-
-    def delta(self, index: int, text: str) -> dict[str, Any]:
-        """The choice of a chunk with a piece of text."""
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": None}
-
-    def last(self, index: int, stream: TextStream, answer: Answer) -> list[dict[str, Any]]:
-        """The choices of the chunks that an answer ends with."""
-        logprobs = None if self.request.logprobs is None else self.logprobs(answer.tokens)
-        ends = {"index": index, "text": stream.finish(answer.text), "logprobs": logprobs}
-        return [{**ends, "finish_reason": answer.reason}]
-
-    def logprobs(
-        self, tokens: Iterable[tuple[int, float]], before: str = "", scores: Sequence[TokenScore] = ()
-    ) -> dict[str, Any]:
-        """Log-probabilities: of a repeated prompt's tokens, each given all before it, and of new ones.
-
-        The likeliest token is known of the prompt alone.
-        """
-        table: dict[str, list[Any]] = {
-            "tokens": [],
-            "token_logprobs": [],
-            "top_logprobs": [],
-            "text_offset": [],
-        }
-        offset = 0
-        found = [(one.token, one.logprob, {one.best: one.best_logprob}) for one in scores]
-        found += [(token, math.log(max(probability, _LEAST)), {}) for token, probability in tokens]
-        for number, (token, logprob, best) in enumerate(found):
-            if number == len(scores):
-                offset = len(before)
-            text = self.token_text(token)
-            top = {text: logprob} | {self.token_text(other): value for other, value in best.items()}
-            for name, value in zip(table, (text, logprob, top, offset), strict=True):
-                table[name].append(value)
-            offset += len(text)
-        return table
-
-    def token_text(self, token: int) -> str:
-        """A token as text."""
-        return str(self.served.tokenizer.decode([token]))
-
-
-class ChatShape(Shape):
-    """The fields of /v1/chat/completions."""
-
-    kinds = ("chat.completion", "chat.completion.chunk")
-
-    def choice(
-        self, index: int, answer: Answer, before: str = "", scores: Sequence[TokenScore] = ()
-    ) -> dict[str, Any]:
-        """A finished choice."""
-        text, calls, reason = self._called(answer)
-        message = {"role": "assistant", "content": text.strip() or None if calls else text, "refusal": None}
-        if calls:
-            message["tool_calls"] = calls
-        return {
-            "index": index,
-            "message": message,
-            "logprobs": self._content(answer),
-            "finish_reason": reason,
-        }
-
-    def first(self, index: int) -> dict[str, Any] | None:
-        """The choice of the chunk that a stream begins with."""
-        return self._delta(index, {"role": "assistant", "content": ""})
-
-    def delta(self, index: int, text: str) -> dict[str, Any]:
-        """The choice of a chunk with a piece of text."""
-        return self._delta(index, {"content": text} if text else {})
-
-    def last(self, index: int, stream: TextStream, answer: Answer) -> list[dict[str, Any]]:
-        """The choices of the chunks that an answer ends with."""
-        text, calls, reason = self._called(answer)
-        rest = stream.finish(text)
-        parts: list[dict[str, Any]] = [{"content": rest}] if rest else []
-        if calls:
-            parts.append({"tool_calls": [{"index": number, **call} for number, call in enumerate(calls)]})
-        ends = {**self._delta(index, {}), "finish_reason": reason}
-        if self.request.logprobs:
-            ends["logprobs"] = self._content(answer)
-        return [*(self._delta(index, part) for part in parts), ends]
-
-    def _delta(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-
-    def _called(self, answer: Answer) -> tuple[str, list[dict[str, Any]], str]:
-        """Text and tool calls, if tools were offered, and why the answer ended."""
-        text, calls = split_calls(answer.text) if offers_tools(self.request) else (answer.text, [])
-        named = [
-            {
-                "id": f"call_{self.call.identity[-12:]}_{number}",
-                "type": "function",
-                "function": {
-                    "name": call["name"],
-                    "arguments": json.dumps(call["arguments"], ensure_ascii=False),
-                },
-            }
-            for number, call in enumerate(calls)
-        ]
-        return text, named, "tool_calls" if calls else answer.reason
-
-    def _content(self, answer: Answer) -> dict[str, Any] | None:
-        if not self.request.logprobs:
-            return None
-        content = []
-        for token, probability in answer.tokens:
-            if token in self.served.end_ids:
-                continue
-            text = self.token_text(token)
-            of_bytes = None if "\ufffd" in text else list(text.encode())
-            logprob = math.log(max(probability, _LEAST))
-            content.append({"token": text, "logprob": logprob, "bytes": of_bytes, "top_logprobs": []})
-        return {"content": content, "refusal": None}
-
-
-def offers_tools(request: Any) -> bool:
-    """Whether the model may call tools."""
-    return bool(getattr(request, "tools", None)) and request.tool_choice != "none"
 
 
 def _check_request(request: Any) -> None:
@@ -326,7 +143,8 @@ async def _stream(
 ) -> None:
     """Send what is final as it becomes final."""
     request, served = shape.request, shape.served
-    canvases = [Canvas([None] * job.work.new_tokens) for job in jobs if isinstance(job.work, Row)]
+    mask = served.model.config.mask_token_id
+    canvases = [Canvas([None] * job.work.new_tokens, mask) for job in jobs if isinstance(job.work, Row)]
     has_content = False
 
     async def chunk(choice: Any, **more: Any) -> None:
@@ -408,7 +226,8 @@ async def infill(call: Call) -> None:
     """Answer /v1/infill: the whole text; with `stream` also the canvas after each forward pass."""
     request, served, row, tokens = await call.server.encoded(_prepare_infill, call.server, call.body)
     call.within(request.unmask.timeout)
-    canvas, usage = Canvas(tokens), Usage(row.prompt_tokens)
+    canvas = Canvas(tokens, served.model.config.mask_token_id)
+    usage = Usage(row.prompt_tokens)
     async for _, event in call.run([Job(served, row, row.tokens, each=bool(request.stream))]):
         canvas.take(event)
         if event.answer is None:
@@ -417,7 +236,7 @@ async def infill(call: Call) -> None:
         if not request.stream:  # the last event alone was told
             canvas.fill(event.answer)
         usage.add(Answer("", [], len(event.answer.ids), event.answer.num_forwards, "stop"))
-        text = str(served.tokenizer.decode([token for token in canvas.tokens if token is not None]))
+        text = str(served.tokenizer.decode(canvas.ids))
         ends = {
             "object": "infill",
             "model": served.name,
@@ -435,42 +254,45 @@ class Canvas:
 
     Args:
         tokens: None = to fill; the events of the row count these positions alone.
+        mask_token_id: what is not filled yet.
     """
 
-    def __init__(self, tokens: Sequence[int | None]):
-        self.tokens = list(tokens)
+    def __init__(self, tokens: Sequence[int | None], mask_token_id: int):
+        self.given, self.mask_token_id = list(tokens), mask_token_id
         self.gaps = [position for position, token in enumerate(tokens) if token is None]
+        self.filled = [mask_token_id] * len(self.gaps)
         self.new: list[int] = []  # positions committed in the last forward pass
         self.confidence: dict[int, float] = {}  # the model's probability of committed tokens
         self.num_final = self.steps = 0
 
     @property
+    def ids(self) -> list[int]:
+        """The tokens, masks among them."""
+        filled = iter(self.filled)
+        return [next(filled) if token is None else token for token in self.given]
+
+    @property
     def final(self) -> list[int]:
         """The tokens that can no longer change, from the first on."""
-        found = (self.tokens[position] for position in self.gaps[: self.num_final])
-        return [token for token in found if token is not None]
+        return self.filled[: self.num_final]
 
-    def take(self, event: Any) -> bool:
+    def take(self, event: Event) -> bool:
         """Note what a forward pass did; whether more is final."""
         self.steps += 1
+        event.apply(self.filled, self.mask_token_id)
         self.new = [self.gaps[position] for position in event.positions]
-        for position in event.remasked:
-            self.tokens[self.gaps[position]] = None
-        for position, token in zip(self.new, event.tokens, strict=True):
-            self.tokens[position] = token
         self.confidence |= zip(self.new, event.confidence, strict=False)
         more, self.num_final = event.num_final > self.num_final, max(self.num_final, event.num_final)
         return more
 
     def fill(self, answer: Any) -> None:
         """Take the tokens of a finished answer."""
-        for position, token, probability in zip(self.gaps, answer.ids, answer.confidence, strict=False):
-            self.tokens[position], self.confidence[position] = token, probability
+        self.filled[: len(answer.ids)] = answer.ids
+        self.confidence |= zip(self.gaps, answer.confidence, strict=False)
 
     def draft(self, served: Served) -> dict[str, Any]:
         """The canvas as it stands: texts, null = masked; their probability when committed, and what is new."""
-        mask = served.model.config.mask_token_id
-        ids = [mask if token is None else token for token in self.tokens]
+        ids, mask = self.ids, self.mask_token_id
         texts = [
             None if id == mask else text
             for id, text in zip(ids, token_texts(ids, served.tokenizer), strict=True)
@@ -484,7 +306,7 @@ class Canvas:
         return {
             **self.draft(served),
             "ids": answer.ids,
-            "canvas_ids": self.tokens,
+            "canvas_ids": [None if token == self.mask_token_id else token for token in self.ids],
             "commit_step": answer.commit_step,
             "forward_passes": answer.num_forwards,
         }

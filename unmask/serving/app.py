@@ -27,8 +27,10 @@ from starlette.types import Receive, Scope, Send
 from unmask.errors import UnmaskError
 from unmask.serving import answers
 from unmask.serving.metrics import Metrics
-from unmask.serving.protocol import RequestError, Served
+from unmask.serving.protocol import RequestError
+from unmask.serving.rows import Served
 from unmask.serving.scheduler import Job, Scheduler
+from unmask.serving.shapes import model_object
 
 log = logging.getLogger(__name__)
 
@@ -294,12 +296,10 @@ def make_app(server: Server) -> Starlette:
         return PlainTextResponse(server.metrics.text(server.state()), media_type="text/plain; version=0.0.4")
 
     def models(_: Request) -> Response:
-        return JSONResponse(
-            {"object": "list", "data": [answers.model_object(one) for one in server.models.values()]}
-        )
+        return JSONResponse({"object": "list", "data": [model_object(one) for one in server.models.values()]})
 
     def one_model(request: Request) -> Response:
-        return JSONResponse(answers.model_object(server.find(request.path_params["name"])))
+        return JSONResponse(model_object(server.find(request.path_params["name"])))
 
     page = (files("unmask") / "templates" / "playground.html").read_text(encoding="utf-8")
 

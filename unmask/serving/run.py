@@ -16,7 +16,7 @@ from unmask.generation.config import DiffusionGenerationConfig
 from unmask.model.bf16 import place_for_inference
 from unmask.model.checkpoint import ADAPTER_CONFIG, fingerprint, is_adapter, load_model, read_config
 from unmask.model.config import FIELDS
-from unmask.serving.protocol import Served
+from unmask.serving.rows import Served
 from unmask.serving.scheduler import Scheduler
 
 LOCAL = ("127.0.0.1", "::1", "localhost")

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from unmask.errors import UnmaskError
-from unmask.serving.protocol import RequestError, Row, Served
+from unmask.serving.protocol import RequestError
+from unmask.serving.rows import Row, Served
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,8 @@ from unmask.diffusion.corrupt import Noised, corrupt, example_seeds
 from unmask.diffusion.likelihood import Masks, exact_masks
 from unmask.diffusion.objective import Objective
 from unmask.evaluation.exact_match import exact_share, is_exact
-from unmask.generation.text import Completion, Prompt, complete, make_prompts
+from unmask.generation.prompts import Prompt, make_prompts
+from unmask.generation.text import Completion, complete
 from unmask.generation.trace import trace_lines
 from unmask.io import atomic_write
 from unmask.progress import Bar
