@@ -39,7 +39,6 @@ ELSEWHERE = {"docs/evaluation.md", "docs/serving.md"}
 # Pages whose commands have capital letters for what the reader has.
 PATTERNS = {
     "docs/data.md",
-    "docs/generation.md",
     "docs/training.md",
     "docs/log.md",
     "docs/cli.md",
