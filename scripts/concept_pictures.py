@@ -32,7 +32,7 @@ from unmask.diffusion.attention import (
     row_layout,
 )
 from unmask.diffusion.corrupt import transition
-from unmask.generation.engine import DenoiserInput
+from unmask.generation.table import DenoiserInput
 from unmask.generation.trace import token_texts
 from unmask.io import atomic_write
 
@@ -117,13 +117,13 @@ def picture(panels: Sequence[Panel], keys: Iterable[tuple[str, str]], *, across:
 
 def noise() -> str:
     """The forward process at four rates, by `transition` with one noise seed."""
-    tokenizer = byte_tokenizer()
+    mask_token_id: Any = byte_tokenizer().mask_token_id
     prompt, response = "Say it twice: wool. ", "wool wool"
     x_0 = torch.tensor([list((prompt + response).encode())])
     maskable = torch.arange(x_0.shape[1])[None] >= len(prompt)
     rates, rows = (0.1, 0.4, 0.7, 1.0), []
     for t in rates:
-        noised = transition(x_0, t, maskable, tokenizer.mask_token_id, noise_seed=torch.tensor([3]))
+        noised = transition(x_0, t, maskable, mask_token_id, noise_seed=torch.tensor([3]))
         rows.append(
             [
                 Cell(MASK) if hidden else Cell(NEW if free else CONTEXT, chr(byte))
