@@ -176,3 +176,10 @@ def test_merging_what_cannot_be_merged(base: Path, tmp_path: Path) -> None:
         merge(str(tmp_path / "adapter"), base)
     with pytest.raises(UnmaskError, match=r"target_modules.*q_proj"):
         adapted(base, target_modules=["qkv"])
+
+
+def test_the_base_is_named_as_given_whatever_name_the_model_was_opened_by(base: Path) -> None:
+    model = load_model(str(base), convert_base=True)
+    assert model.config.name_or_path != "/elsewhere"
+    adapter: Any = add_adapter(model, "/elsewhere", r=2, alpha=4)  # peft would warn, and write its own
+    assert adapter.peft_config["default"].base_model_name_or_path == "/elsewhere"

@@ -339,10 +339,11 @@ def add_adapter(
         lora_dropout=dropout,
         target_modules=target_modules or "all-linear",
         use_dora=use_dora,
-        base_model_name_or_path=base,
         trainable_token_indices=[cast(Any, model.config).mask_token_id] if learn_mask else None,
     )
-    return cast(PreTrainedModel, get_peft_model(model, config))
+    adapted = cast(Any, get_peft_model(model, config))
+    adapted.peft_config["default"].base_model_name_or_path = base  # peft writes the model's own name there
+    return adapted
 
 
 def _load_adapter(name: str, config: dict[str, Any], settings: dict[str, Any]) -> PreTrainedModel:
