@@ -130,7 +130,12 @@ def empty_model(recipe: Recipe, device: str, tokenizer: PreTrainedTokenizerBase 
 
 def meta_model(recipe: Recipe) -> Any:
     """The denoiser of a recipe without its weights, on torch's "meta" device; no data are read."""
-    model = _choose_trained(empty_model(recipe, "meta"), recipe)
+    empty = empty_model(recipe, "meta")
+    if (
+        empty.config.mask_token_id is None
+    ):  # of an autoregressive base the tokenizer says it, which is not read
+        empty.config.mask_token_id = empty.config.vocab_size - 1  # any row is as large
+    model = _choose_trained(empty, recipe)
     return model if recipe.lora.r is None else model.get_base_model()
 
 
