@@ -34,6 +34,12 @@ SHORT = [
     "data.eval_size=8",
 ]
 SERVED = "127.0.0.1:8000"  # as the pages write it
+TUTORIALS = "docs/tutorials/"
+FINETUNE = f"{TUTORIALS}finetune.md"  # whose files other tutorials use
+# What tutorials show of outputs, as far as it is the same for any model.
+STABLE = re.compile(
+    r"step +\d+(/\d+)?  |exact match: |records +\d|gaps of |(ok|off)  |task  +|\w+: [\d,]+ forward passes|results: "
+)
 # Pages with a test of their own: test_eval_docs.py, test_serve_clients.py.
 ELSEWHERE = {"docs/evaluation.md", "docs/serving.md"}
 # Pages whose commands have capital letters for what the reader has.
@@ -66,6 +72,12 @@ def commands(page: str) -> list[str]:
     return _lines(text) + re.findall(r"\| `(unmask [^`]*)` \|$", read(page), flags=re.MULTILINE)
 
 
+def saved(page: str) -> dict[str, str]:
+    """The files that a page says to save, by name."""
+    pattern = r"Save this as `([^`]+)`[^\n]*:\n\n```\w+\n(.*?)^```"
+    return dict(re.findall(pattern, read(page), flags=re.MULTILINE | re.DOTALL))
+
+
 def _lines(text: str) -> list[str]:
     lines = [line.strip() for line in text.replace("\\\n", " ").splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
@@ -75,7 +87,8 @@ def _lines(text: str) -> list[str]:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the pages name: recipes, data, tiny models in place of the hub's, a demo of two steps."""
     made = tmp_path_factory.mktemp("made")
-    (made / "recipes").symlink_to(ROOT / "recipes")
+    for name in ("recipes", "docs"):
+        (made / name).symlink_to(ROOT / name)
     autoregressive_folder(made / "base", max_position_embeddings=2048)
     for name in ("coda", "sdar"):
         foreign_folder(made / name, BY_NAME[name], max_position_embeddings=2048)
@@ -90,6 +103,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pattern = r"exact match: before [\d.]+%, after [\d.]+% on 3 held-out prompts"
     assert re.fullmatch(pattern, said.strip().splitlines()[-1])
     assert (made / "outputs/demo/loss.png").stat().st_size > 0
+    (made / "demo.txt").write_text(said)
     return made
 
 
@@ -101,6 +115,12 @@ class Walk:
         shutil.copytree(made, place, symlinks=True, dirs_exist_ok=True)
         self.server: subprocess.Popen[str] | None = None
         self.address = SERVED
+        self.said = (made / "demo.txt").read_text()  # all that was printed
+
+    def save(self, page: str) -> None:
+        for name, text in saved(page).items():
+            text = text.replace("range(301)", "range(2)")  # steps of the stand-in for Qwen3
+            (self.place / name).write_text(text, encoding="utf-8")
 
     def local(self, text: str) -> str:
         for on_the_hub, folder in HUB.items():
@@ -115,7 +135,10 @@ class Walk:
     def run(self, command: str) -> None:
         name, *arguments = shlex.split(self.local(command), comments=True)
         if name in ("curl", "python") or {"|", "<", ">", "&", "&&"} & set(arguments):
-            shell(["bash", "-o", "pipefail", "-ec", self.local(command)], self.place)
+            self.said += shell(["bash", "-o", "pipefail", "-ec", self.local(command)], self.place)
+            return
+        if name == "timeout":
+            self.kill(arguments[arguments.index("unmask") :])
             return
         variables = dict[str, str]()
         while "=" in name and not name.startswith("-"):  # NPROC=2 ./recipes/...
@@ -131,9 +154,13 @@ class Walk:
             often = "eval_steps=2 data.eval_size=2 save_steps=2"
             shell([name, *local, *SHORT, *f"{base} {sizes} {often}".split()], self.place, **variables)
         elif name == "unmask" and arguments[0] == "serve":
-            self.serve(arguments)
+            self.serve(arguments, **variables)
         elif name == "unmask":
             self.unmask(arguments)
+        elif name == "torchrun":
+            base, sizes = f"model.name_or_path={self.place / 'base'}", "data.block_size=64 micro_batch_size=2"
+            more = [*SHORT, base, *sizes.split()]
+            shell([sys.executable, "-m", "torch.distributed.run", *arguments, *more], self.place)
         elif name == "make":  # the environment exists, and so does the demo
             assert re.search(rf"^{arguments[0]}:|^{arguments[0]} ", read("Makefile"), flags=re.MULTILINE), (
                 command
@@ -145,12 +172,17 @@ class Walk:
         recipe = arguments[1] if len(arguments) > 1 else ""
         if "qwen3" in recipe and not any(a.startswith("model.name_or_path=") for a in arguments):
             arguments.append(f"model.name_or_path={self.place / 'base'}")
-        if arguments[0] in ("train", "prepare"):
+        if arguments[0] in ("train", "prepare") and "--dry-run" not in arguments:
             streamed = "data.streaming=true" in arguments  # has no first records
             arguments += [key for key in SHORT if not (streamed and key.startswith("data.max_records"))]
+            if "resume_from_checkpoint=auto" in arguments:
+                arguments.append(f"max_steps={max(self.steps_saved(), default=0) + 2}")
+        if arguments[0] == "eval" and not {"--limit", "--compare"} & set(arguments):
+            arguments += ["--limit", "4"]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "stdin", io.StringIO("Say it twice: wool.\n/quit\n"))
             said = run_cli(*arguments)
+        self.said += said.out + said.err
         if arguments[0] == "doctor":  # random weights are off
             [shown] = [text for _, text in blocks("docs/checkpoints.md") if "ok  mask token" in text]
             names = [re.split(r"  +", line)[1] for line in shown.splitlines()]
@@ -159,7 +191,26 @@ class Walk:
         else:
             assert said.code == 0, (arguments, said.err)
 
-    def serve(self, arguments: list[str]) -> None:
+    def steps_saved(self) -> list[int]:
+        return [int(folder.name.split("-")[1]) for folder in self.place.glob("outputs/*/checkpoint-*")]
+
+    def kill(self, command: list[str]) -> None:
+        """Kill a training as soon as it has a checkpoint, whatever its time."""
+        more = [*SHORT, "max_steps=10000", "save_steps=2"]
+        with subprocess.Popen(
+            [sys.executable, "-m", *command, *more],
+            cwd=self.place,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as run:
+            while not self.steps_saved():
+                assert run.poll() is None, run.stderr and run.stderr.read()
+                time.sleep(0.05)
+            run.kill()
+
+    def serve(self, arguments: list[str], **variables: str) -> None:
         self.stop()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -168,7 +219,7 @@ class Walk:
             del arguments[arguments.index("--port") : arguments.index("--port") + 2]
         command = [sys.executable, "-m", "unmask", *arguments, "--port", str(port)]
         self.server = subprocess.Popen(
-            command, cwd=self.place, env=environment(), stderr=subprocess.PIPE, text=True
+            command, cwd=self.place, env=environment(**variables), stderr=subprocess.PIPE, text=True
         )
         self.address = f"127.0.0.1:{port}"
         for _ in range(600):
@@ -211,9 +262,15 @@ def walk(made: Path, tmp_path: Path) -> Iterator[Walk]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
-def test_what_a_page_shows_runs(page: str, walk: Walk) -> None:
+def test_what_a_page_shows_runs(page: str, walk: Walk, capsys: pytest.CaptureFixture[str]) -> None:
+    if page.startswith(TUTORIALS):
+        walk.save(FINETUNE)
+        walk.save(page)
+    if page == f"{TUTORIALS}evaluate.md":  # the reader has done the tutorial before
+        walk.run("python make_data.py")
+        shutil.copytree("outputs/demo", "outputs/mine")
     for language, text in blocks(page):
-        if language == "python":
+        if language == "python" and text not in saved(page).values():
             walk.python(page, text)
         for command in _lines(text) if language == "bash" else []:
             walk.run(command)
@@ -225,6 +282,20 @@ def test_what_a_page_shows_runs(page: str, walk: Walk) -> None:
         assert Path("outputs/coda-sft/final/model.safetensors").exists()
     if page == "docs/checkpoints.md":
         assert Path("coda.jsonl").read_text() and Path("sdar.jsonl").read_text()
+    if page == f"{TUTORIALS}serve.md":
+        assert walk.said.count('"error"') == 1  # of the request without a key
+    if page.startswith(TUTORIALS):
+        said = {skeleton(line) for line in (walk.said + capsys.readouterr().out).splitlines()}
+        texts = [text for language, text in blocks(page) if language == "text"]
+        shown = {skeleton(line) for text in texts for line in text.splitlines() if STABLE.match(line)}
+        assert shown - said == set() and bool(shown) == (page != f"{TUTORIALS}serve.md")
+
+
+def skeleton(line: str) -> str:
+    """A line of output without what differs between models: of a row of `unmask doctor` its label alone."""
+    if row := re.match(r"(?:ok|off|wrong) +(\S+(?: \S+)*)  ", line):
+        return row[1]
+    return re.sub(r"[-+]?[\d,]*\.?\d+", "N", " ".join(line.split()).removesuffix("s"))
 
 
 def test_pages_that_are_not_run_have_a_test_of_their_own_or_patterns() -> None:
