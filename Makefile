@@ -1,7 +1,7 @@
 # Every target makes the environment it needs: .venv, about 80 s and 1.5 GB the first time.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all test-page test-gpu test-newest test-oldest lock check fix docs docs-serve package bench clean
+.PHONY: help install demo test test-slow test-all test-page test-gpu test-newest test-oldest lock check fix docs docs-serve notebook package bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -68,6 +68,9 @@ test-oldest: .venv-oldest/.installed  ## all tests with the lowest versions that
 test-newest test-oldest: test-%:
 	@.venv-$*/bin/pip freeze --exclude-editable | paste -sd' ' | fold -sw 100
 	@$(MAKE) --no-print-directory test-all VENV=.venv-$*
+
+notebook: $(STAMP)  ## execute examples/tour.ipynb and write it again with its outputs (a minute)
+	@$(RUN) python scripts/notebook.py examples/tour.ipynb
 
 package:  ## build wheel and sdist into dist/, check them, try the wheel alone in an empty environment; needs an index
 	@$(PYTHON) scripts/package.py

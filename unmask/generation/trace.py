@@ -65,7 +65,7 @@ def trace_lines(
             (MASK_GLYPH * max(1, len(text)) if at > step else text, at > step, at > previous)
             for text, at in tokens
         )
-        lines.append(Text(f"  {step + 1:>3} ", style="dim").append_text(drawn(shown)))
+        lines.append(Text().append(f"  {step + 1:>3} ", style="dim").append_text(drawn(shown)))
         previous = step
     return lines
 

@@ -96,7 +96,8 @@ def train(recipe: Recipe, console: Console | None = None) -> TrainResult:
             return Run(recipe, Console(quiet=True), group, signals).train()
         try:
             with directory_lock(out, "training"):
-                console = console or Console(highlight=False, soft_wrap=True)
+                # In a notebook too the lines are text: of a console of Jupyter each is an output of its own.
+                console = console or Console(highlight=False, soft_wrap=True, force_jupyter=False)
                 return Run(recipe, console, group, signals).train()
         finally:
             with suppress(OSError):
