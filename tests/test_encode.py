@@ -12,15 +12,8 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, 
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from unmask.data.encode import (
-    DropRecord,
-    Encoder,
-    EncodeReport,
-    Example,
-    encode_documents,
-    encode_each,
-    encode_records,
-)
+from unmask.data.encode import DropRecord, Encoder, Example, encode_documents, encode_each, encode_records
+from unmask.data.encode_report import EncodeReport
 from unmask.data.records import Conversation, CustomFields, RecordError, Turn
 from unmask.data.tokenizer import CHATML_TEMPLATE, byte_tokenizer
 from unmask.errors import UnmaskError

@@ -14,7 +14,8 @@ from rich.console import Console
 from unmask.config import recipe_from_dict
 from unmask.data.collate import collate, pack
 from unmask.data.dataset import RunData
-from unmask.data.encode import Encoder, EncodeReport, Example, encode_records
+from unmask.data.encode import Encoder, Example, encode_records
+from unmask.data.encode_report import EncodeReport
 from unmask.data.inspect import (
     location,
     show_examples,

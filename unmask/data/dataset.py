@@ -17,7 +17,8 @@ from torch.utils.data import ConcatDataset
 from transformers import PreTrainedTokenizerBase
 
 from unmask.data.collate import PackedRows, Row
-from unmask.data.encode import Encoder, EncodeReport, Example
+from unmask.data.encode import Encoder, Example
+from unmask.data.encode_report import EncodeReport
 from unmask.data.mixture import Draws, permutation
 from unmask.data.prepare import (
     SHARD,

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import warnings
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count, islice
 from typing import Any, Literal, cast
@@ -16,6 +14,7 @@ from typing import Any, Literal, cast
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from unmask.data.encode_report import EncodeReport
 from unmask.data.records import (
     Conversation,
     CustomFields,
@@ -82,81 +81,6 @@ def _mix(x: int) -> int:
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
     x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
     return x ^ x >> 31
-
-
-@dataclass
-class EncodeReport:
-    """What became of the records. `dropped` and `skipped` map a reason to (count, first location).
-
-    Dropped: sound, but of no use under these settings. Skipped: bad input, under on_bad_record="skip".
-    `notes` count records that were kept, by what is to be known about them; `unused` fields without effect.
-    """
-
-    records: int = 0
-    kept: int = 0
-    truncated: int = 0
-    dropped: dict[str, tuple[int, str]] = field(default_factory=dict)
-    skipped: dict[str, tuple[int, str]] = field(default_factory=dict)
-    tokens: int = 0
-    supervised_tokens: int = 0
-    formats: Counter[str] = field(default_factory=Counter)
-    notes: Counter[str] = field(default_factory=Counter)
-    unused: Counter[str] = field(default_factory=Counter)
-
-    def drop(self, reason: str, where: str) -> None:
-        """Count one record as dropped."""
-        _add(self.dropped, {reason: (1, where)})
-
-    def skip(self, error: RecordError) -> None:
-        """Count one record as skipped."""
-        _add(self.skipped, {error.counted: (1, error.where)})
-
-    @contextmanager
-    def sorting_out(self, where: str, on_bad_record: Literal["stop", "skip"]) -> Iterator[None]:
-        """Count the record as dropped or skipped if what is done in here says so."""
-        try:
-            yield
-        except DropRecord as reason:
-            self.drop(str(reason), where)
-        except RecordError as error:
-            if on_bad_record == "stop":
-                raise
-            self.skip(error)
-
-    def keep(self, example: Example) -> Example:
-        """Count the tokens of an example."""
-        self.tokens += len(example.input_ids)
-        self.supervised_tokens += example.supervised
-        return example
-
-    def left_out(self) -> list[str]:
-        """Say what was dropped and skipped, and why: "2 skipped: not valid JSON (first: x.jsonl line 4)"."""
-        lines = [
-            f"{count:,} {what}: {reason} (first: {where})"
-            for what, reasons in (("dropped", self.dropped), ("skipped", self.skipped))
-            for reason, (count, where) in reasons.items()
-        ]
-        return lines + [f"fields not used: {named(self.unused)}"] * bool(self.unused)
-
-    def merge(self, other: EncodeReport) -> None:
-        """Add what became of later records."""
-        for item in fields(self):
-            mine, theirs = getattr(self, item.name), getattr(other, item.name)
-            if item.name in ("dropped", "skipped"):
-                _add(mine, theirs)
-            else:
-                setattr(self, item.name, mine + theirs)
-
-
-def _add(reasons: dict[str, tuple[int, str]], more: dict[str, tuple[int, str]]) -> None:
-    for reason, (number, where) in more.items():
-        before, first = reasons.get(reason, (0, where))
-        reasons[reason] = (before + number, first)
-
-
-def named(counts: Mapping[str, int]) -> str:
-    """Names with their counts: "id (3), lang (2)"."""
-    return ", ".join(f"{name} ({number:,})" for name, number in counts.items())
 
 
 class Encoder:

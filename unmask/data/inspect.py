@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 from unmask.data.collate import Row, pack_sizes
 from unmask.data.dataset import RunData, examples_of, first_rows, sizes_of, source_names
-from unmask.data.encode import EncodeReport, Example, named
+from unmask.data.encode import Example
+from unmask.data.encode_report import EncodeReport, named
 from unmask.io import atomic_write
 from unmask.progress import Bar
 

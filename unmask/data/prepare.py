@@ -27,7 +27,8 @@ import transformers
 from pydantic import TypeAdapter
 from transformers import PreTrainedTokenizerBase
 
-from unmask.data.encode import Encoder, EncodeReport, Example, encode_documents, encode_each, of_source
+from unmask.data.encode import Encoder, Example, encode_documents, encode_each, of_source
+from unmask.data.encode_report import EncodeReport
 from unmask.data.files import Record, Source, document_text, find_files
 from unmask.data.hub import first_line
 from unmask.data.records import CustomFields

@@ -17,7 +17,8 @@ import numpy as np
 
 from unmask.data.collate import Row, pack
 from unmask.data.dataset import RunData, Steps, Unit
-from unmask.data.encode import EncodeReport, Example, of_source, sample_id
+from unmask.data.encode import Example, of_source, sample_id
+from unmask.data.encode_report import EncodeReport
 from unmask.data.files import Record, RecordFile, Source, Table
 from unmask.data.mixture import WINDOW, draw_quotas, keyed, permutation, shuffled_round
 from unmask.data.prepare import DataSource, is_prepared
