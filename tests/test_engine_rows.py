@@ -6,10 +6,8 @@ Ids of the tiny models: 0 padding, 31 mask.
 from __future__ import annotations
 
 import random
-import re
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -447,18 +445,6 @@ def test_a_consumer_that_leaves_stops_nothing() -> None:
     engine.drop(slots[1])
     done = [event.slot for events in engine.steps() for event in events if event.done]
     assert sorted(done) == [slots[0], slots[2]] and engine.num_rows == 0
-
-
-def test_the_engine_of_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "generation.md").read_text(encoding="utf-8")
-    [code] = [
-        block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "make_engine" in block
-    ]
-    model: Any = tiny_model().eval()
-    exec(code, {"model": model, "prompt_ids": [4, 5, 6]})
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("0 [") and any(line.startswith("1 [") for line in lines)
-    assert sum(line.startswith("Answer(") for line in lines) == 1  # the other one was dropped
 
 
 @pytest.mark.slow

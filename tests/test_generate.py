@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from transformers import LogitsProcessorList, NoBadWordsLogitsProcessor, Stoppin
 from transformers.generation.stopping_criteria import StoppingCriteria
 
 from unmask.errors import UnmaskError
-from unmask.generation.policy import Decision, Proposal, most_confident
+from unmask.generation.policy import Decision, Proposal
 
 PAD, MASK = 0, 31
 
@@ -163,20 +162,6 @@ def test_a_function_is_a_policy(model: Any) -> None:
         assert out.commit_step.tolist() == [[4, 3, 2, 1, 0]] * 2
     with pytest.raises(UnmaskError, match="policy"):  # it commits nothing
         model.generate(random_ids(2, 3), policy=lambda proposal: proposal.candidates & False, **settings)
-
-
-def test_the_policy_of_the_documentation_runs(model: Any) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "generation.md").read_text()
-    code = page.split("```python\n")[1].split("```")[0]
-    steps: list[int] = []
-
-    class Watched:
-        def generate(self, ids: Tensor, policy: Any) -> None:
-            out = model.generate(ids, max_new_tokens=5, policy=policy, steps=3, eos_token_id=[])
-            steps.extend(out.num_forwards.tolist())
-
-    exec(code, {"most_confident": most_confident, "prompt_ids": random_ids(2, 3), "model": Watched()})
-    assert len(steps) == 2 and max(steps) <= 3
 
 
 # Infilling.
