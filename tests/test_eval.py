@@ -559,5 +559,5 @@ def test_bad_input_is_one_line(place: Path, tmp_path: Path, arguments: list[str]
         byte_model().save_pretrained(model)
         tokenizer.save_pretrained(model)
     said = run_cli("eval", model, "--include-path", tasks, "--out", tmp_path, *arguments)
-    assert said.code == 2 and said.err.splitlines()[-1].startswith("error: ") and message in said.err
+    assert said.code == 2 and said.err.splitlines()[-2].startswith("error: ") and message in said.err
     assert "Traceback" not in said.err and not any(tmp_path.iterdir())

@@ -240,6 +240,13 @@ class Said:
     out: str
     err: str
 
+    @property
+    def error(self) -> str:
+        """The line of an error; the one after it names the page that explains it."""
+        line, page = self.err.splitlines()
+        assert line.startswith("error: ") and page.startswith("help: "), self.err
+        return line
+
 
 def run_cli(*arguments: str | Path) -> Said:
     """Run `unmask ARGUMENTS` in this process, and leave the libraries' loggers as they were."""

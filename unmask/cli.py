@@ -4,45 +4,88 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from typer import Argument, Option
 
 from unmask import __version__, cli_eval, cli_generate, cli_recipe, cli_serve
+from unmask.cli_complete import complete_override, complete_recipe
 from unmask.cli_generate import hide_progress_bars
 from unmask.cli_options import Model
 from unmask.errors import UnmaskError, UnmaskNote
+from unmask.explain import help_page
 
 app = typer.Typer(
     name="unmask",
-    help="Turn Qwen3, Qwen2 and Llama into masked-diffusion language models; train and sample them.",
-    no_args_is_help=True,
-    add_completion=False,
+    help="Turn Qwen3, Qwen2, Llama, Mistral and Gemma into masked-diffusion language models, or open released"
+    " ones; train, sample, measure and serve them.",
     pretty_exceptions_enable=False,
 )
+# Where `unmask --help` lists a command.
+TRAIN, CHECKPOINTS, GENERATE, MEASURE = "Train", "Checkpoints", "Generate text", "Measure"
+
+OVERVIEW = """\
+unmask turns Qwen3 and other decoders into masked-diffusion
+language models, and opens released ones.
+
+Watch one learn on a laptop (4 minutes on two CPU cores):
+  unmask train train_tiny_sft
+
+Fine-tune a released one on a file of your own:
+  unmask train train_qwen3_1.7b_sft \\
+    model.name_or_path=Salesforce/CoDA-v0-Instruct \\
+    data.dataset_name=my.jsonl
+
+Turn Qwen3 into one, on the same file:
+  unmask train train_qwen3_0.6b_sft \\
+    data.dataset_name=my.jsonl
+
+Measure it: how likely does it find texts it never saw?
+  unmask score outputs/tiny-sft/final \\
+    recipes/tiny/heldout.jsonl --end-fill 16
+
+Serve it, with a playground in the browser:
+  unmask serve outputs/tiny-sft/final
+
+unmask --help lists all commands, unmask recipe list the
+recipes that come with it."""
 
 RANK = os.environ.get("RANK", "0")
 OF_PROCESS = "" if RANK == "0" else f" (process {RANK})"
 RANK_SECONDS = 3.0  # that a process of several waits before it prints its error
+# What torch says of a GPU (the first, whose class is OutOfMemoryError) and of a CPU.
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")
 # Beginnings of warnings, as regular expressions, and why nobody needs to read them.
 SILENT: tuple[tuple[str, type[Warning]], ...] = (
     # peft asks transformers for a property that has another name since 5.24; both answer the same until v6.
     (r"`is_gradient_checkpointing` is deprecated", FutureWarning),
 )
 
-RecipeFile = Annotated[Path, Argument(metavar="RECIPE", help="YAML file, or a name of `unmask recipe list`.")]
+RecipeFile = Annotated[
+    Path,
+    Argument(
+        metavar="RECIPE",
+        help="YAML file, or a name of `unmask recipe list`.",
+        autocompletion=complete_recipe,
+    ),
+]
 OutFolder = Annotated[Path, Argument(metavar="OUT", help="Folder to write; must not exist or be empty.")]
 Overrides = Annotated[
     list[str] | None,
-    Argument(metavar="KEY=VALUE", help="Recipe keys to override, such as max_steps=100."),
+    Argument(
+        metavar="KEY=VALUE",
+        help="Recipe keys to override, such as max_steps=100.",
+        autocompletion=complete_override,
+    ),
 ]
 
 
@@ -52,8 +95,9 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def common(
+    context: typer.Context,
     debug: Annotated[
         bool, Option("--debug", help="Show the traceback of an error; anywhere in the command.")
     ] = False,
@@ -61,10 +105,11 @@ def common(
         bool, Option("--version", is_eager=True, callback=_show_version, help="Show the version.")
     ] = False,
 ) -> None:
-    """Options of every command."""
+    if context.invoked_subcommand is None:
+        print(OVERVIEW)
 
 
-@app.command()
+@app.command(rich_help_panel=CHECKPOINTS)
 def convert(
     base: Annotated[str, Argument(metavar="BASE", help="Autoregressive checkpoint: folder or hub name.")],
     out: OutFolder,
@@ -86,7 +131,7 @@ def convert(
     )
 
 
-@app.command()
+@app.command(rich_help_panel=CHECKPOINTS)
 def export(
     model: Model,
     out: OutFolder,
@@ -107,7 +152,7 @@ def export(
         print(f"{out}: {note}")
 
 
-@app.command()
+@app.command(rich_help_panel=CHECKPOINTS)
 def doctor(
     model: Model,
     json: Annotated[bool, Option("--json", help="Print the findings as JSON.")] = False,
@@ -126,7 +171,7 @@ def doctor(
     raise typer.Exit(int(has_faults(findings)))
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def data(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -183,7 +228,7 @@ def data(
         console.print(line, highlight=False, markup=False)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def prepare(
     recipe: RecipeFile,
     out: Annotated[Path, Argument(metavar="OUT", help="Folder to write, or to resume.")],
@@ -216,7 +261,7 @@ def prepare(
         print(line)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -249,7 +294,7 @@ def train(
         raise typer.Exit(130) from None
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def merge(
     adapter: Annotated[str, Argument(metavar="ADAPTER", help="Folder that a run with lora.r leaves.")],
     out: OutFolder,
@@ -262,15 +307,15 @@ def merge(
     print(f"{out}: {type(model).__name__}, {model.num_parameters():,} parameters, {model.dtype}")
 
 
-app.add_typer(cli_recipe.app, name="recipe")
-app.command()(cli_generate.generate)
-app.command()(cli_generate.chat)
-app.command()(cli_generate.infill)
-app.command("eval")(cli_eval.evaluate)
-app.command()(cli_serve.serve)
+app.add_typer(cli_recipe.app, name="recipe", rich_help_panel=TRAIN)
+app.command(rich_help_panel=GENERATE)(cli_generate.generate)
+app.command(rich_help_panel=GENERATE)(cli_generate.chat)
+app.command(rich_help_panel=GENERATE)(cli_generate.infill)
+app.command("eval", rich_help_panel=MEASURE)(cli_eval.evaluate)
+app.command(rich_help_panel=GENERATE)(cli_serve.serve)
 
 
-@app.command()
+@app.command(rich_help_panel=MEASURE)
 def score(
     model: Annotated[str, Argument(metavar="MODEL", help="Diffusion checkpoint: folder or hub name.")],
     file: Annotated[
@@ -331,33 +376,60 @@ def _settings(recipe: Path, overrides: list[str] | None) -> Any:
     """Read a recipe, before the imports that take seconds."""
     from unmask.config import load_recipe
 
+    if "=" in str(recipe) and not recipe.exists():
+        raise UnmaskError(f"the recipe comes first: unmask train RECIPE {recipe}")
     settings = load_recipe(recipe, overrides or [])
     hide_progress_bars(settings.model.name_or_path)
     return settings
 
 
 def main() -> None:
-    """Run the command; bad input ends in one line on the standard error and exit code 2."""
+    """Run the command; an error ends in one line on the standard error, the place that explains it, and code 2."""
     debug = "--debug" in sys.argv
     arguments = cli_generate.insert_trace_value([one for one in sys.argv[1:] if one != "--debug"])
     try:
         with warnings_in_lines():
-            app(arguments, prog_name="unmask")
-    except UnmaskError as error:
-        _fail(error, str(error), debug)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+            code = app(arguments, prog_name="unmask", standalone_mode=False)
+    except typer.Abort:  # the input ended
+        sys.exit(1)
+    except typer.TyperException as error:
+        if not error.format_message():  # a group alone has shown its help
+            sys.exit(error.exit_code)
+        context = getattr(error, "ctx", None)  # of the command that was called wrongly
+        command = "unmask" if context is None else context.command_path
+        _fail(error, " ".join(error.format_message().split()), f"{command} --help", debug)
+    except Exception as error:
+        if (message := explained(error)) is None:
             raise
-        where = error.filename or "writing"
-        _fail(error, f"{where}: no space left on the disk; make room and try again.", debug)
+        _fail(error, message, help_page(message, error), debug)
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(error: Exception, message: str, debug: bool) -> None:
+def explained(error: Exception) -> str | None:
+    """What to tell the user of an error, in a line; None of one that is our own mistake."""
+    if isinstance(error, UnmaskError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"{error.filename or 'writing'}: no space left on the disk; make room and try again."
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}."
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))
+    ):
+        place = "GPU" if type(error).__name__ == "OutOfMemoryError" else "machine"
+        return f"the {place} is out of memory; use a smaller batch, shorter sequences or a smaller model."
+    return None
+
+
+def _fail(error: Exception, message: str, page: str | None, debug: bool) -> NoReturn:
     if debug:
         raise error
     if RANK != "0":
         time.sleep(RANK_SECONDS)  # most often process 0 says the same, and torchrun ends this one meanwhile
     print(f"error{OF_PROCESS}: {message}", file=sys.stderr, flush=True)
+    if page is not None and RANK == "0":
+        print(f"help: {page}", file=sys.stderr, flush=True)
     os._exit(2) if "RANK" in os.environ else sys.exit(2)
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from rich.console import Console
 from typer import Argument, Option
 
+from unmask.cli_complete import complete_tasks
 from unmask.cli_options import DECODING, BatchSize, System, decoding_options, refuse_unused
 from unmask.errors import UnmaskError
 
@@ -41,7 +42,12 @@ def evaluate(
         list[str] | None, Argument(metavar="MODEL", help="Diffusion checkpoint: folder or hub name.")
     ] = None,
     tasks: Annotated[
-        str, Option(metavar="A,B", help="Tasks of lm-evaluation-harness, ours, or your own.")
+        str,
+        Option(
+            metavar="A,B",
+            help="Tasks of lm-evaluation-harness, ours, or your own.",
+            autocompletion=complete_tasks,
+        ),
     ] = "",
     out: Annotated[Path | None, Option(metavar="DIR", help="Folder for the results.")] = None,
     include_path: Annotated[

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
+from unmask.cli_complete import complete_from
 from unmask.errors import UnmaskError
 
 Model = Annotated[str, Argument(metavar="MODEL", help="Diffusion checkpoint: folder or hub name.")]
@@ -20,13 +21,21 @@ EndFill = Annotated[
 
 TEXTS = {"prompt", "system", "prefix", "suffix", "text", "stop", "choice"}  # options that a tokenizer reads
 
+# As `unmask.generation` has them, which takes seconds to import.
+PRESETS = (
+    *("coda", "dream", "llada", "llada-blocks", "llada-1.5", "sdar", "sdar-dynamic", "fast-dllm-v2", "a2d"),
+)
+POLICIES = (
+    *("maskgit_plus", "topk_margin", "entropy", "left_to_right", "random", "origin", "threshold", "factor"),
+    *("entropy_bound", "remdm_cap", "remdm_rescale", "remdm_confidence"),
+)
+
 # Settings of `DiffusionGenerationConfig`: name -> type, smallest value, help.
 DECODING: dict[str, tuple[type, int | None, str]] = {
     "preset": (
         str,
         None,
-        "Published settings: coda, dream, llada, llada-blocks, llada-1.5, sdar, sdar-dynamic, fast-dllm-v2, a2d;"
-        " by default the checkpoint's own.",
+        f"Published settings: {', '.join(PRESETS)}; by default the checkpoint's own.",
     ),
     "max_new_tokens": (int, 1, "Length of the canvas, in tokens."),
     "min_new_tokens": (int, 0, "No end token among the first N tokens."),
@@ -34,8 +43,7 @@ DECODING: dict[str, tuple[type, int | None, str]] = {
     "policy": (
         str,
         None,
-        "What to commit at each step: maskgit_plus (the default), topk_margin, entropy, left_to_right,"
-        " random, origin, threshold, factor, entropy_bound, remdm_cap, remdm_rescale, remdm_confidence.",
+        f"What to commit at each step: {POLICIES[0]} (the default), {', '.join(POLICIES[1:])}.",
     ),
     "threshold": (float, None, "Commit all tokens of at least this probability."),
     "factor": (float, None, "Of policy factor: higher commits more at once."),
@@ -63,6 +71,9 @@ DECODING: dict[str, tuple[type, int | None, str]] = {
     "seed": (int, None, "Random seed of sampling, 0 by default."),
 }
 
+CHOICES = {"preset": PRESETS, "policy": POLICIES, "canvas": ("fixed", "growing")}
+CHOICES["approximate_cache"] = ("prefix", "dual")
+
 
 def decoding_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add an option for each named setting to a command, which takes those given as its keyword `decoding`."""
@@ -79,7 +90,13 @@ def decoding_options(*names: str) -> Callable[[Callable[..., None]], Callable[..
         parameters = [one for one in signature.parameters.values() if one.name != "decoding"]
         for name in names:
             kind, smallest, text = DECODING[name]
-            annotation = Annotated[kind | None, Option(min=smallest, help=text, rich_help_panel="Decoding")]
+            option = Option(
+                min=smallest,
+                help=text,
+                rich_help_panel="Decoding",
+                autocompletion=complete_from(CHOICES.get(name)),
+            )
+            annotation = Annotated[kind | None, option]
             keyword = inspect.Parameter.KEYWORD_ONLY
             parameters.append(inspect.Parameter(name, keyword, default=None, annotation=annotation))
         vars(run)["__signature__"] = signature.replace(parameters=parameters)

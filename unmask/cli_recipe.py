@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from typer import Argument
 
+from unmask.cli_complete import complete_recipe
+
 app = typer.Typer(no_args_is_help=True, help="List and show the recipes that come with unmask.")
 
 
@@ -28,7 +30,9 @@ def list_recipes() -> None:
 
 @app.command()
 def show(
-    name: Annotated[str, Argument(metavar="NAME", help="Recipe of `unmask recipe list`.")],
+    name: Annotated[
+        str, Argument(metavar="NAME", help="Recipe of `unmask recipe list`.", autocompletion=complete_recipe)
+    ],
 ) -> None:
     """Print a recipe, to read or to edit: unmask recipe show NAME > my.yaml."""
     from unmask.shipped import recipe_text

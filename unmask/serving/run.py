@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 from unmask.data.tokenizer import check_vocabulary, load_tokenizer
 from unmask.errors import UnmaskError, UnmaskWarning
 from unmask.generation.config import DiffusionGenerationConfig
+from unmask.io import reason
 from unmask.model.bf16 import place_for_inference
 from unmask.model.checkpoint import ADAPTER_CONFIG, fingerprint, is_adapter, load_model, read_config
 from unmask.model.config import FIELDS
@@ -119,6 +121,17 @@ class Adapters:
         self.active = served.adapter
 
 
+def check_port(host: str, port: int) -> None:
+    """Refuse an address that cannot be listened on, before a model is loaded."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise UnmaskError(
+            f"--port: {host}:{port} cannot be listened on: {reason(error)}; name another one."
+        ) from error
+
+
 def serve(
     name: str,
     *,
@@ -143,6 +156,7 @@ def serve(
     if host not in LOCAL and api_key is None:
         message = f"anybody who reaches {host}:{port} can use the model; set --api-key, or --host 127.0.0.1."
         warnings.warn(message, UnmaskWarning, stacklevel=2)
+    check_port(host, port)
     models, activate = load_models(name, adapters)
     scheduler = Scheduler(max_tokens=max_batch_tokens, queue=queue, activate=activate)
     app = make_app(Server(models, scheduler, api_key))
