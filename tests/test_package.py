@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 import unmask
+from unmask.explain import PAGES, TROUBLESHOOTING
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = sorted(ROOT.glob("Dockerfile*"))
@@ -58,10 +59,15 @@ def files_in(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in files}
 
 
-def test_the_wheel_has_the_package_and_its_recipes_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_has_the_package_and_its_recipes_and_pages_alone(wheel: Path) -> None:
     assert {path.name for path in wheel.iterdir()} == {"unmask", f"unmask-{unmask.__version__}.dist-info"}
     recipes = {f"recipes/{name}" for name in files_in(ROOT / "recipes") if not name.endswith(".sh")}
-    assert files_in(wheel / "unmask") == files_in(ROOT / "unmask") | recipes
+    of_the_site = {"changelog.md", "contributing.md", "index.md", "log.md"}
+    pages = {f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md")} - {
+        f"docs/{x}" for x in of_the_site
+    }
+    assert files_in(wheel / "unmask") == files_in(ROOT / "unmask") | recipes | pages
+    assert {f"docs/{page}" for page in (*PAGES.values(), TROUBLESHOOTING)} <= pages
     assert {"py.typed", "templates/playground.html", "evaluation/tasks/unmask_mbpp.yaml"} <= files_in(
         wheel / "unmask"
     )
@@ -76,6 +82,11 @@ def test_an_installed_wheel_finds_its_own_recipes(wheel: Path, tmp_path: Path) -
     assert printed == [str(wheel / "unmask" / "__init__.py"), str(wheel / "unmask" / "recipes")]
     show = [sys.executable, "-m", "unmask", "recipe", "show", "train_tiny_sft"]
     assert subprocess.run(show, **run).stdout == (ROOT / "recipes" / "train_tiny_sft.yaml").read_text()
+    wrong = subprocess.run([*show[:3], "train", "nope.yaml"], **{**run, "check": False}).stderr.splitlines()
+    file, _, line = wrong[1].removeprefix("help: ").rpartition(":")
+    page = wheel / "unmask" / "docs" / TROUBLESHOOTING
+    assert Path(file).expanduser() == page
+    assert "no such recipe file" in page.read_text(encoding="utf-8").splitlines()[int(line) - 1]
 
 
 def test_the_sdist_has_what_make_needs(dist: Path) -> None:
