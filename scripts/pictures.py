@@ -102,7 +102,7 @@ def draw_terminal(command: str, output: str, columns: int, file: Path) -> None:
 
 def files_of(page: Path) -> dict[str, str]:
     """The files that a tutorial tells its reader to save, by name."""
-    pattern = r"Save this as `([^`]+)`[^\n]*:\n\n```\w+\n(.*?)^```"
+    pattern = r"Save this as\s+`([^`]+)`:\n\n```\w+\n(.*?)^```"
     return dict(re.findall(pattern, page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL))
 
 

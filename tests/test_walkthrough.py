@@ -74,8 +74,11 @@ def commands(page: str) -> list[str]:
 
 def saved(page: str) -> dict[str, str]:
     """The files that a page says to save, by name."""
-    pattern = r"Save this as `([^`]+)`[^\n]*:\n\n```\w+\n(.*?)^```"
-    return dict(re.findall(pattern, read(page), flags=re.MULTILINE | re.DOTALL))
+    text = read(page)
+    pattern = r"Save this as\s+`([^`]+)`:\n\n```\w+\n(.*?)^```"
+    found = dict(re.findall(pattern, text, flags=re.MULTILINE | re.DOTALL))
+    assert len(found) == text.count("Save this")
+    return found
 
 
 def _lines(text: str) -> list[str]:
@@ -174,7 +177,10 @@ class Walk:
             arguments.append(f"model.name_or_path={self.place / 'base'}")
         if arguments[0] in ("train", "prepare") and "--dry-run" not in arguments:
             streamed = "data.streaming=true" in arguments  # has no first records
-            arguments += [key for key in SHORT if not (streamed and key.startswith("data.max_records"))]
+            unused = ["data.max_records"] if streamed else []
+            if any(argument.startswith("data.sources=") for argument in arguments):
+                unused += ["data.max_records", "data.eval_size"]
+            arguments += [key for key in SHORT if key.partition("=")[0] not in unused]
             if "resume_from_checkpoint=auto" in arguments:
                 arguments.append(f"max_steps={max(self.steps_saved(), default=0) + 2}")
         if arguments[0] == "eval" and not {"--limit", "--compare"} & set(arguments):
