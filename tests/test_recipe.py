@@ -290,6 +290,7 @@ SOURCE = {"dataset_name": "a.jsonl"}
         ({"sources": [SOURCE, {**SOURCE, "weight": 2}]}, "data.sources.1: a.jsonl is a source already"),
         ({"sources": [SOURCE], "dataset_name": "a"}, "data.dataset_name"),
         ({"sources": [SOURCE], "split": "x"}, "data.split"),
+        ({"sources": [SOURCE], "eval_size": 3}, "data.eval_size has no effect with data.sources; remove"),
         ({"sources": [{**SOURCE, "epochs": 1}], "on_source_end": "stop"}, "data.on_source_end"),
         ({"sources": [{**SOURCE, "format": "alpaca"}]}, "data.sources.0.format"),
         ({"sources": [{**SOURCE, "custom_format": {"input_field": "x"}}]}, "data.sources.0.custom_format"),

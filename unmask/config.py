@@ -436,7 +436,8 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         if _is(value := value_at(recipe, other), wanted):
             for changed, default in keys.items():
                 if is_within(changed, [key]) and value_at(recipe, changed) != default:
-                    yield f"{changed} has no effect with {other}: {_show(value)}; remove it, or change {other}"
+                    what = other if isinstance(value, list) else f"{other}: {_show(value)}"
+                    yield f"{changed} has no effect with {what}; remove it, or change {other}"
     for key, value, other, wanted, why in CONTRADICTIONS:
         if _is(got := value_at(recipe, key), value) and _is(found := value_at(recipe, other), wanted):
             yield f"{key}: {_show(got)} contradicts {other}: {_show(found)} ({why}); remove one of them"
