@@ -15,6 +15,7 @@ import torch
 from serving import Running, running, served_by
 from tiny import byte_model, tiny_model
 
+from unmask.data.encode import Encoder
 from unmask.data.records import Conversation, Turn
 from unmask.data.tokenizer import byte_tokenizer
 from unmask.diffusion.likelihood import likelihood
@@ -122,6 +123,21 @@ def test_a_score_is_that_of_likelihood(server: Running) -> None:
     )
     [found] = answered(server, "/v1/score", prompt="ab ", text="cd", samples=4, estimator="chain")["scores"]
     assert found["nats"] == pytest.approx(expected.nll.item(), rel=1e-6)
+
+
+def test_a_response_is_filled_with_end_tokens_as_in_training(server: Running) -> None:
+    conversation = Conversation((Turn("user", "Hi"), Turn("assistant", "Yes.")), "here")
+    example = Encoder(TOKENIZER, layout="chat", train_on="last", end_fill=16).encode(conversation)
+    batch = {
+        "input_ids": torch.tensor([example.input_ids]),
+        "src_mask": torch.tensor([example.src_mask]),
+    }
+    expected = likelihood(server.model, batch, num_samples=8)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]
+    [found] = answered(server, "/v1/score", messages=messages, samples=8, end_fill=16)["scores"]
+    assert found["tokens"] == 16 and found["nats"] == pytest.approx(expected.nll.item(), rel=1e-6)
+    refused = post(server, "/v1/score", text="Yes.", end_fill=16)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "end_fill"
 
 
 def test_answers_go_on_while_a_text_is_scored(server: Running) -> None:

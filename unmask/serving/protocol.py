@@ -18,6 +18,7 @@ from unmask.generation.config import DiffusionGenerationConfig
 MOST_ANSWERS = 128  # of a request: prompts times n
 MOST_STOPS = 16
 MOST_SAMPLES = 1024  # draws of /v1/score
+MOST_END_FILL = 65536
 LONGEST_STOP = 256  # characters
 LONGEST_REQUEST = 3600.0  # seconds
 EXTRA = (  # settings under `unmask`
@@ -198,6 +199,9 @@ class ScoreRequest(_Request):
     tools: list[Any] | None = None
     prompt: Annotated[list[Any], BeforeValidator(_prompts)] | None = None
     text: Annotated[list[Any], BeforeValidator(_prompts)] | None = None
+    end_fill: Annotated[int, Field(ge=1, le=MOST_END_FILL)] = (
+        1  # end tokens fill the last turn to a multiple of it
+    )
     estimator: str = "exact_k"
     samples: Annotated[int, Field(ge=2, le=MOST_SAMPLES, multiple_of=2)] = 64
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] = 0

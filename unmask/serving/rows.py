@@ -258,8 +258,11 @@ def score_examples(served: Served, request: ScoreRequest) -> list[Example]:
         _refuse_lost(rendered.lost)
         del rendered.pieces[-1]  # what follows the end token
         [(ids, source)] = encoder.tokenize([rendered])
-        examples = [Example(ids, source)]
+        fill = -source.count(False) % request.end_fill  # as data.sft.end_fill in training
+        examples = [Example(ids + [encoder.end_token_id] * fill, source + [False] * fill)]
     else:
+        if request.end_fill != 1:
+            raise RequestError("end_fill has no effect with text; remove it.", "end_fill")
         texts = request.text or []
         prompts = request.prompt or [""]
         if len(prompts) not in (1, len(texts)):
