@@ -126,7 +126,7 @@ def test_ids_are_those_of_the_whole_rendering(
     assert row.input_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     assert len(row.input_ids) < len(text)
     for place in (1, 3):
-        asked = encoder.encode_prompt(conversation.turns[:place])
+        asked = encoder.prompt_example(conversation.turns[:place]).input_ids
         row = encoder.encode(Conversation(conversation.turns[: place + 1], "here"))
         assert row.input_ids[: len(asked)] == asked and not row.src_mask[len(asked)]
         answer, end = learnt(encoder, row)[-1], str(tokenizer.decode([encoder.end_token_id]))
@@ -151,7 +151,7 @@ def test_special_strings_in_texts_are_plain_text(name: str, request: pytest.Fixt
 def test_a_token_of_prompt_and_response_is_cut_between_them(bpe: PreTrainedTokenizerFast) -> None:
     encoder = Encoder(bpe, layout="separator", separator="\n")
     row = encoder.encode(talk("this", "\n\nthe answer"))
-    prompt = encoder.encode_prompt([Turn("user", "this")])
+    prompt = encoder.prompt_example([Turn("user", "this")]).input_ids
     assert row.input_ids[: len(prompt)] == prompt and row.src_mask.index(False) == len(prompt)
 
 
@@ -173,7 +173,10 @@ def test_what_is_left_out_or_source() -> None:
         talk("q", "a"),
     )
     assert bare.encode(with_system) == CHATML.encode(without)
-    assert bare.encode_prompt(with_system.turns[:-1]) == CHATML.encode_prompt(without.turns[:-1])
+    assert (
+        bare.prompt_example(with_system.turns[:-1]).input_ids
+        == CHATML.prompt_example(without.turns[:-1]).input_ids
+    )
 
 
 @pytest.mark.parametrize(("reply", "ends"), [("abc", 1), ("abcd", 4), ("abcdefg", 1), ("abcde", 3)])

@@ -450,7 +450,7 @@ def test_calls_are_learnt_as_the_template_writes_them() -> None:
     assert control_tokens(encoder, row) == 2 * 5  # system, user, call, result, answer
     # A prompt shows the tools that training shows.
     last = encoder_of("tools", train_on="last").encode(conversation)
-    prompt = encoder.encode_prompt(conversation.turns[:-1], conversation.tools)
+    prompt = encoder.prompt_example(conversation.turns[:-1], conversation.tools).input_ids
     assert last.input_ids[: len(prompt)] == prompt and last.src_mask.index(False) == len(prompt)
 
 
@@ -471,7 +471,7 @@ def test_ids_of_calls_reach_a_template_that_writes_them() -> None:
     assert learnt(encoder, row) == [call, "It is 3."]
     assert "<tool_response>\nc<|im_end|>1: 3 <|im_end|>\n" in str(tokenizer.decode(row.input_ids))
     assert control_tokens(encoder, row) == 2 * 5
-    prompt = encoder.encode_prompt(conversation.turns[:3], conversation.tools)
+    prompt = encoder.prompt_example(conversation.turns[:3], conversation.tools).input_ids
     assert row.input_ids[: len(prompt)] == prompt
 
 

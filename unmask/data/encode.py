@@ -159,14 +159,11 @@ class Encoder:
         [(ids, src)] = self.tokenize([self.render(conversation)])
         return self.fit(ids, src)[0]
 
-    def encode_prompt(self, turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        """Encode `turns` up to where the next response would start: the ids that training shows."""
-        return self.prompt_example(turns, tools).input_ids
-
     def prompt_example(self, turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]] = ()) -> Example:
-        """Encode as `encode_prompt`; `src_mask` False = an earlier response that training would mask.
+        """Encode `turns` up to where the next response would start: the ids that training shows.
 
-        The blocks of a block-causal model start anew where it changes. Warns of what the template leaves out.
+        `src_mask` False = an earlier response that training would mask: the blocks of a block-causal model start
+        anew where it changes. Warns of what the template leaves out.
         """
         turns = self._filter(turns)
         trained = [self.train_on == "all" and turn.role == "assistant" and turn.train for turn in turns]
