@@ -92,10 +92,11 @@ def try_alone(wheel: Path, folder: Path) -> None:
     run(tools / "pip", "install", "-q", f"{wheel}[serve]", cwd=empty, quiet=True)
     with server(unmask, empty) as address:
         [served] = json.loads(ask(f"{address}/v1/models"))["data"]
-        body = {"model": served["id"], "messages": [{"role": "user", "content": "Spell out the word wool."}]}
+        question = {"role": "user", "content": "Spell out the word wool."}
+        body = {"model": served["id"], "messages": [question], "unmask": {"min_new_tokens": 4}}  # it has learnt little
         answer = json.loads(ask(f"{address}/v1/chat/completions", json.dumps(body).encode()))
         print("answer:", answer["choices"][0]["message"], answer["usage"])
-        expect(answer["usage"]["completion_tokens"] > 0, "an answer")
+        expect(answer["choices"][0]["message"]["content"] != "", "an answer")
         expect("<title>" in ask(f"{address}/"), "the playground")
     left = sorted(path.name for path in empty.iterdir())
     expect(left == ["my.yaml", "run", "server.log"], f"nothing else in the folder; it has {left}")
