@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
+from textwrap import shorten
 from typing import Any
 
 import typer
@@ -25,7 +26,8 @@ def complete_recipe(incomplete: str) -> list[tuple[str, str]]:
     """Complete the name of a recipe that comes with unmask; a shell completes files where there is none."""
     from unmask.shipped import purpose, recipe_text, shipped_recipes
 
-    return [(name, purpose(recipe_text(name))) for name in shipped_recipes() if name.startswith(incomplete)]
+    names = [name for name in shipped_recipes() if name.startswith(incomplete)]
+    return [(name, _short(purpose(recipe_text(name)))) for name in names]
 
 
 def complete_override(ctx: typer.Context, incomplete: str) -> Iterator[tuple[str, str]]:
@@ -41,7 +43,7 @@ def complete_override(ctx: typer.Context, incomplete: str) -> Iterator[tuple[str
         yield from ((value, "") for value in _values(fields[before[0]]))
         return
     for key, schema in fields.items():
-        meaning = " ".join(schema["description"].split())
+        meaning = _short(schema["description"])
         for value in _values(schema) or [_default(schema)]:
             yield f"{key}={value}", meaning
 
@@ -61,6 +63,13 @@ def _values(schema: dict[str, Any]) -> list[str]:
     return ["true", "false"] if schema.get("type") == "boolean" else list(schema.get("enum", ()))
 
 
+def _short(text: str) -> str:
+    """A text that typer does not break into lines, which a shell would take for further choices."""
+    return shorten(text, 50, placeholder=" ...")
+
+
 def _default(schema: dict[str, Any]) -> str:
+    """A default as one word of a shell, "" where there is none."""
     value = schema.get("default")
-    return "" if value is None else value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+    return "" if value is None or any(map(str.isspace, text)) else text
