@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -227,6 +228,52 @@ def test_standard_input_must_be_text(
     stdin(b"a\nb\xff")
     said = run_cli(arguments[0], chain.final, arguments[1], "-")
     assert said.code == 2 and said.err.startswith("error: standard input: not UTF-8 text (line 2)")
+
+
+# Terminals.
+
+COLOUR = re.compile(r"\x1b\[(?:[0-9;]*;)?(?:3[0-7]|4[0-7]|9[0-7])(?:;[0-9;]*)?m")
+SHOWN = (
+    "data {recipe}",
+    "generate {final} --prompt a --max-new-tokens 6 --trace",
+    "score {final} {data} --samples 2 --show 1",
+    "train {recipe} --dry-run",
+    "recipe list",
+)
+
+
+def shown(command: str, chain: Chain, columns: int = 110) -> str:
+    names = {"recipe": chain.folder / "recipe.yaml", "final": chain.final, "data": chain.folder / "data.json"}
+    said = run_cli(*command.format(**names).split(), columns=columns)
+    assert said.code == 0
+    return said.out + said.err
+
+
+@pytest.mark.parametrize("command", SHOWN[:3])
+def test_colours_are_there_when_forced_and_not_when_unwanted(
+    chain: Chain, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = shown(command, chain)
+    assert "\x1b" not in plain
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    assert COLOUR.search(shown(command, chain))
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not COLOUR.search(shown(command, chain))
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setenv("TERM", "dumb")
+    assert not COLOUR.search(shown(command, chain))
+
+
+@pytest.mark.parametrize("command", SHOWN)
+def test_60_columns_lose_no_word(chain: Chain, command: str) -> None:
+    wide, narrow = (shown(command, chain, columns) for columns in (250, 60))
+    if command.startswith("score"):  # what names a record is one long line, for the terminal to break
+        narrow = "\n".join(line for line in narrow.splitlines() if "perplexity" not in line)
+    assert "…" not in narrow and max(map(len, narrow.splitlines())) <= 60
+    if not command.startswith("score"):
+        words = {word for word in re.findall(r"[a-z_]{4,9}", wide)}
+        assert words <= set(re.findall(r"[a-z_]{4,9}", narrow))
 
 
 # Errors, warnings and help.

@@ -248,7 +248,7 @@ class Said:
         return line
 
 
-def run_cli(*arguments: str | Path) -> Said:
+def run_cli(*arguments: str | Path, columns: int = 110) -> Said:
     """Run `unmask ARGUMENTS` in this process, and leave the libraries' loggers as they were."""
     from transformers.utils import logging as transformers_logging
 
@@ -258,7 +258,7 @@ def run_cli(*arguments: str | Path) -> Said:
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["unmask", *map(str, arguments)])
-        patch.setenv("COLUMNS", "110")
+        patch.setenv("COLUMNS", str(columns))
         try:
             with pytest.raises(SystemExit) as ended:
                 cli.main()

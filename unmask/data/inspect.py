@@ -135,7 +135,7 @@ def _duplicates(data: RunData) -> Iterator[Line]:
     prompts = any(example.src_mask[:1] == [True] for example in examples)
     for prompt in (False, True) if prompts else (False,):
         first, pairs = {}, []
-        with Bar("looking for duplicates", len(examples), "sequences") as bar:
+        with Bar("duplicates", len(examples), "sequences") as bar:
             for index, example in enumerate(bar.over(examples)):
                 if (name := key(example, prompt)) and (earlier := first.setdefault(name, index)) != index:
                     pairs.append((index, earlier))
@@ -144,7 +144,7 @@ def _duplicates(data: RunData) -> Iterator[Line]:
         what = "prompt (all before the first response)" if prompt else "whole sequence"
         yield what, f"{len(pairs):,}", "; ".join(said)
     if len(data.held_out):  # `first` has the prompts now, if there are any
-        with Bar("looking for duplicates", len(data.held_out), "held-out sequences") as bar:
+        with Bar("duplicates", len(data.held_out), "held out") as bar:
             repeats = sum(key(example, prompts) in first for example in bar.over(data.held_out))
         yield f"held-out {'prompt' if prompts else 'sequence'} that is trained on, too", f"{repeats:,}", ""
 

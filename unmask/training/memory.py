@@ -126,15 +126,19 @@ def dry_run(
     )
     names = [name for name in (*STATIC, *PARTS, "peak") if any(memory[name] for memory in found.values())]
     table = Table(title="memory of one device, GiB", title_justify="left", box=None, header_style="bold")
-    for name in ("devices", "batch", *names, "device"):
+    lines, columns = ["memory of one device, GiB"], ("devices", "batch", *names, "device")
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for count, memory in found.items():
         micro, accumulation = batch_plan(recipe, count)
         fits = next((f"{gb} GB" for gb in COMMON if memory["peak"] <= 0.9 * gb * 1e9), "none")
         sizes = (f"{memory[name] / GIB:.2f}" for name in names)
-        table.add_row(f"{count}", f"{micro} x {accumulation} x {count}", *sizes, fits)
+        cells = (f"{count}", f"{micro} x {accumulation} x {count}", *sizes, fits)
+        table.add_row(*cells)
+        lines.append("; ".join(f"{name} {cell}" for name, cell in zip(columns, cells, strict=True)))
+    narrow = console.measure(table, options=console.options.update(width=1000)).maximum > console.width
     console.print(
-        table,
+        "\n".join(lines) if narrow else table,
         "At the longest rows, with every token masked; not all parts are there at once. batch: rows of a forward"
         " pass x micro-batches x devices. device: the smallest common memory with a tenth to spare.",
     )
