@@ -93,7 +93,11 @@ def try_alone(wheel: Path, folder: Path) -> None:
     with server(unmask, empty) as address:
         [served] = json.loads(ask(f"{address}/v1/models"))["data"]
         question = {"role": "user", "content": "Spell out the word wool."}
-        body = {"model": served["id"], "messages": [question], "unmask": {"min_new_tokens": 4}}  # it has learnt little
+        body = {
+            "model": served["id"],
+            "messages": [question],
+            "unmask": {"min_new_tokens": 4},
+        }  # it has learnt little
         answer = json.loads(ask(f"{address}/v1/chat/completions", json.dumps(body).encode()))
         print("answer:", answer["choices"][0]["message"], answer["usage"])
         expect(answer["choices"][0]["message"]["content"] != "", "an answer")
