@@ -1,4 +1,4 @@
-# Every target makes the environment it needs: .venv, about 80 s and 1.5 GB the first time.
+# Every target makes the environment it needs: .venv, about 90 s and 2.7 GB the first time.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-all test-page test-gpu test-newest test-oldest lock check fix docs docs-serve notebook package bench clean
@@ -26,7 +26,7 @@ help:  ## list the targets
 # The exact torch on the command line makes pip take its small CPU build. The variables reach the build
 # of the package (hatchling) too: the first in pip before 25.3, the second from there on.
 .venv/.installed .venv-newest/.installed .venv-oldest/.installed: pyproject.toml
-	@echo "making $(@D): about 80 s and 1.5 GB the first time"
+	@echo "making $(@D): about 90 s and 2.7 GB the first time"
 	@$(PYTHON) -m venv --clear $(@D)
 	@$(LIMITS) > $(@D)/limits.txt
 	@PIP_CONSTRAINT=$(@D)/limits.txt PIP_BUILD_CONSTRAINT=$(@D)/limits.txt $(@D)/bin/pip install $(TORCH) -e '.[dev,docs]' \

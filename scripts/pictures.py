@@ -25,7 +25,7 @@ from typing import Any
 
 from PIL import Image
 from rich.console import Console
-from rich.terminal_theme import MONOKAI
+from rich.terminal_theme import SVG_EXPORT_THEME
 from rich.text import Text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,7 +96,7 @@ def draw_terminal(command: str, output: str, columns: int, file: Path) -> None:
     console = Console(record=True, width=columns, file=io.StringIO(), force_terminal=True)
     console.print(Text.assemble(("$ ", "bold green"), (command, "bold")))
     console.print(Text.from_ansi(output.rstrip()))
-    svg = console.export_svg(title="unmask", theme=MONOKAI, code_format=SVG, unique_id=file.stem)
+    svg = console.export_svg(title="unmask", theme=SVG_EXPORT_THEME, code_format=SVG, unique_id=file.stem)
     file.write_text(svg, encoding="utf-8")
 
 
@@ -169,7 +169,6 @@ def draw_pages(folder: Path, out: Path) -> None:
             page.goto(url)
             page.wait_for_selector("#model option", state="attached")
             page.get_by_role("button", name="Two settings side by side").click()
-            page.locator("#thresholdA").fill("0.9")
             ask(page, "Spell out the word wool.")
             shot(page, out / "playground.png")
         browser.close()

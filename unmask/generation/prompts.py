@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from unmask.data.encode import Encoder, Example, document_ids
 from unmask.data.files import read_records
 from unmask.data.records import Conversation, CustomFields, Turn, call_text, to_conversation
-from unmask.errors import UnmaskError, UnmaskWarning
+from unmask.errors import UnmaskError, UnmaskNote
 from unmask.shipped import find_shipped
 
 MISSING = "?"  # takes the place of a missing answer, so that a record without one is read like any other
@@ -104,7 +104,7 @@ def make_prompts(
     for record, where in records:
         read = to_conversation(record, format, where=where, custom_format=custom_format, answered=answered)
         if read.unused:
-            warnings.warn(f"prompts: fields not used: {', '.join(read.unused)}.", UnmaskWarning, stacklevel=2)
+            warnings.warn(f"prompts: fields not used: {', '.join(read.unused)}.", UnmaskNote, stacklevel=2)
         turns = list(read.turns)
         while answered and turns[-1].role != "assistant":
             turns.pop()

@@ -38,8 +38,7 @@ class Report:
         self.trackers += [_tracker(name, self.out) for name in self.recipe.report_to] if self.main else []
 
     def begin(self, step: int) -> None:
-        """Start the clock and the progress bar."""
-        self.started = time.monotonic()
+        """Start the progress bar."""
         self.bar = Bar(
             "training", self.recipe.max_steps, "steps", completed=step, console=self.console
         ).start()
