@@ -198,7 +198,11 @@ def test_calls_are_read_or_left_as_text() -> None:
 CHAT: dict[str, Any] = {"messages": user("x")}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"temprature": 1}, "unknown field 'temprature'; did you mean 'temperature'?"),
-    ({"threshold": 0.5}, "it is a field of 'unmask'"),
+    ({"threshold": 0.5}, "unknown field 'threshold'; it is a field of 'unmask'."),
+    ({"treshold": 0.5}, "unknown field 'treshold'; did you mean 'threshold', a field of 'unmask'?"),
+    ({"unmask": {"temperature": 1}}, "'unmask.temperature'; it is a field of the request itself."),
+    ({"unmask": {"temprature": 1}}, "did you mean 'temperature', a field of the request itself?"),
+    ({"xyzzy": 1}, "unknown field 'xyzzy'; known are model, "),
     ({"unmask": {"threshhold": 1.0}}, "unknown field 'unmask.threshhold'; did you mean 'threshold'?"),
     ({"unmask": {"threshold": 2.0}}, "unmask.threshold: must be less than or equal to 1; got 2.0"),
     (

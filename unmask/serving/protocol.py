@@ -249,10 +249,7 @@ def _refusal(kind: type[BaseModel], error: ValidationError) -> RequestError:
         path = path[:1]
     name = ".".join(path)
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path[-1], parent.model_fields, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(parent.model_fields)}."
-        if parent is kind and "unmask" in kind.model_fields and path[0] in GenerationExtra.model_fields:
-            hint = "it is a field of 'unmask'."
+        hint = _nearest(path[-1], parent, kind)
         return RequestError(f"unknown field {name!r}; {hint}", name, code="unknown_field")
     if first["type"] == "missing":
         return RequestError(f"{name} is missing.", name)
@@ -260,3 +257,19 @@ def _refusal(kind: type[BaseModel], error: ValidationError) -> RequestError:
     got = json.dumps(first["input"], default=str)
     shown = f"; got {got}" if len(got) <= 60 else ""
     return RequestError(f"{name}: {said}{shown}.", name)
+
+
+def _nearest(name: str, parent: type[BaseModel], kind: type[BaseModel]) -> str:
+    """Say which field was meant: one of `parent`, or of the other level of the request."""
+    other: dict[str, Any] = {}
+    where = ""
+    if parent is GenerationExtra:
+        other, where = kind.model_fields, "the request itself"
+    elif parent is kind and "unmask" in kind.model_fields:
+        other, where = GenerationExtra.model_fields, "'unmask'"
+    if name in other:
+        return f"it is a field of {where}."
+    near = difflib.get_close_matches(name, [*parent.model_fields, *other], n=1)
+    if not near:
+        return f"known are {', '.join(parent.model_fields)}."
+    return f"did you mean {near[0]!r}{'' if near[0] in parent.model_fields else f', a field of {where}'}?"
