@@ -13,7 +13,7 @@ from unmask.errors import UnmaskError
 
 def serve(
     model: Model,
-    port: Annotated[int, Option(min=0, max=65535, help="Port to listen on.")] = 8000,
+    port: Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     host: Annotated[str, Option(help="Address to listen on; by default this machine alone.")] = "127.0.0.1",
     api_key: Annotated[
         str | None,

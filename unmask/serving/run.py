@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -144,6 +145,8 @@ def serve(
 ) -> None:
     """Serve a checkpoint until SIGTERM or SIGINT; requests that run then are finished.
 
+    Prints one line on the standard error when it listens, with the address.
+
     Raises:
         UnmaskError: the extra `serve` is not installed, or as `load_models`.
     """
@@ -160,10 +163,20 @@ def serve(
     models, activate = load_models(name, adapters)
     scheduler = Scheduler(max_tokens=max_batch_tokens, queue=queue, activate=activate)
     app = make_app(Server(models, scheduler, api_key))
+
+    class Announced(uvicorn.Server):
+        """Says where it listens as soon as it does: the port may have been left to the system."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            at = self.servers[0].sockets[0].getsockname()[1]
+            address = f"[{host}]:{at}" if ":" in host else f"{host}:{at}"
+            print(f"serving {name} at http://{address} (Ctrl-C ends it)", file=sys.stderr, flush=True)
+
     # uvicorn repeats the signal that ended it: drained, the process ends as any other.
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.signal(signal.SIGINT, lambda *_: None)
-    uvicorn.run(
+    config = uvicorn.Config(
         app,
         host=host,
         port=port,
@@ -171,3 +184,4 @@ def serve(
         timeout_graceful_shutdown=int(REQUEST_SECONDS),
         server_header=False,
     )
+    Announced(config).run()
