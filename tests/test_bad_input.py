@@ -88,7 +88,7 @@ CASES = {
     ),
     "data recipe.yaml data.dataset_name=no_field.jsonl": (
         "no_field.jsonl line 2: no known format has these fields: instruction, outptu",
-        "set data.sft.format=custom",
+        "did you mean 'output' instead of 'outptu'?",
     ),
     "data recipe.yaml training_mode=pretrain data.dataset_name=no_text.jsonl": (
         "no_text.jsonl line 2: field 'text' is missing",

@@ -59,6 +59,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Path("broken.jsonl").write_text('{"instruction": "a", "output": }\n')
         Path("fields.jsonl").write_text('{"question": "a", "answer": "b"}\n')
         Path("empty.jsonl").write_text("\n")
+        Path("gone.jsonl").symlink_to("nowhere.jsonl")
+        Path("half.jsonl").write_text('{"instruction": "a"}\n')
+        Path("number.jsonl").write_text('{"instruction": "a", "output": 7}\n')
+        Path("nan.jsonl").write_text('{"instruction": "a", "output": NaN}\n')
+        Path("array.jsonl").write_text(json.dumps([RECORD], indent=1))
+        Path("object.json").write_text(json.dumps({"data": [RECORD]}, indent=1))
+        Path("spread.jsonl").write_text(json.dumps(RECORD, indent=1) + "\n" + json.dumps(RECORD, indent=1))
+        Path("mac.jsonl").write_bytes((json.dumps(RECORD) + "\r").encode() * 2)
+        Path("utf16.jsonl").write_bytes(json.dumps(RECORD).encode("utf-16"))
+        Path("json.csv").write_text(json.dumps(RECORD) + "\n")
+        Path("table.jsonl").write_text("instruction,output\na,b\n")
+        Path("semicolon.csv").write_text("instruction;output\na;b\n")
         Path("latin.jsonl").write_bytes(b'{"instruction": "caf\xe9", "output": "b"}\n')
         Path("long.jsonl").write_text(json.dumps({"instruction": "x" * 300, "output": "b"}) + "\n")
         Path("text.docx").write_text("words")
@@ -99,6 +111,23 @@ PROVOKED = {
     f"train recipe.yaml {NEW} data.dataset_name=god.jsonl": "…: no such file",
     f"train recipe.yaml {NEW} data.dataset_name=broken.jsonl": "not valid JSON",
     f"train recipe.yaml {NEW} data.dataset_name=fields.jsonl": "no known format has these fields: …",
+    **{
+        f"data recipe.yaml data.dataset_name={file}": heading
+        for file, heading in {
+            "gone.jsonl": "…: no such file: a link to …, which is not there.",
+            "half.jsonl": "field '…' is missing…",
+            "number.jsonl": "field '…' must be …",
+            "nan.jsonl": "field '…' must be …",
+            "array.jsonl": "the file is one JSON array; …",
+            "object.json": "the file is one JSON object, not a list of records; …",
+            "spread.jsonl": "a record is spread over several lines; …",
+            "mac.jsonl": "the lines end in CR alone; …",
+            "utf16.jsonl": "the file is UTF-16; …",
+            "json.csv": "the file looks like JSON, not a table; …",
+            "table.jsonl": "the file looks like a table, not JSON; …",
+            "semicolon.csv": "the cells are separated by …, not as in a … file; …",
+        }.items()
+    },
     f"train recipe.yaml {NEW} data.dataset_name=empty.jsonl": "…: the file has no records.",
     f"train recipe.yaml {NEW} data.dataset_name=latin.jsonl": "not UTF-8 text",
     f"train recipe.yaml {NEW} data.dataset_name=long.jsonl": "no record can be used: …",
@@ -194,7 +223,11 @@ def test_no_memory_is_one_line(error: Exception, place: str) -> None:
 
 def test_an_error_of_the_system_names_its_file() -> None:
     error = PermissionError(errno.EACCES, "Permission denied", "a.jsonl")
-    assert cli.explained(error) == "a.jsonl: permission denied."
+    message = cli.explained(error)
+    assert message == "a.jsonl: permission denied; `ls -l` shows who may use it."
+    assert (help_page(message, error) or "").endswith(f":{HEADINGS['…: permission denied; …']}")
+    error = IsADirectoryError(errno.EISDIR, "Is a directory", "data")
+    assert cli.explained(error) == "data: is a directory."
     assert cli.explained(RuntimeError("a mistake of ours")) is None
     assert cli.explained(OSError("no file")) is None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import json
 import lzma
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -197,23 +199,86 @@ BAD: list[tuple[str, str | bytes, str]] = [
     ("x.jsonl", GOOD + b'{"a": "' + LATIN + b'"}', "x.jsonl line 2: not UTF-8 text (byte 11"),
     ("x.jsonl", GOOD + b"[1]\n", "x.jsonl line 2: expected a record {...}; got a list"),
     ("x.jsonl", GOOD + b'{"m": [{"b": 1, "b": 2}]}\n', "x.jsonl line 2: key 'b' is given twice"),
-    ("x.jsonl", GOOD.decode().encode("utf-16"), "x.jsonl line 1: not UTF-8 text"),
+    (
+        "x.jsonl",
+        GOOD.decode().encode("utf-16"),
+        "x.jsonl: not UTF-8 text: the file is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 x.jsonl > new.jsonl",
+    ),
     ("x.jsonl", "", "x.jsonl: the file has no records"),
     ("x.json", '[{"a": 1},\n {"a" 2}]', "x.json line 2: not valid JSON (Expecting ':'"),
-    ("x.json", '{\n "a": 1\n}', "x.json line 1: not valid JSON"),
+    (
+        "x.json",
+        '{\n "a": 1\n}',
+        "x.json: the file is one JSON object, not a list of records; write it as a list: [{...}]",
+    ),
     ("x.json", '[{"a": 1}, 7]', "x.json record 2: expected a record {...}; got 7"),
     ("x.json", b'[{"a": 1},\n{"a": "\xff"}]', "x.json line 2: not UTF-8 text"),
-    ("x.json", '[{"a": 1, "a": 2}]', "x.json record 1: key 'a' is given twice"),
-    ("x.json", b"[" * 100_000, "x.json record 1: not valid JSON"),
+    ("x.json", '[{"a": 1, "a": 2}]', "x.json: key 'a' is given twice"),
+    ("x.json", b"[" * 100_000, "x.json: not valid JSON"),
     ("x.json", "[]", "x.json: the file has no records"),
     ("x.csv", "a,b\n", "x.csv: the file has no records"),
-    ("x.csv", "a,b,b\n1,2,3\n", "x.csv record 1: column 'b' is given twice"),
+    ("x.csv", "a,b,b\n1,2,3\n", "x.csv: column 'b' is given twice"),
     ("x.csv", "a,b\n1,2,3\n", "x.csv record 1: more cells than the header has names"),
     ("x.csv", 'a,b\n1,2\n"3,4\n', "x.csv record 2: not a readable .csv file"),
     ("x.csv", b"a\n1\n" + LATIN + b"\n", "x.csv record 2: not UTF-8 text"),
-    ("x.jsonl.gz", "plain", "x.jsonl.gz record 1: not a readable .jsonl file (Not a gzipped file"),
-    ("x.jsonl.gz", gzip.compress(GOOD * 99, mtime=0)[:-9], "x.jsonl.gz record 1: not a readable .jsonl file"),
-    ("x.parquet", "no table", "x.parquet record 1: not a readable .parquet file"),
+    ("x.jsonl.gz", "plain", "x.jsonl.gz: not a readable .jsonl file (Not a gzipped file"),
+    ("x.jsonl.gz", gzip.compress(GOOD * 99, mtime=0)[:-9], "x.jsonl.gz: not a readable .jsonl file"),
+    ("x.parquet", "no table", "x.parquet: not a readable .parquet file"),
+    ("x.csv", "\ufeffa,b\n1,2\n".encode("utf-16-be"), "x.csv: not UTF-8 text: the file is UTF-16"),
+    ("x.json", '{"data":\n [{"a": 1},\n {"a": 2}]}\n', "save the list in 'data' alone as a .json file"),
+    (
+        "x.json",
+        '{"n": 1,\n "messages": [{"role": "user"}]}',
+        "x.json: the file is one JSON object, not a list",
+    ),
+    (
+        "x.jsonl",
+        '[\n {"a": 1},\n {"a": 2}]',
+        "x.jsonl: the file is one JSON array; give it a name that ends in .json",
+    ),
+    ("x.jsonl", '[{"a": 1}, {"a": 2}]', "x.jsonl: the file is one JSON array"),
+    ("x.jsonl.gz", gzip.compress(b'[{"a": 1},\n {"a": 2}]'), "x.jsonl.gz: the file is one JSON array"),
+    (
+        "x.jsonl",
+        '{\n "a": 1\n}\n{\n "a": 2\n}\n',
+        "spread over several lines; expected one record a line: jq -c",
+    ),
+    (
+        "x.jsonl",
+        '{"a": 1}\r{"a": 2}\r',
+        "the lines end in CR alone; convert them: tr '\\r' '\\n' < x.jsonl > new.jsonl",
+    ),
+    (
+        "x.jsonl",
+        "instruction,output\na,b\n",
+        "looks like a table, not JSON; give it a name that ends in .csv",
+    ),
+    (
+        "x.jsonl",
+        "instruction\toutput\na\tb\n",
+        "looks like a table, not JSON; give it a name that ends in .tsv",
+    ),
+    (
+        "x.csv",
+        '{"a": 1}\n{"a": 2}\n',
+        "x.csv: the file looks like JSON, not a table; give it a name that ends in .jsonl",
+    ),
+    ("x.csv", '[{"a": 1}]\n', "give it a name that ends in .json."),
+    (
+        "x.csv",
+        'instruction;"output"\na;b\n',
+        "the cells are separated by ';', not as in a .csv file; save it with commas",
+    ),
+    (
+        "x.csv",
+        "instruction\toutput\na\tb\n",
+        "the cells are separated by tabs, not as in a .csv file; name it .tsv",
+    ),
+    (
+        "x.tsv",
+        "instruction,output\na,b\n",
+        "the cells are separated by ',', not as in a .tsv file; name it .csv",
+    ),
     ("x.txt", "text", "not a file of records; expected .json, .jsonl"),
     *((name, b"PK", "unpack it") for name in ("x.zip", "x.tar.gz", "x.7z")),
 ]
@@ -350,5 +415,32 @@ def test_missing_files(folder: Path) -> None:
     assert "no such file" in error_of("alpaca_of_nobody.json")
     assert "no such file" in error_of("./alpaca")
     assert "no file matches" in error_of("*.csv")
+    Path("dangling.jsonl").symlink_to("gone.jsonl")
+    assert (
+        error_of("dangling.jsonl")
+        == "dangling.jsonl: no such file: a link to gone.jsonl, which is not there."
+    )
+    assert "dangling" not in error_of("dangli.jsonl").partition(": ")[2]
     (folder / "empty").mkdir()
     assert "the folder has no file of a known kind" in error_of("empty")
+
+
+def test_a_file_without_permission(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "x.jsonl")
+
+    put("x.jsonl", lines(ROWS))
+    monkeypatch.setattr(fsspec, "open", refuse)  # who runs the tests may be root, who may read everything
+    assert "x.jsonl: permission denied; allow it (chmod u+r " in error_of("x.jsonl")
+
+
+def test_what_is_sound_is_not_taken_for_another_kind() -> None:
+    """One column, a first line longer than a buffer, records with lists, and a first record that alone is bad."""
+    assert read(put("x.csv", "text\na;b\n")) == [{"text": "a;b"}]
+    long = {"a": "x" * (3 << 20)}
+    assert read(put("x.jsonl", lines([long]))) == [long]
+    assert read(put("x.jsonl.gz", gzip.compress(lines([long, {"b": [{}]}]).encode()))) == [long, {"b": [{}]}]
+    assert error_of(put("x.jsonl", "words, words\n" + lines(ROWS))).startswith(
+        "x.jsonl line 1: not valid JSON"
+    )
+    assert read(put("x.csv", '{"text"}\na\n')) == [{'{"text"}': "a"}]

@@ -260,7 +260,7 @@ def test_of_many_rows_the_first_are_shown(file: Path, rows: int, length: int, sh
 
 
 def test_the_report_is_above(file: Path) -> None:
-    records = [({"instruction": "q", "output": "a"}, "x line 1")] * 3 + [({"instruction": "q"}, "x|<line> 4")]
+    records = [({"instruction": "q", "output": "a"}, "x line 1")] * 3 + [({"words": "q"}, "x|<line> 4")]
     rows, report = encode_records(records, Encoder(TOKENIZER), on_bad_record="skip")
     text = Page(file, run_data(rows, report, names=["a.jsonl"], block_size=64, micro_batch=2)).text
     assert "no known format has these fields; first: x|&lt;line&gt; 4" in text

@@ -20,6 +20,7 @@ from unmask.data.records import (
 from unmask.errors import UnmaskError
 
 WHERE = "x.jsonl line 4"
+NAN = float("nan")
 CALL = {"name": "add", "arguments": {"a": [1, "é"]}}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
 
@@ -235,13 +236,36 @@ def answered(**more: Any) -> dict[str, Any]:
         ("alpaca", {"a": 1, "b": 2}, ["line 4: no field 'instruction' or 'question'", "fields here: a, b"]),
         ("alpaca", {"instruction": "q", "output": None}, ["'output'"]),
         ("alpaca", {"instruction": "q", "output": " \n"}, ["'output' is empty"]),
-        ("alpaca", {"instruction": ["q"], "output": "a"}, ["instruction 1: field 'message' must be an object"]),
-        ("alpaca", {"instruction": "q", "output": 42}, ["'output' must be text", "42"]),
+        ("alpaca", {"instruction": ["q"], "output": "a"}, ["'instruction' must be text; got a list"]),
+        ("alpaca", {"instruction": "q", "output": ["a"]}, ["line 4: field 'output' must be text; got a list."]),
+        ("alpaca", {"instruction": "q", "output": NAN}, ["line 4: field 'output' must be text; got NaN."]),
+        ("alpaca", {"instruction": "q", "output": NAN, "response": NAN}, ["'output' and 'response'"]),
+        ("sharegpt", {"conversations": ["a"]}, ["'conversations' must be a list of messages; its item 1 is text"]),
+        ("alpaca", {"instruction": "q", "output": 42}, ['must be text; got 42; write it in quotes: "42".']),
+        ("alpaca", {"instruction": "q", "output": True}, ["'output' must be text; got true."]),
         ("alpaca", {"instruction": "\ud800", "output": "a"}, ["'instruction' has an unpaired surrogate"]),
         ("alpaca", {"instruction": "q", "output": "a", "history": [["a"]]}, ["history 1", "[user, assistant]"]),
         ("alpaca", {"instruction": "q", "output": "a", "response": "b"}, ["'output' and 'response'"]),
         ("alpaca", {f"column {n}\n": 1 for n in range(99)}, ["column 10, column 11 and 87 more."]),
         ("auto", {"a": 1}, ["no known format", ": a;", "data.sft.custom_format.instruction_field"]),
+        ("auto", {"instruction": "q"}, ["field 'output' is missing, or it is null; records of alpaca have it"]),
+        ("auto", {"instruction": "q", "output": None}, ["field 'output' is missing, or it is null"]),
+        ("auto", {"prompt": "q", "source": None}, ["field 'completion' is missing", "prompt_completion"]),
+        ("auto", {"instruction": "q", "ouput": "a"}, ["did you mean 'output' instead of 'ouput'?"]),
+        (
+            "auto",
+            {"Instruction": "q", "Output": "a"},
+            ["did you mean 'instruction' instead of 'Instruction' and 'output' instead of 'Output'?"],
+        ),
+        ("auto", {"conversation": [USER]}, ["did you mean 'conversations' instead of 'conversation'?"]),
+        ("auto", {"data": [USER]}, ["if the records are in 'data', save that list alone"]),
+        (
+            "auto",
+            {"id": "7", "gold_answer": "a", "input": "q"},
+            ["custom_format.instruction_field=id ", "custom_format.response_field=gold_answer."],
+        ),
+        ("auto", {"question": "q", "answer": "a"}, ["instruction_field=question ", "response_field=answer."]),
+        ("auto", {"input": "q", "output": "a"}, ["instruction_field=input ", "response_field=output."]),
         ("custom", {"a": 1}, ["no field 'instruction'"]),
         ("sharegpt", {"messages": []}, ["no field 'conversations'"]),
         ("sharegpt", {"conversations": "hi"}, ["'conversations' must be a list", "text"]),

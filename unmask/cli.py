@@ -415,6 +415,8 @@ def explained(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"{error.filename or 'writing'}: no space left on the disk; make room and try again."
+    if isinstance(error, PermissionError) and error.filename is not None:
+        return f"{error.filename}: permission denied; `ls -l` shows who may use it."
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
         return f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}."
     if isinstance(error, MemoryError) or (

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from unmask.data.hub import HUB_NAME, first_line, load_named
 from unmask.data.records import RecordError
+from unmask.data.sniff import JSON_LINES, is_doubtful, mistaken
 from unmask.errors import UnmaskError
 from unmask.shipped import find_shipped
 
@@ -165,7 +166,6 @@ def _same(record: Any) -> Any:
     return record
 
 
-JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 READERS: dict[str, tuple[Callable[[BinaryIO], Iterator[tuple[Any, int]]], Callable[[Any], Any]]] = {
     ".json": (_json, _json_record),
@@ -215,21 +215,33 @@ class RecordFile:
         reader, decode = READERS.get(kind, (_text, _same))
         try:
             with self.open() as file:
+                self._check_kind(file, kind)
                 for data, line in reader(file):
                     yield Record(data, decode, self.label, count, line)
                     count += 1
         except (Broken, *UNREADABLE) as error:
             if isinstance(error, ImportError) or getattr(error, "errno", None) is not None:
                 # Of a missing package, the disk or the network, not of the contents.
+                if isinstance(error, PermissionError):
+                    todo = f"allow it (chmod u+r {self.path}), or name a copy"
+                    raise UnmaskError(f"{self.label}: permission denied; {todo}.") from error
                 raise UnmaskError(f"{self.label}: cannot be read ({first_line(error)}).") from error
             if not isinstance(error, Broken):
                 error = Broken(f"not a readable {kind} file", f" ({first_line(error)})")
             bad = Record(None, _same, self.label, count, error.line)
             counted = f"{error.reason}: {'the rest' if count else 'all'} of {self.label} is left out"
-            yield bad._replace(data=RecordError(bad.where, error.reason, error.detail, counted))
+            where = bad.where if count or error.line else self.label
+            yield bad._replace(data=RecordError(where, error.reason, error.detail, counted))
             return
         if not count and kind in READERS:
             raise UnmaskError(f"{self.label}: the file has no records.")
+
+    def _check_kind(self, file: BinaryIO, kind: str) -> None:
+        if kind != ".parquet" and is_doubtful(cast(io.BufferedReader, file).peek(BLOCK), kind):
+            with self.open() as again:
+                reason, detail = mistaken(again, kind, self.label)
+            if reason:
+                raise Broken(reason, detail)
 
     def is_array(self) -> bool:
         """Whether it is one JSON array."""
@@ -368,6 +380,8 @@ def find_files(
     except Exception as error:  # every store has its own errors
         raise UnmaskError(f"{name}: cannot be opened ({first_line(error)}).") from error
     if matches is None:
+        if local and Path(path).is_symlink():
+            raise UnmaskError(f"{name}: no such file: a link to {Path(path).readlink()}, which is not there.")
         if kind_of(name) in (*READERS, ".txt") or not HUB_NAME.fullmatch(name):
             raise UnmaskError(f"{name}: no such file{_suggestion(Path(name).expanduser())}")
         return [Table(name, split, config_name, limit)]
@@ -428,5 +442,7 @@ def _check_split(name: str, split: str, there: Sequence[str]) -> None:
 def _suggestion(path: Path) -> str:
     if not path.parent.is_dir():
         return f" (nor a folder {path.parent})."
-    close = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
+    close = difflib.get_close_matches(
+        path.name, [entry.name for entry in path.parent.iterdir() if entry.exists()], n=1
+    )
     return f"; did you mean {path.parent / close[0]}?" if close else "."

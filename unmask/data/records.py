@@ -6,7 +6,9 @@ one that is not read is named in `Conversation.unused`.
 
 from __future__ import annotations
 
+import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -45,6 +47,8 @@ MESSAGE: dict[str, tuple[str, ...]] = {
     "tool_call_id": ("tool_call_id",),
     "name": ("name",),
 }
+# Words in the names of fields that hold answers, for a suggestion.
+ANSWERS = {"answer", "output", "response", "completion", "solution", "target", "reply", "label", "chosen"}
 _CALL = {"name": ("name",), "arguments": ("arguments",), "id": ("id",)}
 _KINDS = {str: "text", list: "a list", Mapping: "an object"}
 
@@ -136,13 +140,40 @@ def detect_format(
         parts = [keys[part] for part in needed if part in keys]
         if all(any(record.get(key) is not None for key in part) for part in parts):
             return name
-    raise RecordError(
-        where,
-        "no known format has these fields",
-        f": {_names(record)}; expected instruction and output (alpaca), conversations (sharegpt), messages,"
-        " or prompt and completion; for others set data.sft.format=custom with"
-        " data.sft.custom_format.instruction_field and .response_field",
+    raise _unknown_format(record, where, needed)
+
+
+def _unknown_format(record: Mapping[str, Any], where: str, needed: Sequence[str]) -> RecordError:
+    """The error of a record that fits no format, with what its author most likely meant."""
+    reason, names = "no known format has these fields", _names(record)
+    required = {key: name for name, keys in READ.items() for part in needed for key in keys.get(part, ())}
+    named = [str(key) for key in record if record[key] is not None]
+    lower = {key.lower(): key for key in named if key not in required}
+    typos = {key: difflib.get_close_matches(key, lower, 1, 0.75) for key in required if key not in named}
+    meant = [f"'{key}' instead of '{lower[near[0]][:40]}'" for key, near in typos.items() if near]
+    if meant:
+        return RecordError(where, reason, f": {names}; did you mean {' and '.join(meant[:2])}?")
+    known = {key for keys in READ.values() for part in keys.values() for key in part}
+    texts = [str(key) for key, value in record.items() if isinstance(value, str)]
+    for name, keys in READ.items():
+        has = [part for part in needed if any(key in named for key in keys.get(part, ()))]
+        if has == ["instruction"] and "response" in needed and not set(texts) - known:
+            detail = f", or it is null; records of {name} have it; fields here: {names}"
+            return RecordError(where, f"field '{keys['response'][0]}' is missing", detail)
+    if lists := [key for key in named if isinstance(record[key], list) and key not in known]:
+        detail = f": {names}; if the records are in '{lists[0][:40]}', save that list alone as a .json file"
+        return RecordError(where, reason, detail)
+    answers = [key for key in texts if ANSWERS & set(re.split(r"[^a-z]+", key.lower()))]
+    asked = next((key for key in texts if key not in answers), "PROMPT")
+    answer = answers[0] if answers else next((key for key in texts if key != asked), "ANSWER")
+    if {asked, answer} & {"PROMPT", "ANSWER"} or any(len(key) > 30 or "=" in key for key in (asked, answer)):
+        asked, answer = "PROMPT", "ANSWER"
+    custom = "data.sft.custom_format"
+    detail = (
+        f": {names}; expected instruction and output (alpaca), conversations (sharegpt), messages, or prompt"
     )
+    detail += f" and completion; name others: data.sft.format=custom {custom}.instruction_field={asked}"
+    return RecordError(where, reason, f"{detail} {custom}.response_field={answer}")
 
 
 def to_conversation(
@@ -197,8 +228,9 @@ class _Fields:
                 self.where, f"no field '{names}', or it is null", f"; fields here: {self.names}"
             )
         values = [self.left.pop(key) for key in there]
-        if any(value != values[0] for value in values):
-            raise RecordError(self.where, f"fields '{there[0]}' and '{there[1]}' contradict one another")
+        for key, value in zip(there[1:], values[1:], strict=True):
+            if value != values[0]:
+                raise RecordError(self.where, f"fields '{there[0]}' and '{key}' contradict one another")
         return (there[0], values[0]) if there else ("", None)
 
     def text(self, part: str, *, required: bool = False) -> str:
@@ -216,18 +248,22 @@ def _instruction(fields: _Fields, answered: bool, inputs_required: bool) -> list
             raise RecordError(where, "field 'history' must be a list of [user, assistant] pairs")
         turns += [Turn("user", check_text(pair[0], "history", where)), _answer(pair[1], "history", where)]
     key, value = fields.take("instruction", required=True)
-    if isinstance(value, list):  # its assistant turns are context: only the response is trained on
+    if _are_messages(value):  # its assistant turns are context: only the response is trained on
         turns += [replace(turn, train=False) for turn in _turns(fields, key, value)]
     else:
         inputs = [fields.text(part, required=inputs_required) for part in ("input", "context")]
         texts = [check_text(value, key, fields.where), *(text for text in inputs if text.strip())]
         turns.append(Turn("user", "\n".join(filter(None, texts))))
     key, value = fields.take("response", required=answered)
-    if isinstance(value, list):
+    if _are_messages(value):
         turns += _turns(fields, key, value)
-    elif key and (answered or value):
+    elif key and (answered or value != ""):  # a prompt's answer may be empty
         turns.append(replace(_answer(value, key, fields.where), reasoning=fields.text("reasoning")))
     return turns
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and (not value or any(isinstance(item, Mapping) for item in value))
 
 
 def _turns(fields: _Fields, key: str, messages: Any) -> list[Turn]:
@@ -235,8 +271,10 @@ def _turns(fields: _Fields, key: str, messages: Any) -> list[Turn]:
     turns = []
     for number, message in enumerate(_typed(messages, list, key, fields.where), 1):
         where = f"{fields.where}, {key} {number}"
-        items = _typed(message, Mapping, "message", where).items()
-        given = {name: value for name, value in items if value or name not in MESSAGE["calls"]}
+        if not isinstance(message, Mapping):
+            detail = f"; its item {number} is {_kind(message)}"
+            raise RecordError(fields.where, f"field '{key}' must be a list of messages", detail)
+        given = {name: value for name, value in message.items() if value or name not in MESSAGE["calls"]}
         inner = _Fields(given, where, MESSAGE)
         turns.append(_turn(inner))
         fields.left |= dict.fromkeys(f"{key}.{name}" for name in inner.left)
@@ -385,7 +423,10 @@ def _without_nulls(value: Any) -> Any:
 
 def _typed(value: Any, kind: type, field: str, where: str) -> Any:
     if not isinstance(value, kind):
-        raise RecordError(where, f"field '{field}' must be {_KINDS[kind]}", f"; got {_kind(value)}")
+        shown = _kind(value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
+        quoted = f'; write it in quotes: "{shown}"' if kind is str and is_number else ""
+        raise RecordError(where, f"field '{field}' must be {_KINDS[kind]}", f"; got {shown}{quoted}")
     return value
 
 
