@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -18,6 +19,7 @@ from tiny import assert_same_run, autoregressive_folder, run_recipe, run_state, 
 
 from unmask.errors import UnmaskError
 from unmask.training.checkpoint import PARTIAL, checkpoints, damage, newest_whole, rotate
+from unmask.training.evaluate import Answers
 
 AGAIN: dict[str, Any] = {"resume_from_checkpoint": "auto"}
 
@@ -88,6 +90,54 @@ def test_a_new_schedule_holds_from_the_first_resumed_step(tmp_path: Path) -> Non
     for out, expected in (("out", [0.007, 0.006, 0.005]), ("other", [0.01] * 3)):
         rates = [log["learning_rate"] for log in run_state(tmp_path / out)["history"] if "loss" in log]
         assert rates[3:6] == pytest.approx(expected)
+
+
+def test_a_resumed_run_knows_the_answers_before_training(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"instruction": "Count 3.", "output": "++++"}\n' * 2)
+    evaluation = {"prompts": str(prompts), "max_new_tokens": 4}
+    whole = run(tmp_path, "whole", save_total_limit=None, evaluation=evaluation).splitlines()[-1]
+    assert re.fullmatch(r"exact match: before [\d.]+%, after [\d.]+% on 2 held-out prompts", whole)
+    for name in ("resumed", "other"):
+        shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / name / "checkpoint-3")
+    resumed = run(tmp_path, "resumed", evaluation=evaluation, **AGAIN)
+    assert resumed.splitlines()[-1] == whole and "before training" not in resumed
+    other = run(tmp_path, "other", evaluation={**evaluation, "limit": 1}, **AGAIN)
+    assert "exact match: before" not in other  # it was of two prompts
+    assert re.search(r"exact match after training: [\d.]+% of 1 held-out prompts", other)
+
+
+@pytest.mark.parametrize(
+    ("when", "said"),
+    [
+        ("before training", "SIGINT: stopped before training; nothing to save"),
+        (
+            "after training",
+            "SIGINT: stopped before final was written; resume with resume_from_checkpoint=auto",
+        ),
+    ],
+)
+def test_a_signal_outside_the_steps_is_told(
+    when: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    measure = Answers.measure
+
+    def interrupted(self: Answers, shared: Any, now: str) -> Any:
+        if now == when:
+            os.kill(os.getpid(), signal.SIGINT)
+        return measure(self, shared, now)
+
+    monkeypatch.setattr(Answers, "measure", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, "out")
+    assert ended.value.code == 130 and capsys.readouterr().err.splitlines()[-1] == said
+    monkeypatch.undo()
+    run(tmp_path, "out", **AGAIN)
+    assert (tmp_path / "out" / "final").exists()
 
 
 def test_another_recipe_is_refused_unless_allowed(tmp_path: Path) -> None:

@@ -66,6 +66,9 @@ class RunState:
     best_loss: float | None = None
     best_step: int | None = None
     without_improvement: int = 0  # evaluations in a row without a lower held-out loss
+    exact_before: float | None = (
+        None  # share of exact answers before training, to the prompts of `evaluation`
+    )
     evaluation_due: bool = False  # a signal came before the evaluation of this step
     tokenizer: str = ""  # its fingerprint
     data: list[Any] = field(default_factory=list)  # position of each process in a stream
@@ -255,6 +258,8 @@ def resume_point(recipe: Recipe, out: Path) -> ResumePoint:
         return ResumePoint(None, RunState(), None, notes)
     state = RunState(**json.loads((start / STATE).read_text(encoding="utf-8")))
     saved = load_recipe(start / RECIPE)
+    if recipe.evaluation != saved.evaluation:  # the answers before training were to other prompts
+        state.exact_before = None
     changed = _changed_keys(recipe, saved)
     notes.append(f"resuming from {start}")
     if changed:

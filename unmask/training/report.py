@@ -7,6 +7,7 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
+import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from rich.console import Console
 
@@ -123,6 +124,12 @@ def _after(prefix: str, logs: dict[str, float]) -> list[tuple[str, float]]:
     return [(name.removeprefix(prefix), v) for name, v in logs.items() if name.startswith(prefix)]
 
 
+def _threads(group: Processes) -> str:
+    """How many threads torch computes with on a CPU: too many for its free cores make a run slow."""
+    threads = torch.get_num_threads()
+    return f", {threads} thread{'s' * (threads > 1)}" if group.device.type == "cpu" else ""
+
+
 def run_facts(recipe: Recipe, model: Any, data: Any, group: Processes) -> dict[str, str]:
     """Say what is going to run, by name: printed at the start, and in the model card."""
     config, name, (tokens, supervised) = model.config, recipe.model.name_or_path, data.totals()
@@ -130,7 +137,7 @@ def run_facts(recipe: Recipe, model: Any, data: Any, group: Processes) -> dict[s
     facts = {
         "model": f"{network} from {name or 'random weights'}: {model.num_parameters():,} parameters,"
         f" {describe_attention(config)}",
-        "computed on": f"{group.ranks} x {group.device}, {recipe.precision}",
+        "computed on": f"{group.ranks} x {group.device}, {recipe.precision}{_threads(group)}",
     }
     part = "all but the embeddings" if recipe.model.freeze_embeddings else ""
     if recipe.lora.r is not None:

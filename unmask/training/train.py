@@ -29,7 +29,6 @@ from unmask.diffusion.loss import loss_divisor
 from unmask.diffusion.objective import Objective
 from unmask.errors import UnmaskError
 from unmask.evaluation.exact_match import exact_share
-from unmask.generation.text import Completion
 from unmask.io import atomic_dir, atomic_write, directory_lock
 from unmask.model.bf16 import gains_by_bf16
 from unmask.model.checkpoint import save_checkpoint
@@ -120,11 +119,13 @@ class Run:
             point = self._build()
             if point.checkpoint is not None:
                 self._resume(point.checkpoint)
-            before = [] if self.state.step else self.answers.measure(self.shared, "before training")
+            if self.state.step == 0:
+                before = self.answers.measure(self.shared, "before training")
+                self.state.exact_before = exact_share(before, self.answers.prompts) if before else None
             if self.state.step == 0 and self.data.held_out and self.recipe.eval_steps:
                 self._evaluate()
             self._loop()
-            return self._finish(before)
+            return self._finish()
         finally:
             self.report.close()
 
@@ -198,7 +199,7 @@ class Run:
         self.shared.module.train()
         self.accounting.start()
         self.report.begin(state.step)
-        self.signals.at_once = False
+        self.signals.at_once = ""
         if state.evaluation_due:
             self._evaluate()
         while state.step < recipe.max_steps and not self._stopped_early() and self._step():
@@ -386,11 +387,14 @@ class Run:
         self.checkpointer.save(self.state)
         self.accounting.mark("save")
 
-    def _finish(self, before: list[Completion]) -> TrainResult:
+    def _finish(self) -> TrainResult:
         """Evaluate what was trained, and leave it with its model card."""
         recipe, state, prompts = self.recipe, self.state, self.answers.prompts
         # The rest is short work on what is trained; without a checkpoint of it, it would be lost.
-        self.signals.at_once = recipe.save_steps is not None
+        if recipe.save_steps is not None:
+            self.signals.at_once = (
+                f"stopped before {FINAL} was written; resume with resume_from_checkpoint=auto"
+            )
         self._say_what_ended_it()
         early = recipe.early_stopping_patience is not None
         if early and state.best_step not in (None, state.step):
@@ -409,7 +413,8 @@ class Run:
         for name, figure in self.accounting.summary().items():
             self.say(f"{name}: {figure}")
         after = self.answers.measure(self.shared, "after training")
-        shares = (exact_share(before, prompts), exact_share(after, prompts)) if before and after else None
+        before = state.exact_before
+        shares = (before, exact_share(after, prompts)) if before is not None and after else None
         result = TrainResult(self.out / FINAL, _mean_loss(state.history), held_out, shares)
         weights = self.shared.whole_weights(self.model) if self.shared.sharded else None
 
