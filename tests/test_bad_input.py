@@ -131,6 +131,23 @@ CASES = {
         "resume_from_checkpoint: folder is not a training checkpoint",
         "name a checkpoint-N folder, or auto",
     ),
+    "score good.jsonl diffusion": ("good.jsonl: a checkpoint is a folder", "MODEL comes before it"),
+    "train recipe.yaml data=good.jsonl": (
+        "override 'data=good.jsonl': data: a group of keys",
+        "did you mean data.dataset_name=good.jsonl?",
+    ),
+    "train recipe.yaml model=Qwen/Qwen3-0.6B": ("did you mean model.name_or_path=Qwen/Qwen3-0.6B?",),
+    "train recipe.yaml optimizer=3": ("optimizer: a group of keys; got 3; did you mean optimizer.type?",),
+    "train recipe.yaml optimizer.lr=1": (
+        "unknown key 'optimizer.lr'",
+        "did you mean 'optimizer.learning_rate'?",
+    ),
+    "train recipe.yaml lr=1": ("did you mean 'optimizer.learning_rate'?",),
+    "train recipe.yaml lora.xyzzy=1": ("unknown key 'lora.xyzzy'; lora has r, ",),
+    "train recipe.yaml max_steps = 2": ("'max_steps' is not key=value", "=1e-4, without spaces"),
+    "train recipe.yaml --max-steps 2": ("No such option: --max-steps", "have no dashes: max_steps=VALUE."),
+    "train folder": ("folder: cannot be read as a recipe: a folder; name a .yaml file",),
+    "recipe show nope": ("no recipe 'nope' comes with unmask; `unmask recipe list` shows all",),
     "train recipe.yaml optimizer.learning_rat=1": (
         "unknown key 'optimizer.learning_rat'",
         "did you mean 'optimizer.learning_rate'?",

@@ -186,7 +186,7 @@ def test_no_file(tmp_path: Path) -> None:
     shown = "`unmask recipe list` lists those that come with unmask."
     assert failure("nowhere.yaml") == f"nowhere.yaml: no such recipe file; {shown}"
     assert failure("train_tiny.yaml").endswith("no such recipe file; did you mean train_tiny_sft?")
-    assert "cannot be read as a recipe: Is a directory" in failure(tmp_path)
+    assert "cannot be read as a recipe: a folder; name a .yaml file." in failure(tmp_path)
 
 
 @pytest.mark.parametrize(

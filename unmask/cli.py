@@ -400,7 +400,11 @@ def main() -> None:
             sys.exit(error.exit_code)
         context = getattr(error, "ctx", None)  # of the command that was called wrongly
         command = "unmask" if context is None else context.command_path
-        _fail(error, " ".join(error.format_message().split()), f"{command} --help", debug)
+        message = " ".join(error.format_message().split())
+        option = getattr(error, "option_name", None)  # an option that is not there
+        if context is not None and option and any(one.name == "overrides" for one in context.command.params):
+            message += f" Recipe keys have no dashes: {option.lstrip('-').replace('-', '_')}=VALUE."
+        _fail(error, message, f"{command} --help", debug)
     except Exception as error:
         if (message := explained(error)) is None:
             raise

@@ -111,6 +111,8 @@ def evaluate(
 
         show_differences(run_compare(*compare), Console())
         return
+    if find_spec("lm_eval") is None:
+        raise UnmaskError("lm-evaluation-harness is not installed: pip install 'unmask[eval]'.")
     if not model or (len(model) > 1 and sweep is None):
         raise UnmaskError("name a MODEL; several are for --sweep.")
     if out is None:
@@ -121,8 +123,6 @@ def evaluate(
         raise UnmaskError("--tasks: name at least one task.")
     code = _code_settings(data or [], repeats, k, allow_unsandboxed)
     os.environ.setdefault("TQDM_DISABLE", "1")  # the progress bars of the harness, before it is imported
-    if find_spec("lm_eval") is None:
-        raise UnmaskError("lm-evaluation-harness is not installed: pip install 'unmask[eval]'.")
     from datasets import disable_progress_bars
 
     from unmask.cli_generate import hide_progress_bars

@@ -413,6 +413,18 @@ CONTRADICTIONS: tuple[tuple[str, Any, str, Any, str], ...] = (
 )
 
 
+# Groups whose name stands for one of their keys, in a slip such as data=foo.jsonl.
+NAMED_BY = {
+    "data": "data.dataset_name",
+    "model": "model.name_or_path",
+    "optimizer": "optimizer.type",
+    "lr_scheduler": "lr_scheduler.type",
+    "lora": "lora.r",
+    "distributed": "distributed.type",
+    "data.sft": "data.sft.format",
+}
+
+
 def value_at(recipe: Recipe, key: str) -> Any:
     """The value of a dotted key."""
     return reduce(getattr, key.split("."), cast(Any, recipe))
@@ -509,6 +521,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             f"; did you mean {near}?" if near else "; `unmask recipe list` lists those that come with unmask."
         )
         raise UnmaskError(f"{path}: no such recipe file{hint}") from error
+    except IsADirectoryError as error:
+        raise UnmaskError(f"{path}: cannot be read as a recipe: a folder; name a .yaml file.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UnmaskError(f"{path}: cannot be read as a recipe: {_reason(error)}.") from error
     if not OmegaConf.is_dict(config):
@@ -517,7 +531,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for text in overrides:
         key, equals, value = text.partition("=")
         if not (equals and re.fullmatch(r"[^\s.\[\]]+(\.[^\s.\[\]]+)*", key)):
-            raise UnmaskError(f"'{text}' is not key=value; write for instance optimizer.learning_rate=1e-4.")
+            raise UnmaskError(
+                f"'{text}' is not key=value; write for instance optimizer.learning_rate=1e-4, without spaces."
+            )
         origin[key] = f"override '{text}'"
         try:
             parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
@@ -552,6 +568,8 @@ def recipe_from_dict(
             key, message = ".".join(map(str, error["loc"])), error["msg"]
             if error["type"] in ("extra_forbidden", "invalid_key"):
                 message = _unknown(key)
+            elif error["type"] == "model_type":
+                message = _group(key, error["input"])
             elif error["type"] == "recipe":  # of `_problems`
                 key = message.split(" ")[0].rstrip(":")
             else:
@@ -598,14 +616,33 @@ def _known_names() -> list[str]:
 def _unknown(key: str) -> str:
     """Name the known key most like an unknown one, also where only the level is wrong."""
 
+    group, _, last = key.rpartition(".")
+
     def score(known: str) -> tuple[float, float]:
         whole = SequenceMatcher(None, key, known).ratio()
-        last = SequenceMatcher(None, key.rpartition(".")[2], known.rpartition(".")[2]).ratio()
-        return max(whole, last), whole
+        group_of_known, _, last_of_known = known.rpartition(".")
+        near = SequenceMatcher(None, last, last_of_known).ratio()
+        is_short = last == "".join(word[:1] for word in last_of_known.split("_"))  # lr of learning_rate
+        return (1.0 if is_short and group in ("", group_of_known) else max(whole, near)), whole
 
-    nearest = max(_known_names(), key=score)
-    is_near = score(nearest)[0] >= 0.7
-    return f"unknown key '{key}'; " + (f"did you mean '{nearest}'?" if is_near else "see docs/recipes.md")
+    candidates = [known for known in _known_names() if known != group]
+    nearest = max(candidates, key=score)
+    if score(nearest)[0] >= 0.7:
+        return f"unknown key '{key}'; did you mean '{nearest}'?"
+    there = [known.rpartition(".")[2] for known in candidates if known.rpartition(".")[0] == group]
+    if group and there:
+        return f"unknown key '{key}'; {group} has {', '.join(there)}"
+    return f"unknown key '{key}'; see docs/recipes.md"
+
+
+def _group(key: str, value: Any) -> str:
+    """Say that a group of keys has no value of its own, and which key of it was most likely meant."""
+    if key not in _known_names():
+        return f"{key or 'recipe'}: expected keys with values; got {_show(value)}"
+    inside = [known for known in recipe_fields() if known.startswith(f"{key}.")]
+    first = NAMED_BY.get(key, inside[0])
+    shown = f"={value}" if key in NAMED_BY and isinstance(value, str) else ""
+    return f"{key}: a group of keys; got {_show(value)}; did you mean {first}{shown}?"
 
 
 def _show(value: Any) -> str:

@@ -51,10 +51,9 @@ def recipe_text(name: str) -> str:
         UnmaskError: there is none of this name (names the nearest).
     """
     if name not in (known := shipped_recipes()):
-        nearest = nearest_recipe(name, cutoff=0)
-        raise UnmaskError(
-            f"no recipe {name!r} comes with unmask; the nearest is {nearest}: `unmask recipe list`."
-        )
+        nearest = nearest_recipe(name, cutoff=0.4)
+        near = f"the nearest is {nearest}: " if nearest else ""
+        raise UnmaskError(f"no recipe {name!r} comes with unmask; {near}`unmask recipe list` shows all.")
     return known[name].read_text(encoding="utf-8")
 
 

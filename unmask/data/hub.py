@@ -11,6 +11,7 @@ from unmask.errors import UnmaskError
 from unmask.formats import read_format
 
 HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+OF_RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")  # often in the place of MODEL
 PROBE_SECONDS = 10.0
 
 
@@ -30,6 +31,10 @@ def load_named(name: str, what: str, load: Callable[[str], Any]) -> Any:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     folder = Path(name).expanduser()
+    if folder.is_file() and folder.suffix.lower() in OF_RECORDS and what != "data set":
+        raise UnmaskError(
+            f"{name}: a checkpoint is a folder; this is a file of records: MODEL comes before it."
+        )
     if folder.is_file():
         raise UnmaskError(f"{name}: a {what} is a folder; this is a file.")
     if not folder.is_dir() and not HUB_NAME.fullmatch(name):
