@@ -10,7 +10,7 @@ from tiny import byte_model
 from transformers import PreTrainedTokenizerBase
 
 from unmask.data.records import Turn
-from unmask.generation.chat import LiveDraft, chat
+from unmask.generation.chat import HELP, TURNS, LiveDraft, chat
 from unmask.generation.prompts import chat_encoder
 from unmask.generation.rows import Event
 from unmask.generation.text import complete
@@ -52,6 +52,12 @@ def test_an_answer_knows_what_was_said_before(model: Any, tokenizer: PreTrainedT
         prompt = chat_encoder(tokenizer).prompt_example(turns[:index])
         [expected] = complete(model, tokenizer, [prompt], max_new_tokens=4)
         assert turns[index].content == expected.text and expected.figures in shown
+
+
+def test_help_says_what_a_conversation_needs(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    turns, shown = talk(model, tokenizer, "/help")
+    assert turns == [] and shown.count(HELP) == shown.count(TURNS) == 2  # at first, and when asked for
+    assert "/reset" in TURNS
 
 
 def test_a_terminal_shows_tokens_out_of_masks(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -19,7 +19,10 @@ from unmask.generation.rows import Event
 from unmask.generation.text import Completion, complete
 from unmask.generation.trace import drawn, token_texts
 
-HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer."
+HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer, /help shows this."
+TURNS = (
+    "A model trained on single questions answers only the first turn well: /reset before each further one."
+)
 
 
 def chat(
@@ -48,7 +51,10 @@ def chat(
     def error(message: str) -> None:
         console.print(Text(message, "red"), soft_wrap=True)
 
-    console.print(HELP, style="dim", highlight=False)
+    def show_help() -> None:
+        console.print(f"{HELP}\n{TURNS}", style="dim", highlight=False)
+
+    show_help()
     while True:
         try:
             text = ask()
@@ -64,6 +70,8 @@ def chat(
         if command == "/reset":
             turns = list(opening)
             console.print("The conversation starts anew.", style="dim")
+        elif command == "/help":
+            show_help()
         elif command.startswith("/") and " " not in command and "/" not in command[1:]:
             error(f"unknown command {command}. {HELP}")
         elif command:
