@@ -240,7 +240,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "no place for"),
     ({"tools": 3}, "tools: "),
     ({"messages": 3}, "messages: must be a valid list"),
-    ({"messages": [3]}, "messages 1: "),
+    ({"messages": [3]}, "must be a list of messages; its item 1 is 3"),
     ({"messages": []}, "out of order"),
     ({"messages": user("\ud800")}, "unpaired surrogate"),
     ({"messages": [{"role": "king", "content": "x"}]}, "unknown role 'king'"),
