@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Running, served_by
+from serving import FakeModel, Running, served_by
 from tiny import byte_model
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -68,6 +68,29 @@ def test_a_conversation(page: Any) -> None:
     assert page.locator(".said").all_text_contents() == ["Hello", "And now?"]
 
 
+def test_a_done_answer_is_text_to_read_and_copy(browser: Any) -> None:
+    context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
+    page = context.new_page()
+    with served_by(FakeModel(max_new_tokens=8)) as server:  # answers in capital letters
+        page.goto(server.url)
+        page.fill("#prompt", "né o")
+        assert not page.locator("#follows").is_visible()
+        page.press("#prompt", "Enter")
+        done(page)
+        # The first of the two bytes of é shows as part of it; two masks behind the end are not shown.
+        assert texts(page) == ["N", "·", "é", " ", "O", "▪", "", ""]
+        assert page.locator(".canvas .part").count() == 1 == page.locator("#legend .part").count()
+        assert page.locator(".figures").text_content().endswith("; 2 places behind the end left masked")
+        assert page.locator(".result p").text_content() == "Né O"
+        page.get_by_role("button", name="Copy").click()
+        page.get_by_role("button", name="Copied").wait_for()
+        assert page.evaluate("navigator.clipboard.readText()") == "Né O"
+        assert page.locator("#follows").is_visible()
+        page.get_by_role("button", name="New conversation").click()
+        assert page.locator(".turn").count() == 0 and not page.locator("#follows").is_visible()
+    context.close()
+
+
 def test_tokens_are_masked_again_by_keyboard(page: Any) -> None:
     page.fill("#prompt", "Hello")
     page.press("#prompt", "Enter")
@@ -115,6 +138,7 @@ def test_gaps_on_a_phone_and_in_dark_mode(page: Any) -> None:
     done(page)
     assert "░" not in "".join(texts(page)) and "".join(texts(page)).startswith("a ")
     assert "5 tokens" in page.locator(".figures").text_content()
+    assert page.locator(".result p").text_content().startswith("a ")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -76,6 +77,8 @@ def test_the_page_plays_the_changes_of_each_step(tokenizer: PreTrainedTokenizerB
     assert data["frames"] == [[[1, "b"], [3, "▪"]], [[0, "a"], [1, None]], [[1, "c"], [2, "▪"]]]
     assert (data["length"], data["num_ids"]) == (4, 3)
     assert data["figures"] == "3 tokens in 3 denoising steps: 1.00 tokens per step. Canvas of 4 tokens."
+    early = replace(ANSWER, states=[*STATES[:2], [*b"ac", END, MASK]])  # nothing behind the end was needed
+    assert trace_data(early, tokenizer)["figures"].endswith("tokens. 1 place behind the end left masked.")
     # A character of two tokens is drawn when it is complete.
     first, second = "é".encode()
     states = [[MASK, second], [first, second]]

@@ -118,6 +118,8 @@ def trace_data(answer: Completion, tokenizer: PreTrainedTokenizerBase) -> dict[s
             ]
         )
         before = now
+    left = sum(token == mask for token, _ in before[len(answer.ids) :])
+    unneeded = f" {left:,} place{'s' * (left > 1)} behind the end left masked." if left else ""
     per_step = f"{answer.tokens_per_forward:.2f} tokens per step"
     return {
         "length": length,
@@ -125,5 +127,5 @@ def trace_data(answer: Completion, tokenizer: PreTrainedTokenizerBase) -> dict[s
         "frames": frames,
         "confidence": [round(value, 4) for value in answer.confidence],
         "entropy": [round(value, 4) for value in answer.entropy],
-        "figures": f"{answer.figures}: {per_step}. Canvas of {length} tokens.",
+        "figures": f"{answer.figures}: {per_step}. Canvas of {length} tokens.{unneeded}",
     }
