@@ -101,9 +101,9 @@ def test_pretraining_data_is_packed_text(tokenizer: PreTrainedTokenizerBase) -> 
 
 def test_if_nothing_can_be_used_the_reason_is_given(tokenizer: PreTrainedTokenizerBase) -> None:
     for streaming in (False, True):
-        with pytest.raises(
-            UnmaskError, match=r"^a.jsonl: no record can be used: 10 dropped: .*a.jsonl line 1"
-        ):
+        dropped = r"10 dropped: .*a.jsonl line 1, \d+ tokens\)"
+        said = rf"^a.jsonl: no record can be used: {dropped}; raise data.block_size, now 8.$"
+        with pytest.raises(UnmaskError, match=said):
             load_data(recipe(block_size=8, streaming=streaming), tokenizer)
 
 

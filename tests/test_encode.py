@@ -246,7 +246,7 @@ def test_every_record_is_counted() -> None:
         records=9,
         kept=4,
         truncated=1,
-        dropped={"response would vanish: the prompt alone fills block_size": (2, "x line 2")},
+        dropped={"response would vanish: the prompt alone fills block_size": (2, "x line 2, 118 tokens")},
         skipped={"field 'output' must be text": (1, "x line 7"), "not valid JSON": (2, "x line 8")},
         tokens=sum(len(row.input_ids) for row in examples),
         supervised_tokens=sum(row.supervised for row in examples),
@@ -255,7 +255,7 @@ def test_every_record_is_counted() -> None:
         unused=Counter(id=1),
     )
     assert report.left_out() == [
-        "2 dropped: response would vanish: the prompt alone fills block_size (first: x line 2)",
+        "2 dropped: response would vanish: the prompt alone fills block_size (first: x line 2, 118 tokens)",
         "1 skipped: field 'output' must be text (first: x line 7)",
         "2 skipped: not valid JSON (first: x line 8)",
         "fields not used: id (1)",

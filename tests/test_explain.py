@@ -54,7 +54,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert run_cli("convert", "base", "diffusion").code == 0
         Path("recipe.yaml").write_text(RECIPE)
         Path("good.jsonl").write_text((json.dumps(RECORD) + "\n") * 8)
-        assert "computed on: 1 x cpu, fp32" in run_cli("train", "recipe.yaml").out
+        said = run_cli("train", "recipe.yaml").out
+        assert "computed on: 1 x cpu, fp32" in said and "from diffusion: " in said
         Path("bad.yaml").write_text("a\n b: [")
         Path("broken.jsonl").write_text('{"instruction": "a", "output": }\n')
         Path("fields.jsonl").write_text('{"question": "a", "answer": "b"}\n')

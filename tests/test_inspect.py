@@ -125,7 +125,7 @@ def test_report() -> None:
         "  kept       2",
         "  truncated  1  kept, but cut at block_size, end token lost",
         "  dropped    1  response would vanish: the prompt alone fills block_size; first:",
-        "                x line 2",
+        "                x line 2, 219 tokens",
         "  skipped    0",
         "  noted      1  held strings like special tokens, read as plain text",
     ]

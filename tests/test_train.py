@@ -153,6 +153,7 @@ def test_adapters(dora: bool, tmp_path: Path) -> None:
     _, printed = train_run(tmp_path, model=model, lora={"r": 4, "use_dora": dora}, save_steps=6, max_steps=6)
     final = str(tmp_path / "run" / "final")
     assert is_adapter(final) and ("DoRA" if dora else "LoRA") in printed
+    assert f"from {base} (an autoregressive checkpoint, converted): " in printed
     weights = run_weights(tmp_path / "run")
     assert all("lora" in name or "token_adapter" in name or "embed" in name for name in weights)
     assert load_model(final)(torch.tensor([[1, 2, 3]])).logits.shape[:2] == (1, 3)

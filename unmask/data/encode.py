@@ -262,10 +262,10 @@ class Encoder:
             end -= 1
         cut = end > size
         if cut and self.too_long == "drop":
-            raise DropRecord("longer than block_size")
+            raise DropRecord("longer than block_size", end)
         example = Example(ids[:size], src[:size])
         if not example.supervised:
-            raise DropRecord("response would vanish: the prompt alone fills block_size")
+            raise DropRecord("response would vanish: the prompt alone fills block_size", src.index(False))
         return example, cut
 
 

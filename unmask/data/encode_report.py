@@ -48,7 +48,7 @@ class EncodeReport:
         try:
             yield
         except DropRecord as reason:
-            self.drop(str(reason), where)
+            self.drop(str(reason), f"{where}, {reason.tokens:,} tokens" if reason.tokens else where)
         except RecordError as error:
             if on_bad_record == "stop":
                 raise
@@ -68,6 +68,12 @@ class EncodeReport:
             for reason, (count, where) in reasons.items()
         ]
         return lines + [f"fields not used: {named(self.unused)}"] * bool(self.unused)
+
+    def why_none(self, block_size: int) -> str:
+        """Say why no record can be used, and what to do about their lengths."""
+        why = "; ".join(self.left_out()) or "there is none"
+        too_long = any("block_size" in reason for reason in self.dropped)
+        return why + f"; raise data.block_size, now {block_size:,}" * too_long
 
     def merge(self, other: EncodeReport) -> None:
         """Add what became of later records."""

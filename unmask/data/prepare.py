@@ -208,8 +208,8 @@ def encode_folder(
                     manifest.shards += part.shards
                     manifest.report.merge(part.report)
                 if not manifest.counts["rows"]:
-                    why = "; ".join(manifest.report.left_out()) or "there is none"
-                    raise UnmaskError(f"no record can be used: {why}.")
+                    why = manifest.report.why_none(source.recipe.data.block_size)
+                    raise UnmaskError(f"{', '.join(source.names)}: no record can be used: {why}.")
                 manifest.write(main)
             for finished in folder.glob("shard-*.json"):
                 finished.unlink()
@@ -361,11 +361,9 @@ def open_examples(source: DataSource, limit: int | None, processes: int, number:
     try:
         encode_folder(folder, source, limit=limit, processes=processes, wait=True)
         return _open(folder, number)
-    except UnmaskError as error:
+    except UnmaskError:
         shutil.rmtree(folder, ignore_errors=True)  # the data will be others, or the recipe
-        if not str(error).startswith("no record can be used"):
-            raise
-        raise UnmaskError(f"{', '.join(source.names)}: {error}") from error
+        raise
 
 
 def _open(folder: Path, number: int) -> EncodedExamples:

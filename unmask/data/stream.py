@@ -243,7 +243,7 @@ def open_stream(run: RunData) -> None:
         while not examples and (chunk := list(islice(records, CHUNK))):
             examples = stream.examples(chunk, report)
         if not examples:
-            why = "; ".join(report.left_out()) or "there is no record to train on"
+            why = report.why_none(run.recipe.data.block_size)
             raise UnmaskError(f"{', '.join(source.names)}: no record can be used: {why}.")
         run.parts.append(examples)
         run.report.merge(report)

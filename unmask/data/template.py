@@ -32,7 +32,14 @@ Thinking = Literal["off", "on", "template"]
 
 
 class DropRecord(Exception):
-    """A record that cannot be used; the message is one of a few fixed reasons, for counting."""
+    """A record that cannot be used; the message is one of a few fixed reasons, for counting.
+
+    `tokens`: its length, or that of its prompt, where this is the reason; 0 otherwise.
+    """
+
+    def __init__(self, reason: str, tokens: int = 0):
+        super().__init__(reason)
+        self.tokens = tokens
 
 
 @dataclass

@@ -134,8 +134,10 @@ def run_facts(recipe: Recipe, model: Any, data: Any, group: Processes) -> dict[s
     """Say what is going to run, by name: printed at the start, and in the model card."""
     config, name, (tokens, supervised) = model.config, recipe.model.name_or_path, data.totals()
     network = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+    is_base = name is not None and not is_diffusion(read_config(name))
+    converted = " (an autoregressive checkpoint, converted)" if is_base else ""
     facts = {
-        "model": f"{network} from {name or 'random weights'}: {model.num_parameters():,} parameters,"
+        "model": f"{network} from {name or 'random weights'}{converted}: {model.num_parameters():,} parameters,"
         f" {describe_attention(config)}",
         "computed on": f"{group.ranks} x {group.device}, {recipe.precision}{_threads(group)}",
     }
@@ -145,7 +147,7 @@ def run_facts(recipe: Recipe, model: Any, data: Any, group: Processes) -> dict[s
     if part:
         trained = sum(weights.numel() for weights in model.parameters() if weights.requires_grad)
         facts["trained"] = f"{part}, {trained:,} parameters"
-    if recipe.model.freeze_embeddings and (name is None or not is_diffusion(read_config(name))):
+    if recipe.model.freeze_embeddings and (name is None or is_base):
         facts["note"] = "these weights have never seen the mask token, and its embedding is frozen too"
     rows, what = max(1, len(data.rows)), "stream, its beginning" if recipe.data.streaming else "data"
     facts[what] = (
