@@ -143,6 +143,9 @@ CASES = {
         "did you mean 'optimizer.learning_rate'?",
     ),
     "train recipe.yaml lr=1": ("did you mean 'optimizer.learning_rate'?",),
+    "train recipe.yaml optimizer.foo=1": (
+        "unknown key 'optimizer.foo'; optimizer has type, learning_rate, ",
+    ),
     "train recipe.yaml lora.xyzzy=1": ("unknown key 'lora.xyzzy'; lora has r, ",),
     "train recipe.yaml max_steps = 2": ("'max_steps' is not key=value", "=1e-4, without spaces"),
     "train recipe.yaml --max-steps 2": ("No such option: --max-steps", "have no dashes: max_steps=VALUE."),

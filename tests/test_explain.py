@@ -31,6 +31,18 @@ FOREIGN = {
     "unmask: command not found",
 }
 RECORD = {"instruction": "Say a", "output": "a"}
+USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+RECORDS = {
+    "blank.jsonl": json.dumps({**RECORD, "output": " "}),
+    "surrogate.jsonl": json.dumps({**RECORD, "output": "\ud83d"}),
+    "role.jsonl": json.dumps({"messages": [USER, {"role": "robot", "content": "a"}]}),
+    "order.jsonl": json.dumps({"messages": [ANSWER, USER]}),
+    "both.jsonl": json.dumps({**RECORD, "response": "b"}),
+    "twice.jsonl": '{"instruction": "a", "instruction": "b", "output": "c"}',
+    "ragged.csv": "instruction,output\na,b,c\n",
+    "not.parquet": "words",
+    "x.zip": "PK",
+}
 RECIPE = """\
 training_mode: sft
 model: {name_or_path: diffusion}
@@ -60,6 +72,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Path("broken.jsonl").write_text('{"instruction": "a", "output": }\n')
         Path("fields.jsonl").write_text('{"question": "a", "answer": "b"}\n')
         Path("empty.jsonl").write_text("\n")
+        for name, text in RECORDS.items():
+            Path(name).write_text(text)
         Path("gone.jsonl").symlink_to("nowhere.jsonl")
         Path("half.jsonl").write_text('{"instruction": "a"}\n')
         Path("number.jsonl").write_text('{"instruction": "a", "output": 7}\n')
@@ -119,6 +133,15 @@ PROVOKED = {
     **{
         f"data recipe.yaml data.dataset_name={file}": heading
         for file, heading in {
+            "blank.jsonl": "field '…' is empty; …",
+            "surrogate.jsonl": "field '…' has an unpaired surrogate…",
+            "role.jsonl": "unknown …; expected one of system, …",
+            "order.jsonl": "turns out of order: …",
+            "both.jsonl": "… contradict one another",
+            "twice.jsonl": "… is given twice; …",
+            "ragged.csv": "more cells than the header has names",
+            "not.parquet": "not a readable … file",
+            "x.zip": "…: an archive; unpack it and name the folder.",
             "gone.jsonl": "…: no such file: a link to …, which is not there.",
             "half.jsonl": "field '…' is missing…",
             "number.jsonl": "field '…' must be …",

@@ -304,6 +304,21 @@ def test_bad_records(format: str, record: dict[str, Any], named: list[str]) -> N
     assert str(error).startswith(f"{error.where}: {error.reason}")
 
 
+def test_a_table_without_header_is_suspected() -> None:
+    for where in ("x.csv record 1", "x.tsv.gz record 1"):
+        with pytest.raises(RecordError, match=r"fields: Say a\?, a \(the first row of a table must name"):
+            detect_format({"Say a?": "Say b?", "a": "b"}, where)
+
+
+@pytest.mark.parametrize("value", [0, False, 7, ["a"]])
+def test_an_answer_that_a_prompt_need_not_have_is_checked_where_it_is_there(value: Any) -> None:
+    with pytest.raises(RecordError, match="field 'output' must be text; got"):
+        to_conversation({"instruction": "q", "output": value}, where=WHERE, answered=False)
+    for nothing in (None, "", []):
+        record = {"instruction": "q", "output": nothing}
+        assert turns(record, answered=False) == [("user", "q")]
+
+
 def test_unknown_format() -> None:
     with pytest.raises(UnmaskError, match="'yaml'; expected one of auto"):
         to_conversation({}, "yaml", where=WHERE)

@@ -403,7 +403,8 @@ def main() -> None:
         message = " ".join(error.format_message().split())
         option = getattr(error, "option_name", None)  # an option that is not there
         if context is not None and option and any(one.name == "overrides" for one in context.command.params):
-            message += f" Recipe keys have no dashes: {option.lstrip('-').replace('-', '_')}=VALUE."
+            key = option.lstrip("-").replace("-", "_")
+            message = f"{message.rstrip('.')}; recipe keys have no dashes: {key}=VALUE."
         _fail(error, message, f"{command} --help", debug)
     except Exception as error:
         if (message := explained(error)) is None:

@@ -623,9 +623,12 @@ def _unknown(key: str) -> str:
         group_of_known, _, last_of_known = known.rpartition(".")
         near = SequenceMatcher(None, last, last_of_known).ratio()
         is_short = last == "".join(word[:1] for word in last_of_known.split("_"))  # lr of learning_rate
-        return (1.0 if is_short and group in ("", group_of_known) else max(whole, near)), whole
+        if is_short and group in ("", group_of_known):
+            return 1.0, whole
+        return (near if group and group == group_of_known else max(whole, near)), whole
 
-    candidates = [known for known in _known_names() if known != group]
+    of_lists = "sources" in key
+    candidates = [known for known in _known_names() if known != group and (of_lists or "[]" not in known)]
     nearest = max(candidates, key=score)
     if score(nearest)[0] >= 0.7:
         return f"unknown key '{key}'; did you mean '{nearest}'?"

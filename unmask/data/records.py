@@ -166,8 +166,12 @@ def _unknown_format(record: Mapping[str, Any], where: str, needed: Sequence[str]
     answers = [key for key in texts if ANSWERS & set(re.split(r"[^a-z]+", key.lower()))]
     asked = next((key for key in texts if key not in answers), "PROMPT")
     answer = answers[0] if answers else next((key for key in texts if key != asked), "ANSWER")
-    if {asked, answer} & {"PROMPT", "ANSWER"} or any(len(key) > 30 or "=" in key for key in (asked, answer)):
+    if {asked, answer} & {"PROMPT", "ANSWER"} or not re.fullmatch(
+        r"[\w.-]{1,30}=[\w.-]{1,30}", f"{asked}={answer}"
+    ):
         asked, answer = "PROMPT", "ANSWER"
+    if re.search(r"\.[ct]sv\b", where):
+        names += " (the first row of a table must name its columns)"
     custom = "data.sft.custom_format"
     detail = (
         f": {names}; expected instruction and output (alpaca), conversations (sharegpt), messages, or prompt"
