@@ -146,7 +146,8 @@ def test_tokenizers_that_lack_something() -> None:
 @pytest.mark.parametrize(
     ("record", "named"),
     [
-        ({"instruction": "q"}, "no known format"),
+        ({"instruction": "q"}, "field 'output' is missing"),
+        ({"words": "q"}, "no known format"),
         ({"instruction": "q", "output": ""}, "'output'"),
         ({"input_ids": [1]}, "src_mask"),
         ("text", "got str"),

@@ -140,7 +140,7 @@ def test_records_too_long_are_left_out_and_named(
     out = io.StringIO()
     show_total(score_file(str(folder / "model"), file, block_size=60, **FEW), Console(file=out, width=200))
     for shown in (out.getvalue(), texts.notes[0]):
-        assert "not scored: 1 longer than block_size (first: long.jsonl line 2)" in shown
+        assert "not scored: 1 longer than block_size (first: long.jsonl line 2, 120 tokens)" in shown
     with pytest.raises(UnmaskError, match=r"2 .*first: long.jsonl line 1"):
         read_texts(file, tokenizer, block_size=20)
 

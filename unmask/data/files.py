@@ -222,7 +222,7 @@ class RecordFile:
         except (Broken, *UNREADABLE) as error:
             if isinstance(error, ImportError) or getattr(error, "errno", None) is not None:
                 # Of a missing package, the disk or the network, not of the contents.
-                if isinstance(error, PermissionError):
+                if isinstance(error, PermissionError) and "://" not in self.path:
                     todo = f"allow it (chmod u+r {self.path}), or name a copy"
                     raise UnmaskError(f"{self.label}: permission denied; {todo}.") from error
                 raise UnmaskError(f"{self.label}: cannot be read ({first_line(error)}).") from error

@@ -11,7 +11,7 @@ from unmask.errors import UnmaskError
 from unmask.formats import read_format
 
 HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
-OF_RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")  # often in the place of MODEL
+OF_RECORDS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")  # often in the place of MODEL
 PROBE_SECONDS = 10.0
 
 
