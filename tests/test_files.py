@@ -444,3 +444,11 @@ def test_what_is_sound_is_not_taken_for_another_kind() -> None:
         "x.jsonl line 1: not valid JSON"
     )
     assert read(put("x.csv", '{"text"}\na\n')) == [{'{"text"}': "a"}]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sound_file_is_opened_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, stock = [], fsspec.open
+    monkeypatch.setattr(fsspec, "open", lambda *args, **more: opened.append(args) or stock(*args, **more))
+    assert read(put_table(kind, ROWS, bom=kind != ".parquet")) == ROWS
+    assert len(opened) == 1
