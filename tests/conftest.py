@@ -35,9 +35,18 @@ atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=Tr
 torch.set_num_threads(1)  # on tensors this small threads only cost
 
 
+ENVIRONMENT = os.environ
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _same_environment() -> None:
+    """`Dataset.map` with several processes puts a copy in the place of os.environ; rich keeps the first."""
+    os.environ = ENVIRONMENT  # noqa: B003 (the same object again, nothing is to be cleared)
 
 
 @pytest.fixture(scope="session")
