@@ -386,7 +386,8 @@ def _settings(recipe: Path, overrides: list[str] | None) -> Any:
 def main() -> None:
     """Run the command; an error ends in one line on the standard error, the place that explains it, and code 2."""
     # Before torch is loaded: its threads wait asleep. By default they spin, and on a machine with other work each
-    # of thousands of short loops then waits for a thread that does not run (4 to 10 times slower, measured).
+    # of thousands of short loops then waits for a thread that does not run: 3 to 5 times slower, measured. On an
+    # idle one sleeping costs a small model a quarter of its speed; OMP_WAIT_POLICY=ACTIVE takes it back.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = "--debug" in sys.argv
     arguments = cli_generate.insert_trace_value([one for one in sys.argv[1:] if one != "--debug"])
