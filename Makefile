@@ -69,7 +69,7 @@ test-newest test-oldest: test-%:
 	@.venv-$*/bin/pip freeze --exclude-editable | paste -sd' ' | fold -sw 100
 	@$(MAKE) --no-print-directory test-all VENV=.venv-$*
 
-notebook: $(STAMP)  ## execute examples/tour.ipynb and write it again with its outputs (a minute)
+notebook: $(STAMP)  ## execute examples/tour.ipynb and write it again with its outputs (under a minute)
 	@$(RUN) python scripts/notebook.py examples/tour.ipynb
 
 package:  ## build wheel and sdist into dist/, check them, try the wheel alone in an empty environment; needs an index
