@@ -129,7 +129,7 @@ def ask(page: Any, prompt: str) -> None:
     """Ask in the playground, and wait for the answer."""
     page.fill("#prompt", prompt)
     page.press("#prompt", "Enter")
-    from playwright.sync_api import expect
+    from playwright.sync_api import expect  # pyright: ignore[reportMissingImports]  # `make test-page` installs it
 
     expect(page.locator("#status")).to_have_text("done", timeout=60_000)
 
@@ -145,7 +145,7 @@ def shot(page: Any, file: Path, height: int | None = None) -> None:
 
 def draw_pages(folder: Path, out: Path) -> None:
     """Draw the pages that commands write, and the playground."""
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import sync_playwright  # pyright: ignore[reportMissingImports]  # `make test-page` installs it
 
     browser_path = shutil.which("chromium") or shutil.which("google-chrome")
     with sync_playwright() as playwright:
