@@ -175,6 +175,8 @@ class Walk:
         recipe = arguments[1] if len(arguments) > 1 else ""
         if "qwen3" in recipe and not any(a.startswith("model.name_or_path=") for a in arguments):
             arguments.append(f"model.name_or_path={self.place / 'base'}")
+        if "checkpoint_save_dir=outputs/demo" in arguments:
+            shutil.rmtree("outputs/demo")  # that of `make demo`, in place of which this is
         if arguments[0] in ("train", "prepare") and "--dry-run" not in arguments:
             streamed = "data.streaming=true" in arguments  # has no first records
             unused = ["data.max_records"] if streamed else []
