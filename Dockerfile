@@ -4,6 +4,7 @@ FROM python:3.11-slim
 WORKDIR /app
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY scripts/long_description.py scripts/
+COPY docs docs
 COPY recipes recipes
 COPY unmask unmask
 # The index of torch's CPU builds, where yours has only those for CUDA (several GB): --build-arg PIP_EXTRA_INDEX_URL=...

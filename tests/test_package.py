@@ -143,6 +143,9 @@ def test_an_image_copies_what_exists_and_is_what_the_build_needs(image: Path, tm
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    [wheel] = (tmp_path / "dist").glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"unmask/docs/troubleshooting.md", "unmask/recipes/train_tiny_sft.yaml"} <= names
     [torch] = re.findall(r"^torch==.*$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
     assert set(re.findall(r"torch==[\d.]+", text)) <= {torch}
     assert "never built" in text
