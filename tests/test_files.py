@@ -237,7 +237,11 @@ BAD: list[tuple[str, str | bytes, str]] = [
         "x.jsonl: the file is one JSON array; give it a name that ends in .json",
     ),
     ("x.jsonl", '[{"a": 1}, {"a": 2}]', "x.jsonl: the file is one JSON array"),
-    ("x.jsonl.gz", gzip.compress(b'[{"a": 1},\n {"a": 2}]'), "x.jsonl.gz: the file is one JSON array"),
+    (
+        "x.jsonl.gz",
+        gzip.compress(b'[{"a": 1},\n {"a": 2}]', mtime=0),
+        "x.jsonl.gz: the file is one JSON array",
+    ),
     (
         "x.jsonl",
         '{\n "a": 1\n}\n{\n "a": 2\n}\n',
