@@ -313,63 +313,7 @@ app.command(rich_help_panel=GENERATE)(cli_generate.chat)
 app.command(rich_help_panel=GENERATE)(cli_generate.infill)
 app.command("eval", rich_help_panel=MEASURE)(cli_eval.evaluate)
 app.command(rich_help_panel=GENERATE)(cli_serve.serve)
-
-
-@app.command(rich_help_panel=MEASURE)
-def score(
-    model: Annotated[str, Argument(metavar="MODEL", help="Diffusion checkpoint: folder or hub name.")],
-    file: Annotated[
-        str, Argument(metavar="FILE", help="Conversations or plain text: file, folder or hub name.")
-    ],
-    estimator: Annotated[
-        str, Option(help="exact_k, continuous (what training estimates) or chain (short texts).")
-    ] = "exact_k",
-    samples: Annotated[
-        int, Option(min=2, help="Draws a record, an even number; more lower the standard error.")
-    ] = 64,
-    seed: Annotated[int, Option(help="Seed of the masks.")] = 0,
-    batch_size: Annotated[int, Option(min=1, help="Batch size; does not change the figures.")] = 16,
-    limit: Annotated[int | None, Option(min=1, help="Score the first N records or blocks.")] = None,
-    format: Annotated[
-        str, Option(help="auto, alpaca, sharegpt, messages, prompt_completion or custom.")
-    ] = "auto",
-    end_fill: Annotated[
-        int, Option(min=1, help="End tokens fill a response to a multiple of N, as in training.")
-    ] = 1,
-    raw: Annotated[bool, Option("--raw", help="Plain text: in records the field text.")] = False,
-    block_size: Annotated[
-        int | None, Option(min=1, help="Longest sequence in tokens; plain text is cut into such blocks.")
-    ] = None,
-    out: Annotated[Path | None, Option(help="Write one JSON line a record to this file.")] = None,
-    per_token: Annotated[bool, Option("--per-token", help="With --out: each token, too.")] = False,
-    show: Annotated[int, Option(min=0, help="Records to print with their tokens in colour.")] = 0,
-) -> None:
-    """Bound the likelihood of a file: nats, perplexity and bits per byte, with standard errors.
-
-    Of a conversation the last response is scored, given all before it; plain
-    text is scored block by block. The figures are upper bounds of -log p.
-    """
-    hide_progress_bars(model)
-    from unmask.evaluation.score import score_file, show_records, show_total
-
-    console = Console()
-    scored = score_file(
-        model,
-        file,
-        raw=raw,
-        format=format,
-        end_fill=end_fill,
-        block_size=block_size,
-        limit=limit,
-        estimator=estimator,
-        num_samples=samples,
-        seed=seed,
-        batch_size=batch_size,
-        out=out,
-        per_token=per_token,
-    )
-    show_records(scored, show, console)
-    show_total(scored, console)
+app.command(rich_help_panel=MEASURE)(cli_eval.score)
 
 
 def _settings(recipe: Path, overrides: list[str] | None) -> Any:

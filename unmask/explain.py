@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from traceback import walk_tb
 
+from unmask.shipped import shipped_folder
+
 TROUBLESHOOTING = "troubleshooting.md"
 ANY = "…"  # what differs from one message to the next, in a heading
 # Part of unmask that raised -> its page, for messages that have no heading.
@@ -39,9 +41,8 @@ def help_page(message: str, error: BaseException) -> str | None:
 
 def docs_folder() -> Path | None:
     """The folder of the documentation, if it is there."""
-    package = Path(__file__).resolve().parent
-    folders = (package / "docs", package.parent / "docs")
-    return next((folder for folder in folders if (folder / TROUBLESHOOTING).is_file()), None)
+    folder = shipped_folder("docs")
+    return folder if (folder / TROUBLESHOOTING).is_file() else None
 
 
 def headings(page: str) -> dict[str, int]:

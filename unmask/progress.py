@@ -46,7 +46,7 @@ class Bar:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.what, self.unit, self.clock = what, unit, clock
-        self.hidden = os.environ.get("RANK", "0") != "0" or (console is not None and console.quiet)
+        self.hidden = not is_first_process() or (console is not None and console.quiet)
         wanted = [*_shown[-1:], *([console] if console is not None else []), Console(stderr=True)]
         self.console = next((one for one in wanted if _is_screen(one) and not self.hidden), None)
         length = 40 if self.console is not None and self.console.width >= WIDE else 10
@@ -111,6 +111,11 @@ class Bar:
             of = "" if task.total is None else f" of {task.total:,.0f}"
             left = "" if task.time_remaining is None else f", {duration(task.time_remaining)} left"
             print(f"{self.what}: {task.completed:,.0f}{of} {self.unit}{left}", file=sys.stderr, flush=True)
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that speaks for all, of one or of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def duration(seconds: float) -> str:

@@ -16,10 +16,10 @@ from unmask.errors import UnmaskError
 FOLDER = "recipes"
 
 
-def shipped_folder() -> Path:
-    """The folder of the recipes: inside the package where a wheel put it, next to the package in a clone."""
+def shipped_folder(name: str = FOLDER) -> Path:
+    """A folder that comes with unmask: inside the package where a wheel put it, next to the package in a clone."""
     package = Path(__file__).resolve().parent
-    return package / FOLDER if (package / FOLDER).is_dir() else package.parent / FOLDER
+    return package / name if (package / name).is_dir() else package.parent / name
 
 
 def find_shipped(name: str | Path) -> str:

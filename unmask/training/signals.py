@@ -10,6 +10,8 @@ import time
 from types import FrameType
 from typing import Any, NoReturn
 
+from unmask.progress import is_first_process
+
 # Launchers pass on a signal that has reached every process already: what comes so soon is the same one.
 ECHO_SECONDS = 2.0
 
@@ -32,7 +34,7 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.ended_by and _is_first():  # now that no progress bar is drawn over it
+        if self.ended_by and is_first_process():  # now that no progress bar is drawn over it
             print(f"{signal.Signals(self.ended_by).name}: {self.at_once}", file=sys.stderr, flush=True)
         for number, handler in self.before.items():
             # A launcher that sees one process end signals the others, which are about to.
@@ -47,15 +49,11 @@ class StopSignals:
             leave(number)
         elif not self.received:
             self.received, self.time = number, time.monotonic()
-            if _is_first():  # not print: the signal may have interrupted one
+            if is_first_process():  # not print: the signal may have interrupted one
                 name = signal.Signals(number).name
                 os.write(2, f"{name}: saving a checkpoint after this step; again = exit at once\n".encode())
         elif time.monotonic() - self.time > ECHO_SECONDS:
             os._exit(128 + number)
-
-
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def leave(number: int) -> NoReturn:
